@@ -1,0 +1,60 @@
+"""diffsolve: differentiable ODE solvers for PyTorch that expose their internal estimates."""
+
+from diffsolve.adjoints.backsolve import BacksolveAdjoint, BacksolveWarning
+from diffsolve.adjoints.discrete import DiscreteAdjoint
+from diffsolve.adjoints.interpolating import InterpolatingAdjoint
+from diffsolve.problems.ode import ODEProblem
+from diffsolve.solution import ReturnCode, Solution, SolveError, Stats, Steps
+from diffsolve.solve import solve
+from diffsolve.solvers.controllers import IController, PIController, PIDController
+from diffsolve.solvers.explicit_rk.methods import (
+    BS3,
+    DP5,
+    DP8,
+    RK4,
+    Euler,
+    ExplicitRK,
+    Heun,
+    Midpoint,
+    Ralston,
+    Tsit5,
+    Vern6,
+    Vern7,
+    Vern9,
+)
+from diffsolve.solvers.explicit_rk.tableau import Interpolant, Tableau, TableauError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BS3",
+    "DP5",
+    "DP8",
+    "RK4",
+    "BacksolveAdjoint",
+    "BacksolveWarning",
+    "DiscreteAdjoint",
+    "Euler",
+    "ExplicitRK",
+    "Heun",
+    "IController",
+    "Interpolant",
+    "InterpolatingAdjoint",
+    "Midpoint",
+    "ODEProblem",
+    "PIController",
+    "PIDController",
+    "Ralston",
+    "ReturnCode",
+    "Solution",
+    "SolveError",
+    "Stats",
+    "Steps",
+    "Tableau",
+    "TableauError",
+    "Tsit5",
+    "Vern6",
+    "Vern7",
+    "Vern9",
+    "solve",
+]

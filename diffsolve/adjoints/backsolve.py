@@ -1,0 +1,122 @@
+"""The backsolve adjoint: the forward solution is solved again, backward in time."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffsolve.adjoints.continuous import ContinuousAdjoint, Reverse
+from diffsolve.adjoints.sensealg import Job
+from diffsolve.engines.torch_engine import Trajectory
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.norms import Tolerance, rms
+
+
+class BacksolveWarning(UserWarning):
+    """The state reconstructed backward in time is far from the true one."""
+
+
+@dataclass(frozen=True)
+class BacksolveAdjoint(ContinuousAdjoint):
+    """Solve state and adjoint together, backward in time; memory independent of the steps.
+
+    The reconstruction is compared with the initial state, and with every saved state, and a
+    ``BacksolveWarning`` tells when it is off by more than ``warn_above`` tolerances: backward in
+    time, stable dynamics are unstable, and the gradient is then wrong.
+
+    Parameters
+    ----------
+    alg, rtol, atol
+        Method and tolerances of the reverse solve; None: those of the forward solve.
+    checkpointing
+        Reset the state at saved times to the stored one.
+
+    Raises
+    ------
+    SolveError
+        In backward, if the reverse solve fails.
+
+    References
+    ----------
+    Chen, Rubanova, Bettencourt, Duvenaud, NeurIPS 2018, algorithm 1; its instability: Gholami,
+    Keutzer, Biros, IJCAI 2019.
+    """
+
+    checkpointing: bool = True
+
+    #: Warn above this multiple of the tolerance (in the scaled norm).
+    warn_above: ClassVar[float] = 1000.0
+
+    def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, Any]:
+        return job.run(u0), u0
+
+    def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
+        return _BacksolveReverse(self, job, kept, field, params)
+
+
+class _BacksolveReverse(Reverse):
+    def __init__(
+        self,
+        sensealg: BacksolveAdjoint,
+        job: Job,
+        u0: Tensor,
+        field: VectorField,
+        params: list[Tensor],
+    ):
+        super().__init__(field, params, extra=field.structure.size)
+        self.sensealg, self.job, self.u0 = sensealg, job, u0
+        self.worst = 0.0
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        bar, u, _ = self.blocks(z)
+        du, u_bar, p_bars = self.products(t, u, bar)
+        return torch.cat([-u_bar, du, *[-x for x in p_bars]])
+
+    def tolerance(self, rtol: float, atol: float, forward: Tolerance) -> Tolerance:
+        """The forward tolerance for the state, where it was not overridden."""
+        own = super().tolerance(rtol, atol, forward)
+
+        def blocks(ours: Tensor, theirs: Tensor, overridden: bool) -> Tensor:
+            full = ours.expand(sum(self.sizes)).clone()
+            if not overridden:
+                full[self.n : 2 * self.n] = theirs
+            return full
+
+        return Tolerance(
+            blocks(own.rtol, forward.rtol, self.sensealg.rtol is not None),
+            blocks(own.atol, forward.atol, self.sensealg.atol is not None),
+            self.norm,
+        )
+
+    def start(self, bar: Tensor, u: Tensor) -> Tensor:
+        z = super().start(bar, u)
+        z[self.n : 2 * self.n] = u
+        return z
+
+    def at_save(self, z: Tensor, bar: Tensor, u: Tensor) -> Tensor:
+        z = super().at_save(z, bar, u)
+        if self.sensealg.checkpointing:
+            self._compare(z, u)
+            z[self.n : 2 * self.n] = u
+        return z
+
+    def finish(self, z: Tensor) -> None:
+        self._compare(z, self.u0)
+        if not self.worst <= self.sensealg.warn_above:
+            warnings.warn(
+                f"BacksolveAdjoint reconstructed the solution backward in time with an error of "
+                f"{self.worst:.3g} tolerances (warned above {self.sensealg.warn_above:g}): the "
+                "gradient is unreliable. Use DiscreteAdjoint() or InterpolatingAdjoint(), save "
+                "more times, or tighten the tolerances.",
+                BacksolveWarning,
+                stacklevel=2,
+            )
+
+    def _compare(self, z: Tensor, u: Tensor) -> None:
+        tolerance = self.job.settings.tolerance
+        off = (z[self.n : 2 * self.n] - u) / tolerance.scale(u.abs())
+        self.worst = max(self.worst, float(rms(off)))

@@ -1,0 +1,48 @@
+"""Which sensealg to use when the user names none, and which combinations cannot work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from diffsolve.adjoints.discrete import DiscreteAdjoint
+from diffsolve.adjoints.sensealg import NoAdjoint, Sensealg
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is looking on."""
+    functorch: Any = torch._C
+    return functorch._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def choose(sensealg: Sensealg | None, differentiate: bool) -> Sensealg:
+    """The sensealg of a solve.
+
+    Without a choice of the user's: none where nothing requires a gradient; ``DiscreteAdjoint()``
+    where something does, because its gradient is exact at every tolerance and its memory is one
+    state a step; ``DiscreteAdjoint(tape=True)`` under ``torch.func`` transforms and forward-mode
+    differentiation, which look into the operations.
+
+    Raises
+    ------
+    TypeError
+        If ``sensealg`` is not a sensealg, or cannot work under a transform.
+    """
+    if sensealg is not None and not isinstance(sensealg, Sensealg):
+        raise TypeError(
+            f"sensealg must be e.g. DiscreteAdjoint() or InterpolatingAdjoint(), got {sensealg!r}"
+        )
+    if transforms_active():
+        if sensealg is None:
+            return DiscreteAdjoint(tape=True)
+        if not (isinstance(sensealg, DiscreteAdjoint) and sensealg.tape):
+            raise TypeError(
+                f"{type(sensealg).__name__} cannot be seen through by torch.func transforms or "
+                "forward-mode differentiation: use DiscreteAdjoint(tape=True)"
+            )
+        return sensealg
+    if not differentiate:
+        return NoAdjoint()
+    return sensealg or DiscreteAdjoint()

@@ -1,0 +1,144 @@
+"""The contract between ``solve`` and the ways to differentiate it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.engines.torch_engine import Recorder, Saving, Settings, Trajectory, integrate
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solution import Stats
+from diffsolve.solvers.algorithm import Algorithm
+
+
+@dataclass
+class Job:
+    """A solve, normalised and ready to run.
+
+    Attributes
+    ----------
+    field, alg
+        Right-hand side over the flat state, and the method.
+    u0, du0
+        Flat initial state, possibly on the tape, and the derivative there, off the tape.
+    t0, t1
+        Span, floats; ``span`` holds the same as the user gave it.
+    settings
+        How to integrate.
+    save_times
+        Ordered times to save; None: every step.
+    dense
+        Whether the user wants dense output.
+    stats
+        To be filled; ``stats.adjoint`` by the reverse pass.
+    """
+
+    field: VectorField
+    alg: Algorithm
+    u0: Tensor
+    du0: Tensor
+    t0: float
+    t1: float
+    span: tuple[Any, Any]
+    settings: Settings
+    save_times: Sequence[float] | None
+    dense: bool
+    stats: Stats = dataclasses.field(default_factory=Stats)
+
+    def run(
+        self, u0: Tensor, recorder: Recorder | None = None, dense: bool | None = None
+    ) -> Trajectory:
+        """Integrate forward, off the tape."""
+        saving = Saving(self.save_times, self.dense if dense is None else dense, recorder)
+        with torch.no_grad():
+            return integrate(
+                self.field, self.alg, u0, self.t0, self.t1, self.settings, saving, self.du0
+            )
+
+    def stacked(self, saved: Sequence[Tensor]) -> Tensor:
+        """Saved flat states ``(T, N)``."""
+        if saved:
+            return torch.stack(list(saved))
+        return torch.empty(0, len(self.u0), dtype=self.u0.dtype, device=self.u0.device)
+
+    def estimates(self, trajectory: Trajectory) -> tuple[Tensor, Tensor, Tensor]:
+        """``error, error_norm, stiffness`` of the accepted steps, ``(n,)`` each."""
+        rows = [(e.error, e.error_norm, e.stiffness) for e in trajectory.estimates]
+        table = torch.tensor(
+            rows, dtype=self.field.structure.time_dtype, device=self.field.device
+        ).reshape(-1, 3)
+        error, error_norm, stiffness = table.T.unbind(0)
+        return error, error_norm, stiffness
+
+
+@dataclass
+class Outputs:
+    """Differentiable results of a solve: saved states ``(T, N)`` and the steps' estimates."""
+
+    trajectory: Trajectory
+    u: Tensor
+    error: Tensor
+    error_norm: Tensor
+    stiffness: Tensor
+
+
+class Sensealg(ABC):
+    """A way to differentiate a solve.
+
+    Attributes
+    ----------
+    handles_time
+        Whether gradients by times are already on the tape, so that none must be attached.
+    """
+
+    handles_time: bool = False
+
+    @abstractmethod
+    def run(self, job: Job) -> Outputs:
+        """Integrate and return outputs that autograd can go back through."""
+
+    def prepared(self, settings: Settings) -> Settings:
+        """Settings as this way needs them."""
+        return settings
+
+
+class NoAdjoint(Sensealg):
+    """Nothing requires a gradient."""
+
+    def run(self, job: Job) -> Outputs:
+        trajectory = job.run(job.u0.detach())
+        return Outputs(trajectory, job.stacked(trajectory.u), *job.estimates(trajectory))
+
+    def __repr__(self) -> str:
+        return "none"
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """Identity whose gradient is an error that explains itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, message: str) -> Tensor:
+        ctx.message = message
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def undifferentiable(x: Tensor, anchor: Tensor, message: str) -> Tensor:
+    """``x``, made to raise ``message`` when a gradient is asked of it.
+
+    Parameters
+    ----------
+    anchor
+        A tensor on the tape that ``x`` depends on.
+    """
+    with torch.enable_grad():
+        return _Undifferentiable.apply(x.detach(), anchor, message)  # type: ignore[return-value]

@@ -1,0 +1,77 @@
+"""The accepted steps of a solve, kept whole or as a few checkpoints, and read backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from diffsolve.engines.torch_engine import Record
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Algorithm
+
+
+class StepTape:
+    """Records of accepted steps.
+
+    Parameters
+    ----------
+    checkpoints
+        How many states to keep; None: all. With few, the kept ones are spread evenly while the
+        number of steps is not known: when there are too many, every second one is dropped. The
+        others are made again, a segment at a time, by repeating its steps.
+    """
+
+    def __init__(self, checkpoints: int | None = None):
+        self.checkpoints = checkpoints
+        self.records: list[Record] = []
+        self._stride = 1
+
+    def append(self, record: Record) -> None:
+        index = len(self.records)
+        self.records.append(record)
+        if self.checkpoints is None or index == 0:
+            return
+        if index % self._stride:
+            record.state = ()
+        elif index // self._stride >= self.checkpoints:
+            self._stride *= 2
+            for i, kept in enumerate(self.records):
+                if i % self._stride:
+                    kept.state = ()
+
+    def segments(self) -> list[tuple[int, int]]:
+        """Ranges of steps that begin with a kept state, in order."""
+        starts = [i for i, record in enumerate(self.records) if record.state]
+        return list(zip(starts, [*starts[1:], len(self.records)], strict=True))
+
+    def states(
+        self, segment: tuple[int, int], alg: Algorithm, field: VectorField
+    ) -> list[tuple[Tensor, ...]]:
+        """States at the steps of a segment, repeated from the one that was kept."""
+        begin, end = segment
+        state = self.records[begin].state
+        states = [state]
+        with torch.no_grad():
+            for i in range(begin, end - 1):
+                record, following = self.records[i], self.records[i + 1]
+                state = alg.step(field, record.t, record.h, state).state
+                if following.restart:
+                    after = field.after(following.t, following.h)
+                    state = alg.init(field, following.t, state[0], field(after, state[0]))
+                states.append(state)
+        return states
+
+    def backward(
+        self, alg: Algorithm, field: VectorField
+    ) -> Iterator[tuple[Record, tuple[Tensor, ...]]]:
+        """Records with their states, the last one first."""
+        if self.checkpoints is None:
+            for record in reversed(self.records):
+                yield record, record.state
+            return
+        for segment in reversed(self.segments()):
+            states = self.states(segment, alg, field)
+            for i in reversed(range(*segment)):
+                yield self.records[i], states.pop()

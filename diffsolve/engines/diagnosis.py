@@ -1,0 +1,58 @@
+"""Failures in words: what happened, where, why it is likely, what to try."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffsolve.solution import ReturnCode
+from diffsolve.solvers.norms import Estimates
+
+
+def explain(
+    code: ReturnCode,
+    *,
+    t: float,
+    h: float,
+    t1: float,
+    alg: str,
+    estimates: Estimates | None,
+    settings_hint: tuple[float, int],
+    state: Tensor,
+) -> str:
+    """A message for a solve that stopped at ``t`` with a next step of size ``h``."""
+    dtmin, maxiters = settings_hint
+    size = float(torch.linalg.vector_norm(state.detach(), ord=math.inf))
+    error = math.nan if estimates is None else float(estimates.error)
+    stiffness = math.nan if estimates is None else float(estimates.stiffness)
+    where = f"at t = {t:.8g} (of {t1:.8g}) with step size {h:.3g}"
+    facts = f"max|u| = {size:.3g}, error estimate {error:.3g}, stiffness estimate {stiffness:.3g}"
+    stiff = math.isfinite(stiffness) and stiffness * abs(t1 - t) > 1e4
+    if code is ReturnCode.MAX_ITERS:
+        what = f"{maxiters} steps were not enough: {alg} stopped {where}"
+        why = (
+            "the stiffness estimate says that stability, not accuracy, limits the step; "
+            "try a looser tolerance or a stiff method"
+            if stiff
+            else "the problem may be long, fast or stiff for these tolerances; raise maxiters, "
+            "loosen rtol and atol, or try a method of another order"
+        )
+    elif code is ReturnCode.DT_LESS_THAN_MIN:
+        floor = f"dtmin = {dtmin:.3g}" if dtmin > 0 and h >= 4 * math.ulp(t) else "rounding of t"
+        what = f"{alg} needs a smaller step than {floor} {where}"
+        if size > 1e8:
+            why = "the solution seems to blow up there; end tspan earlier or check the signs in f"
+        else:
+            why = (
+                "f may jump or be singular there, or the tolerance is below rounding; list jumps "
+                "in tstops, loosen rtol and atol, or use float64"
+            )
+    else:
+        what = f"{alg} met NaN or Inf {where}"
+        why = (
+            "f, or the state, left the range where it is defined (a root or log of a negative "
+            "number, a division by zero, an overflow); check f there, or pass a smaller dt or dtmax"
+        )
+    return f"{what}. {facts}. Likely: {why}."

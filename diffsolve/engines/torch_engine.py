@@ -1,0 +1,380 @@
+"""The adaptive loop over torch steps: any device, any right-hand side, one host sync a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffsolve.engines.diagnosis import explain
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solution import ReturnCode
+from diffsolve.solvers.algorithm import Algorithm, Step
+from diffsolve.solvers.controllers import Controller
+from diffsolve.solvers.initial_step import initial_step
+from diffsolve.solvers.interpolation import DenseOutput
+from diffsolve.solvers.norms import Estimates, Tolerance, measure
+
+_STRETCH = 1.01  # a step may grow by this much to land on a stop (Hairer's dopri5)
+_ROUNDING = 1 + 1e-8  # the same for fixed steps, whose sum only rounds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to integrate.
+
+    Attributes
+    ----------
+    tolerance, controller
+        Scaling and norm of the error, and what the step size follows from it.
+    adaptive
+        False: every step has size ``dt``.
+    dt
+        First, or fixed, step size; None: by Hairer's rule. Positive.
+    dtmin, dtmax
+        Limits of the step size.
+    maxiters
+        Most attempted steps.
+    tstops
+        Times strictly inside the span, in order of integration, where a step must end.
+    h_on_tape
+        Whether step sizes are differentiated.
+    progress
+        Whether to show a progress bar.
+    """
+
+    tolerance: Tolerance
+    controller: Controller
+    adaptive: bool = True
+    dt: float | None = None
+    dtmin: float = 0.0
+    dtmax: float = math.inf
+    maxiters: int = 100_000
+    tstops: tuple[float, ...] = ()
+    h_on_tape: bool = False
+    progress: bool = False
+
+
+@dataclass(slots=True)
+class Record:
+    """An accepted step, with what is needed to run it again.
+
+    Attributes
+    ----------
+    t, h, state
+        Arguments of the step.
+    restart
+        Whether ``state`` was made anew by ``alg.init`` at ``t``.
+    first_save, thetas
+        Saved values inside the step: indices from ``first_save`` on, at these fractions of it.
+    end_save
+        Index of the saved value that is the step's end, or None.
+    """
+
+    t: float
+    h: float
+    state: tuple[Tensor, ...]
+    restart: bool
+    first_save: int = 0
+    thetas: list[float] = field(default_factory=list)
+    end_save: int | None = None
+
+
+class Recorder(Protocol):
+    def append(self, record: Record, /) -> None: ...
+
+
+@dataclass
+class Saving:
+    """What to keep of a solve.
+
+    Attributes
+    ----------
+    times
+        Ordered times to save, or None: every step.
+    dense
+        Whether to keep the continuous extension.
+    recorder
+        Receives a ``Record`` of each accepted step.
+    """
+
+    times: Sequence[float] | None = None
+    dense: bool = False
+    recorder: Recorder | None = None
+
+
+@dataclass
+class Trajectory:
+    """What an engine gives back."""
+
+    t: list[float] = field(default_factory=list)
+    u: list[Tensor] = field(default_factory=list)
+    step_t: list[Any] = field(default_factory=list)
+    step_h: list[Any] = field(default_factory=list)
+    estimates: list[Estimates] = field(default_factory=list)
+    dense: DenseOutput | None = None
+    nreject: int = 0
+    final: Tensor | None = None
+    final_t: float = math.nan
+    final_h: float = math.nan
+    retcode: ReturnCode = ReturnCode.SUCCESS
+    message: str = ""
+
+    @property
+    def naccept(self) -> int:
+        return len(self.step_t)
+
+
+OnStop = Callable[[float, Tensor], Tensor]
+
+
+def integrate(
+    rhs: VectorField,
+    alg: Algorithm,
+    u0: Tensor,
+    t0: Any,
+    t1: Any,
+    settings: Settings,
+    saving: Saving,
+    du0: Tensor | None = None,
+    on_stop: OnStop | None = None,
+) -> Trajectory:
+    """Integrate from ``t0`` to ``t1``; on the tape when autograd records.
+
+    Parameters
+    ----------
+    rhs, alg, u0
+        Right-hand side, method and flat initial state.
+    t0, t1
+        Floats, or 0-d tensors when ``settings.h_on_tape``.
+    settings, saving
+        How to integrate and what to keep.
+    du0
+        ``f(t0, u0)`` where it is known.
+    on_stop
+        Called with ``(t, u)`` at each of ``settings.tstops``, returns the state to go on with.
+
+    Returns
+    -------
+    Trajectory
+        With the partial result and the reason where the solve failed.
+    """
+    return _Loop(rhs, alg, u0, t0, t1, settings, saving, on_stop).run(du0)
+
+
+class _Loop:
+    def __init__(
+        self,
+        rhs: VectorField,
+        alg: Algorithm,
+        u0: Tensor,
+        t0: Any,
+        t1: Any,
+        settings: Settings,
+        saving: Saving,
+        on_stop: OnStop | None,
+    ):
+        self.rhs, self.alg, self.u0, self.t0, self.t1 = rhs, alg, u0, t0, t1
+        self.settings, self.saving, self.on_stop = settings, saving, on_stop
+        self.on_tape = torch.is_grad_enabled()
+        self.direction = 1.0 if t1 >= t0 else -1.0
+        self.stops = [*settings.tstops, t1]
+        self.result = Trajectory()
+        if saving.dense:
+            self.result.dense = DenseOutput(float(t0), self.direction)
+
+    def run(self, du0: Tensor | None) -> Trajectory:
+        bar = _progress_bar(self.t0, self.t1) if self.settings.progress else None
+        self.t, self.h = self.t0, math.nan
+        try:
+            self._start(du0)
+            while self.result.retcode is ReturnCode.SUCCESS and self.stop < len(self.stops):
+                before = float(self.t)
+                self._advance()
+                if bar is not None:
+                    bar.update(abs(float(self.t) - before))
+        except Exception as error:
+            error.add_note(f"raised during a step from t = {float(self.t):.8g}, h = {self.h:.3g}")
+            raise
+        finally:
+            if bar is not None:
+                bar.close()
+        result = self.result
+        result.final, result.final_t = self.state[0], float(self.t)
+        result.final_h = float(self.h)
+        return result
+
+    def _start(self, du0: Tensor | None) -> None:
+        settings = self.settings
+        self.stop = 0  # index of the next time to land on
+        self.saved = 0  # number of saved values
+        self.attempts = 0
+        self.rejections = 0  # in a row
+        self.not_finite = False  # whether the last rejection was for NaN or Inf
+        self.restarted = True
+        self.memory = settings.controller.start()
+        if du0 is None:
+            du0 = self.rhs(self.rhs.after(self.t0, self.direction), self.u0)
+        self.state = self.alg.init(self.rhs, self.t0, self.u0, du0)
+        times = self.saving.times
+        if times is None or (len(times) and times[0] == float(self.t0)):
+            self._save(float(self.t0), self.u0)
+        if self.t1 == self.t0:
+            self.stop = len(self.stops)
+            return
+        self.size: Any = settings.dt
+        if self.size is None:
+            with torch.set_grad_enabled(settings.h_on_tape):
+                self.size = initial_step(
+                    self.rhs,
+                    self.t0,
+                    self.u0,
+                    du0,
+                    self.direction,
+                    self.alg.order,
+                    settings.tolerance,
+                    min(settings.dtmax, abs(self.t1 - self.t0)),
+                )
+        if not math.isfinite(self.size):
+            self._fail(ReturnCode.UNSTABLE, None)
+
+    def _advance(self) -> None:
+        """One attempted step, accepted or not."""
+        settings, t = self.settings, self.t
+        size, lands = self._fit()
+        if not lands and size < max(settings.dtmin, 4 * math.ulp(float(t))):
+            code = ReturnCode.UNSTABLE if self.not_finite else ReturnCode.DT_LESS_THAN_MIN
+            return self._fail(code, self.last)
+        if self.attempts >= settings.maxiters:
+            return self._fail(ReturnCode.MAX_ITERS, self.last)
+        self.attempts += 1
+        self.h = h = self.direction * size
+        step = self.alg.step(self.rhs, t, h, self.state)
+        estimates = self.last = measure(step, self.state[0], settings.tolerance, self.on_tape)
+        accept, factor = self._judge(estimates)
+        if accept:
+            self._accept(step, h, lands, estimates)
+        else:
+            self.result.nreject += 1
+            self.rejections += 1
+            self.not_finite = not math.isfinite(estimates.error)
+            if not settings.adaptive:
+                return self._fail(ReturnCode.UNSTABLE, estimates)
+        proposal = size * factor
+        if accept and lands:
+            # a step cut short by a stop says nothing against the size before it
+            proposal = max(proposal, self.size) if self.size <= settings.dtmax else proposal
+        self.size = proposal if settings.adaptive else settings.dt
+        return None
+
+    def _fit(self) -> tuple[Any, bool]:
+        """Size of the next step, and whether it lands on the next stop."""
+        settings = self.settings
+        size = min(self.size, settings.dtmax)
+        remaining = self.direction * (self.stops[self.stop] - self.t)
+        stretch = _STRETCH if settings.adaptive else _ROUNDING
+        if remaining <= size * stretch and remaining <= settings.dtmax * _ROUNDING:
+            return remaining, True
+        if settings.adaptive and remaining < 2 * size:
+            return remaining / 2, False  # two even steps rather than a sliver at the end
+        return size, False
+
+    def _judge(self, estimates: Estimates) -> tuple[bool, Any]:
+        settings = self.settings
+        error = estimates.error if settings.h_on_tape else float(estimates.error)
+        if not settings.adaptive:
+            return math.isfinite(error), 1.0
+        accept, factor, self.memory = settings.controller.propose(
+            error, self.memory, self.rejections > 0
+        )
+        return accept, factor
+
+    def _accept(self, step: Step, h: Any, lands: bool, estimates: Estimates) -> None:
+        result, saving = self.result, self.saving
+        start, t_new = self.t, (self.stops[self.stop] if lands else self.t + h)
+        record = None
+        if saving.recorder is not None:
+            record = Record(start, h, self.state, self.restarted)
+        self._save_within(step, start, h, t_new, record)
+        if record is not None and saving.recorder is not None:
+            saving.recorder.append(record)
+        if result.dense is not None:
+            result.dense.append(float(t_new), step.interpolant)
+        result.step_t.append(start)
+        result.step_h.append(h)
+        result.estimates.append(estimates)
+        self.t, self.state = t_new, step.state
+        self.rejections, self.not_finite, self.restarted = 0, False, False
+        if lands:
+            self.stop += 1
+            if self.stop < len(self.stops):
+                self._restart()
+
+    def _restart(self) -> None:
+        """Go on from a stop: the state may jump there, and so may the right-hand side."""
+        u = self.state[0]
+        if self.on_stop is not None:
+            u = self.on_stop(self.t, u)
+        du = self.rhs(self.rhs.after(self.t, self.direction), u)
+        self.state = self.alg.init(self.rhs, self.t, u, du)
+        self.restarted = True
+
+    def _save_within(self, step: Step, t: Any, h: Any, t_new: Any, record: Record | None) -> None:
+        times, end = self.saving.times, float(t_new)
+        if times is None:
+            if record is not None:
+                record.end_save = self.saved
+            self._save(end, step.state[0])
+            return
+        first = self.saved
+        last = first
+        while last < len(times) and self.direction * times[last] <= self.direction * end:
+            last += 1
+        if last == first:
+            return
+        ends_on_save = times[last - 1] == end
+        inside = times[first : last - 1 if ends_on_save else last]
+        if inside:
+            thetas = [(x - t) / h for x in inside]
+            if self.settings.h_on_tape:
+                theta = torch.stack([torch.as_tensor(x) for x in thetas])
+            else:
+                theta = torch.tensor(thetas, dtype=torch.float64)
+            for x, value in zip(inside, step.interpolant(theta).unbind(0), strict=True):
+                self._save(x, value)
+        if record is not None:
+            record.first_save, record.thetas = first, [(x - t) / h for x in inside]
+            record.end_save = last - 1 if ends_on_save else None
+        if ends_on_save:
+            self._save(end, step.state[0])
+
+    def _save(self, t: float, u: Tensor) -> None:
+        self.result.t.append(t)
+        self.result.u.append(u)
+        self.saved += 1
+
+    last: Estimates | None = None
+
+    def _fail(self, code: ReturnCode, estimates: Estimates | None) -> None:
+        self.result.retcode = code
+        self.result.message = explain(
+            code,
+            t=float(self.t),
+            h=float(self.size),
+            t1=float(self.t1),
+            alg=self.alg.name,
+            estimates=estimates,
+            settings_hint=(self.settings.dtmin, self.settings.maxiters),
+            state=self.state[0],
+        )
+
+
+def _progress_bar(t0: Any, t1: Any) -> Any:
+    from tqdm.auto import tqdm
+
+    layout = "{l_bar}{bar}| t {n:.4g}/{total:.4g} [{elapsed}<{remaining}]"
+    return tqdm(total=abs(float(t1) - float(t0)), bar_format=layout, desc="solve")

@@ -1,0 +1,60 @@
+"""Pytree states as one flat tensor, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class StateStructure:
+    """Shape and structure of a state; ``ravel`` and ``unravel`` go to a flat tensor and back."""
+
+    def __init__(self, u0: Any):
+        leaves, self.spec = pytree.tree_flatten(u0)
+        self.shapes = [leaf.shape for leaf in leaves]
+        self.sizes = [leaf.numel() for leaf in leaves]
+        self.is_tensor = isinstance(u0, Tensor)
+        self.size = sum(self.sizes)
+        self.dtype: torch.dtype = leaves[0].dtype
+        self.device: torch.device = leaves[0].device
+        #: Real dtype of times and step sizes inside ``f``.
+        self.time_dtype = self.dtype.to_real()
+
+    def ravel(self, u: Any) -> Tensor:
+        if self.is_tensor:
+            return u.reshape(-1)
+        leaves = pytree.tree_leaves(u)
+        return torch.cat([leaf.reshape(-1) for leaf in leaves])
+
+    def unravel(self, flat: Tensor) -> Any:
+        """Structure a flat tensor ``(*batch, size)``; leaves get shape ``(*batch, *shape)``."""
+        batch = flat.shape[:-1]
+        if self.is_tensor:
+            return flat.reshape(*batch, *self.shapes[0])
+        parts = flat.split(self.sizes, -1)
+        leaves = [x.reshape(*batch, *s) for x, s in zip(parts, self.shapes, strict=True)]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def describe_mismatch(self, du: Any) -> str | None:
+        """Why ``du`` cannot be the derivative of this state, or None."""
+        leaves, spec = pytree.tree_flatten(du)
+        if spec != self.spec:
+            expected = "a tensor" if self.is_tensor else f"the structure of u, {self.spec}"
+            found = type(du).__name__ if len(leaves) <= 1 else str(spec)
+            return f"it returned {found}, expected {expected}"
+        for leaf, shape in zip(leaves, self.shapes, strict=True):
+            if not isinstance(leaf, Tensor):
+                return f"it returned {type(leaf).__name__}, expected a tensor"
+            if leaf.shape != shape:
+                return f"it returned shape {tuple(leaf.shape)}, the state has {tuple(shape)}"
+            if leaf.dtype != self.dtype:
+                return (
+                    f"it returned {leaf.dtype}, the state has {self.dtype}: give the parameters "
+                    "and constants the dtype of u0"
+                )
+            if leaf.device != self.device:
+                return f"it returned a tensor on {leaf.device}, the state is on {self.device}"
+        return None

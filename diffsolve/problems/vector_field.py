@@ -1,0 +1,181 @@
+"""The right-hand side, normalised: flat state in, flat derivative out, every parameter known.
+
+``VectorField`` is what steps and adjoints call. It counts evaluations, makes the times that ``f``
+sees, and hands out a copy whose parameters are fresh leaves for vector-Jacobian products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from diffsolve.problems.capture import Probe, Substitute, reachable_tensors
+from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.structure import StateStructure
+
+_START = np.zeros(1)
+
+
+class VectorField:
+    """Right-hand side of a problem over a flat state.
+
+    Attributes
+    ----------
+    structure
+        Shape of the state that ``f`` sees.
+    params
+        Every tensor with ``requires_grad`` that ``f`` depends on: leaves of ``p``, parameters of
+        modules, captured tensors. Filled by ``discover``.
+    nf
+        Evaluations so far.
+    scratch
+        Work space that steps keep between calls; one field serves one solve.
+    breaks
+        Times where ``f`` may jump: stages of a step stay on the step's side of them.
+    """
+
+    def __init__(self, f: Callable[..., Any], p: Any, structure: StateStructure):
+        self.f = f
+        self.p = p
+        self.structure = structure
+        self.params: list[Tensor] = []
+        self.nf = 0
+        self.scratch: dict[Any, Any] = {}
+        self.breaks: frozenset[float] = frozenset()
+        self._shape = structure.shapes[0] if structure.is_tensor else None
+        self._args = () if p is None else (p,)
+
+    @classmethod
+    def of(cls, prob: ODEProblem) -> VectorField:
+        return cls(prob.f, prob.p, StateStructure(prob.u0))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.structure.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.structure.device
+
+    def __call__(self, t: Tensor, u: Tensor) -> Tensor:
+        self.nf += 1
+        if self._shape is not None:
+            return self.f(t, u.view(self._shape), *self._args).reshape(-1)
+        du = self.f(t, self.structure.unravel(u), *self._args)
+        return self.structure.ravel(du)
+
+    # -- times ---------------------------------------------------------------------------------
+
+    def times(self, t: Any, h: Any, c: np.ndarray) -> Sequence[Tensor]:
+        """0-d tensors ``t + c h`` as ``f`` sees them; ``t`` and ``h`` are floats or 0-d tensors."""
+        dtype = self.structure.time_dtype
+        if isinstance(h, Tensor) or isinstance(t, Tensor):
+            nodes = torch.as_tensor(c, dtype=torch.float64)
+            return (t + nodes * h).to(dtype=dtype, device=self.device).unbind()
+        values = (t + c * h).tolist()
+        if self.breaks and (t in self.breaks or t + h in self.breaks):
+            values = [self._beside_break(value, t, h) for value in values]
+        return torch.tensor(values, dtype=dtype, device=self.device).unbind()
+
+    def time(self, t: Any) -> Tensor:
+        """``t`` as ``f`` sees it."""
+        return torch.as_tensor(t, dtype=self.structure.time_dtype, device=self.device)
+
+    def after(self, t: float, direction: float) -> Tensor:
+        """``t`` as seen just after it, in the direction of a step (its sign): past a break."""
+        return self.times(t, math.copysign(1.0, direction), _START)[0]
+
+    def _beside_break(self, value: float, t: float, h: float) -> float:
+        """Move a stage time off the break at either end of the step, by one unit of rounding."""
+        inward = math.copysign(math.inf, h)
+        if value == t and t in self.breaks:
+            return self._next(value, inward)
+        if value == t + h and t + h in self.breaks:
+            return self._next(value, -inward)
+        return value
+
+    def _next(self, t: float, towards: float) -> float:
+        kind = np.float32 if self.structure.time_dtype == torch.float32 else np.float64
+        return float(np.nextafter(kind(t), kind(towards)))
+
+    # -- parameters and checks -----------------------------------------------------------------
+
+    def discover(self, t0: float, u0: Tensor, h_sign: float, differentiate: bool) -> Tensor:
+        """Evaluate ``f`` once at the start: check what it returns, and find what it depends on.
+
+        Parameters
+        ----------
+        t0, u0
+            Start; ``u0`` flat.
+        h_sign
+            Direction of integration, for an ``f`` that jumps at ``t0``.
+        differentiate
+            Whether gradients are wanted: fills ``params``.
+
+        Returns
+        -------
+        Tensor
+            ``f(t0, u0)``, flat, off the tape.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``f`` returns something else than the derivative of its state.
+        RuntimeError
+            If gradients are wanted and ``f`` switches them off.
+        """
+        t = self.after(t0, h_sign)
+        with torch.set_grad_enabled(differentiate):
+            u = u0.detach().requires_grad_(differentiate)
+            state = u.view(self._shape) if self._shape is not None else self.structure.unravel(u)
+            probe = Probe([t, *pytree.tree_leaves(state)])
+            with probe if differentiate else nullcontext():
+                du = self.f(t, state, *self._args)
+        self.nf += 1
+        mismatch = self.structure.describe_mismatch(du)
+        if mismatch is not None:
+            raise ValueError(f"f(t, u{', p' if self._args else ''}) is wrong: {mismatch}")
+        flat = self.structure.ravel(du)
+        if differentiate:
+            if probe.saw_no_grad and not flat.requires_grad:
+                raise RuntimeError(
+                    "gradients are wanted, but f switches them off: it runs under torch.no_grad() "
+                    "or inference_mode. Remove that, or detach u0 and the parameters."
+                )
+            leaves = [x for x in pytree.tree_leaves(self.p) if isinstance(x, Tensor)]
+            found = [*leaves, *probe.foreign, *reachable_tensors(self.f)]
+            unique = {id(x): x for x in found if x.requires_grad}
+            self.params = list(unique.values())
+        return flat.detach().clone()
+
+    def for_vjp(self) -> tuple[VectorField, list[Tensor]]:
+        """This field for vector-Jacobian products, and the tensors to take them by.
+
+        Those stand for ``params`` one by one. A leaf stands for itself. A tensor that was
+        computed from others, or that has hooks, is replaced by a detached one in each call, so
+        that no gradient flows through how it was made, and no hook runs at each step.
+        """
+        fresh = {id(x): (x, x.detach().requires_grad_()) for x in self.params if _is_derived(x)}
+        if not fresh:
+            field = VectorField(self.f, self.p, self.structure)
+            field.breaks, field.params = self.breaks, self.params
+            return field, field.params
+        leaves, spec = pytree.tree_flatten(self.p)
+        p = pytree.tree_unflatten([fresh[id(x)][1] if id(x) in fresh else x for x in leaves], spec)
+        in_p = {id(x) for x in leaves} - {id(x) for x in reachable_tensors(self.f)}
+        f = self.f if in_p.issuperset(fresh) else Substitute(self.f, fresh)
+        field = VectorField(f, p, self.structure)
+        field.breaks = self.breaks
+        field.params = [fresh[id(x)][1] if id(x) in fresh else x for x in self.params]
+        return field, field.params
+
+
+def _is_derived(x: Tensor) -> bool:
+    return not x.is_leaf or bool(x._backward_hooks)

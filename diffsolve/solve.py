@@ -1,0 +1,296 @@
+"""``solve``: normalise the problem, choose, integrate, wrap."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.adjoints.discrete import DiscreteAdjoint
+from diffsolve.adjoints.select import choose, transforms_active
+from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
+from diffsolve.adjoints.time_gradient import attach_saved, attach_start
+from diffsolve.engines.torch_engine import Settings
+from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solution import Solution, SolveError, Stats, Steps
+from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.controllers import Controller
+from diffsolve.solvers.explicit_rk.methods import Tsit5, Vern7
+from diffsolve.solvers.interpolation import DenseOutput
+from diffsolve.solvers.norms import Tolerance
+from diffsolve.times import SaveTimes, ordered_stops
+
+_STEPS_NEED_DISCRETE = (
+    "sol.steps.{name} has no gradient under {sensealg}: a continuous adjoint differentiates the "
+    "equation, not the solver's steps. Use sensealg=DiscreteAdjoint(), or the local regularizer "
+    "diffsolve.regularization.local_error_estimate, which works under every sensealg."
+)
+_DENSE_NEEDS_TAPE = (
+    "sol(t) has no gradient under {sensealg}: list the times in saveat, whose values do, or use "
+    "sensealg=DiscreteAdjoint(tape=True)."
+)
+
+
+def solve(
+    prob: ODEProblem,
+    alg: Algorithm | None = None,
+    *,
+    sensealg: Sensealg | None = None,
+    saveat: Any = None,
+    rtol: Any = 1e-3,
+    atol: Any = 1e-6,
+    dt: float | None = None,
+    adaptive: bool = True,
+    dtmin: float = 0.0,
+    dtmax: float = math.inf,
+    maxiters: int = 100_000,
+    tstops: Sequence[float] = (),
+    controller: Controller | None = None,
+    norm: Callable[[Any], Any] | None = None,
+    dense: bool | None = None,
+    save_everystep: bool | None = None,
+    engine: str = "auto",
+    progress: bool = False,
+    throw: bool = True,
+) -> Solution:
+    """Solve an initial value problem; the solution can be differentiated.
+
+    Parameters
+    ----------
+    prob
+        The problem.
+    alg
+        Method. None: ``Tsit5()``, or ``Vern7()`` where ``rtol`` is below 1e-6 and the state is in
+        double precision.
+    sensealg
+        How to differentiate. None: ``DiscreteAdjoint()`` where something requires a gradient;
+        ``DiscreteAdjoint(tape=True)`` under ``torch.func`` transforms and forward mode.
+    saveat
+        Times to save. None: every accepted step and both ends. A number: this spacing from
+        ``t0``, and ``t1``. A sequence or 1-d tensor: exactly those times, in the order of
+        integration.
+    rtol, atol
+        A step is accepted when the RMS of ``error / (atol + rtol * max(|u|, |u_new|))`` is at
+        most 1. Numbers, or tensors (pytrees of them) that broadcast to the state.
+    dt
+        First step size, or the fixed one; positive, also backward in time.
+    adaptive
+        False: fixed steps of size ``dt``. Methods without error estimate always take those.
+    dtmin, dtmax
+        Limits of the step size. An adaptive solve that needs less than ``dtmin`` fails.
+    maxiters
+        Most attempted steps, rejected ones included.
+    tstops
+        Times where a step must end, such as jumps of ``f``, which is then evaluated on the step's
+        side of them only. Times outside of ``tspan`` have no effect.
+    controller
+        Step-size controller. None: the method's own.
+    norm
+        Norm of the scaled error, given in the structure of the state, instead of RMS.
+    dense
+        Keep the continuous extension for ``sol(t)``. None: when every step is saved.
+    save_everystep
+        False without ``saveat``: save the two ends only.
+    engine
+        ``"auto"`` or ``"torch"``.
+    progress
+        Show a progress bar.
+    throw
+        Raise ``SolveError`` when the solve fails; False: return the partial solution, whose
+        ``retcode`` and ``message`` tell why.
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    SolveError
+        If the solve fails and ``throw`` is True. It carries the partial solution.
+    TypeError, ValueError
+        If an argument is wrong, before any work.
+
+    Examples
+    --------
+    >>> prob = ODEProblem(lambda t, u: -u, torch.ones(1), (0.0, 1.0))
+    >>> solve(prob, Tsit5(), saveat=0.5).t
+    tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+    """
+    started = time.perf_counter()
+    if not isinstance(prob, ODEProblem):
+        raise TypeError(f"prob must be an ODEProblem, got {type(prob).__name__}")
+    if engine not in ("auto", "torch"):
+        raise ValueError(f'engine must be "auto" or "torch", got {engine!r}')
+    field = VectorField.of(prob)
+    alg = _checked_algorithm(alg, prob, rtol, field)
+    t0, t1 = float(prob.tspan[0]), float(prob.tspan[1])
+    direction = 1.0 if t1 >= t0 else -1.0
+    saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
+    settings = _checked_settings(
+        alg, field, rtol, atol, norm, dt, adaptive, dtmin, dtmax, maxiters, controller, progress
+    )
+    stops, field.breaks = ordered_stops(tstops, t0, t1)
+
+    transformed = transforms_active()
+    recording = torch.is_grad_enabled() and not transformed
+    u0 = field.structure.ravel(prob.u0)
+    with torch.set_grad_enabled(recording):
+        du0 = field.discover(t0, u0, direction, recording)
+    wanted = bool(field.params) or u0.requires_grad or saves.differentiable(prob.tspan)
+    sensealg = choose(sensealg, recording and wanted)
+    if not sensealg.handles_time:
+        u0 = attach_start(u0, prob.tspan[0], field)
+
+    job = Job(
+        field=field,
+        alg=alg,
+        u0=u0,
+        du0=du0,
+        t0=t0,
+        t1=t1,
+        span=prob.tspan,
+        settings=sensealg.prepared(_with_stops(settings, stops)),
+        save_times=saves.times,
+        dense=saves.times is None if dense is None else dense,
+        stats=Stats(engine="torch", alg=alg.name, sensealg=repr(sensealg)),
+    )
+    outputs = sensealg.run(job)
+    solution = _wrap(job, sensealg, outputs, saves)
+    job.stats.wall_s = time.perf_counter() - started
+    if throw and not solution.success:
+        trajectory = outputs.trajectory
+        raise SolveError(
+            solution.message, solution.retcode, trajectory.final_t, trajectory.final_h, solution
+        )
+    return solution
+
+
+def _checked_algorithm(
+    alg: Algorithm | None, prob: ODEProblem, rtol: Any, field: VectorField
+) -> Algorithm:
+    if alg is None:
+        tight = isinstance(rtol, (int, float)) and rtol < 1e-6
+        alg = Vern7() if tight and field.structure.time_dtype == torch.float64 else Tsit5()
+    if not isinstance(alg, Algorithm):
+        hint = f"; write {alg.__name__}()" if isinstance(alg, type) else ""
+        raise TypeError(f"alg must be a method such as Tsit5(), got {alg!r}{hint}")
+    if prob.mass_matrix is not None and not alg.supports_mass_matrix:
+        raise ValueError(
+            f"{alg.name} cannot solve M du/dt = f with a mass matrix; where M is regular, "
+            "multiply f by its inverse"
+        )
+    return alg
+
+
+def _checked_settings(
+    alg: Algorithm,
+    field: VectorField,
+    rtol: Any,
+    atol: Any,
+    norm: Callable[[Any], Any] | None,
+    dt: float | None,
+    adaptive: bool,
+    dtmin: float,
+    dtmax: float,
+    maxiters: int,
+    controller: Controller | None,
+    progress: bool,
+) -> Settings:
+    adaptive = adaptive and alg.adaptive
+    if dt is None and not adaptive:
+        why = "adaptive=False" if alg.adaptive else f"{alg.name} has no error estimate"
+        raise ValueError(f"{why}: give the step size, dt=...")
+    if dt is not None and not 0 < dt < math.inf:
+        raise ValueError(f"dt must be positive and finite (also backward in time), got {dt}")
+    if not (dtmin >= 0 and dtmax > 0 and dtmin <= dtmax):
+        raise ValueError(f"need 0 <= dtmin <= dtmax and dtmax > 0, got {dtmin} and {dtmax}")
+    if not maxiters > 0:
+        raise ValueError(f"maxiters must be positive, got {maxiters}")
+    if controller is not None and not isinstance(controller, Controller):
+        raise TypeError(f"controller must be e.g. PIController(), got {controller!r}")
+    return Settings(
+        tolerance=Tolerance.build(rtol, atol, field.structure, norm),
+        controller=controller or alg.default_controller(),
+        adaptive=adaptive,
+        dt=None if dt is None else float(dt),
+        dtmin=float(dtmin),
+        dtmax=float(dtmax),
+        maxiters=int(maxiters),
+        progress=progress,
+    )
+
+
+def _with_stops(settings: Settings, stops: tuple[float, ...]) -> Settings:
+    if not stops:
+        return settings
+    return replace(settings, tstops=stops)
+
+
+def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> Solution:
+    trajectory, field, stats = outputs.trajectory, job.field, job.stats
+    u, times = outputs.u, saves.as_tensor(job.span, trajectory.t)
+    if not sensealg.handles_time:
+        u = attach_saved(u, times, field)
+    steps = Steps(
+        _stacked(trajectory.step_t),
+        _stacked(trajectory.step_h),
+        outputs.error,
+        outputs.error_norm,
+        outputs.stiffness,
+    )
+    differentiable = not isinstance(sensealg, NoAdjoint) and u.requires_grad
+    if differentiable and not steps.error.requires_grad:
+        steps = _refusing_gradients(steps, u, sensealg)
+    stats.nf, stats.naccept, stats.nreject = field.nf, trajectory.naccept, trajectory.nreject
+
+    return Solution(
+        t=times,
+        u=field.structure.unravel(u),
+        retcode=trajectory.retcode,
+        stats=stats,
+        steps=steps,
+        message=trajectory.message,
+        _interpolate=_dense_reader(job, sensealg, trajectory.dense, u),
+        _job=job,
+    )
+
+
+def _dense_reader(
+    job: Job, sensealg: Sensealg, dense: DenseOutput | None, anchor: Tensor
+) -> Callable[[Any, int], Any] | None:
+    """``sol(t)``; its values are on the tape where the whole solve is, and else say that not."""
+    if dense is None or not dense.steps:
+        return None
+    structure = job.field.structure
+    on_tape = isinstance(sensealg, DiscreteAdjoint) and sensealg.tape
+
+    def interpolate(t: Any, derivative: int) -> Any:
+        at = torch.as_tensor(t, dtype=torch.float64)
+        recording = torch.is_grad_enabled()
+        with torch.set_grad_enabled(on_tape and recording):
+            flat = dense(at.reshape(-1).tolist(), derivative)
+        if recording and not on_tape and anchor.requires_grad:
+            flat = undifferentiable(flat, anchor, _DENSE_NEEDS_TAPE.format(sensealg=sensealg))
+        return structure.unravel(flat.reshape(*at.shape, structure.size))
+
+    return interpolate
+
+
+def _stacked(values: list[Any]) -> Tensor:
+    if values and isinstance(values[0], Tensor):
+        return torch.stack(values)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _refusing_gradients(steps: Steps, anchor: Tensor, sensealg: Sensealg) -> Steps:
+    def guard(name: str) -> Tensor:
+        message = _STEPS_NEED_DISCRETE.format(name=name, sensealg=sensealg)
+        return undifferentiable(getattr(steps, name), anchor, message)
+
+    return Steps(steps.t, steps.h, guard("error"), guard("error_norm"), guard("stiffness"))

@@ -1,0 +1,94 @@
+"""The contract between a method and everything that runs or differentiates it.
+
+A step is a pure function of ``(field, t, h, state)``. What depends only on those can be run again
+under autograd, so the discrete adjoint is written once for every method.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.controllers import Controller, PIController
+
+
+class StepInterpolant(Protocol):
+    """Continuous extension of one step."""
+
+    def __call__(self, theta: Tensor, derivative: int = 0) -> Tensor:
+        """State, or its time derivative, at ``t + theta h``: ``theta`` ``(m,)`` to ``(m, N)``."""
+        ...
+
+    def keep(self) -> StepInterpolant:
+        """A version that stays valid after the next step."""
+        ...
+
+
+@dataclass(slots=True)
+class Step:
+    """Result of one attempted step.
+
+    Attributes
+    ----------
+    state
+        The new state of the method, a tuple of tensors whose first entry is ``u``.
+    error
+        Local error estimate ``(N,)`` in units of the state, or None.
+    stiffness
+        Estimate of the dominant eigenvalue's magnitude: a 0-d tensor, or the pair (difference of
+        two derivatives, difference of their states) whose ratio of norms it is.
+    interpolant
+        Continuous extension, valid until the next step unless kept.
+    error_low
+        Second estimate that damps the first: with scaled norms ``e`` and ``e_low`` the step's
+        error is ``e**2 / sqrt(e**2 + 0.01 e_low**2)`` (Hairer's 8(5,3) method).
+    """
+
+    state: tuple[Tensor, ...]
+    error: Tensor | None
+    stiffness: Tensor | tuple[Tensor, Tensor]
+    interpolant: StepInterpolant
+    error_low: Tensor | None = None
+
+
+class Algorithm(ABC):
+    """A method of integration and what it declares about itself.
+
+    Attributes
+    ----------
+    order
+        Order of convergence.
+    adaptive
+        Whether it has an error estimate.
+    supports_mass_matrix
+        Whether it can solve ``M du/dt = f``.
+    """
+
+    order: int
+    adaptive: bool
+    supports_mass_matrix: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @abstractmethod
+    def init(
+        self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """State of the method at ``(t, u)``; ``du`` is ``f(t, u)`` where the caller has it."""
+
+    @abstractmethod
+    def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+        """Attempt a step; ``t`` and ``h`` are floats, or 0-d tensors to differentiate by them."""
+
+    def default_controller(self) -> Controller:
+        """Step-size controller that the literature gives this method."""
+        return PIController.for_order(self.order)
+
+    def __repr__(self) -> str:
+        return f"{self.name}()"

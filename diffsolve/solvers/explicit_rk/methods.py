@@ -1,0 +1,166 @@
+"""The explicit Runge-Kutta methods: each one a tableau."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Algorithm, Step
+from diffsolve.solvers.controllers import Controller, PIController
+from diffsolve.solvers.explicit_rk import tableaus, tableaus_high_order
+from diffsolve.solvers.explicit_rk.step import RKState, take_step
+from diffsolve.solvers.explicit_rk.tableau import Tableau
+
+
+class ExplicitRK(Algorithm):
+    """Explicit Runge-Kutta method of any tableau.
+
+    Parameters
+    ----------
+    tableau
+        Its coefficients, checked when the tableau was built.
+
+    Raises
+    ------
+    TypeError
+        If ``tableau`` is not a ``Tableau``.
+
+    Examples
+    --------
+    >>> midpoint = Tableau("midpoint", "Runge 1895", 2, [[], [0.5]], [0, 1], [0, 0.5])
+    >>> method = ExplicitRK(midpoint)
+    """
+
+    def __init__(self, tableau: Tableau):
+        if not isinstance(tableau, Tableau):
+            raise TypeError(f"ExplicitRK needs a Tableau, got {type(tableau).__name__}")
+        self.tableau = tableau
+        self.order = tableau.order
+        self.adaptive = tableau.stages.b_error is not None
+
+    @property
+    def name(self) -> str:
+        return self.tableau.name
+
+    def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
+        return RKState(u, field(field.time(t), u) if du is None else du)
+
+    def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+        return take_step(field, self.tableau.stages, t, h, RKState(*state))
+
+    def __repr__(self) -> str:
+        if type(self) is ExplicitRK:
+            return f"ExplicitRK({self.tableau.name})"
+        return f"{type(self).__name__}()"
+
+
+class _Named(ExplicitRK):
+    """An explicit method that is its class's tableau."""
+
+    coefficients: Tableau
+
+    def __init__(self) -> None:
+        super().__init__(self.coefficients)
+
+
+class Euler(_Named):
+    """Euler's method, order 1; fixed steps."""
+
+    coefficients = tableaus.EULER
+
+
+class Midpoint(_Named):
+    """The explicit midpoint method, order 2; fixed steps (Runge 1895)."""
+
+    coefficients = tableaus.MIDPOINT
+
+
+class Heun(_Named):
+    """Heun's method of order 2 with an embedded Euler step, 2(1)."""
+
+    coefficients = tableaus.HEUN
+
+
+class Ralston(_Named):
+    """Ralston's method of order 2 with an embedded Euler step, 2(1) (Ralston 1962)."""
+
+    coefficients = tableaus.RALSTON
+
+
+class RK4(_Named):
+    """The classical method of order 4; fixed steps (Kutta 1901)."""
+
+    coefficients = tableaus.RK4
+
+
+class BS3(_Named):
+    """Bogacki and Shampine's 3(2) pair, for rough tolerances.
+
+    Bogacki, Shampine, Appl. Math. Lett. 2 (1989) 321.
+    """
+
+    coefficients = tableaus.BS3
+
+
+class DP5(_Named):
+    """Dormand and Prince's 5(4) pair, with Shampine's interpolant of order 4.
+
+    Dormand, Prince, J. Comput. Appl. Math. 6 (1980) 19; controller and interpolant as in Hairer,
+    Norsett, Wanner, Solving ODEs I (1993).
+    """
+
+    coefficients = tableaus.DP5
+
+    def default_controller(self) -> Controller:
+        # Hairer's dopri5: beta = 0.04 and expo1 = 1/5 - 0.75 beta
+        return PIController(beta1=0.17, beta2=0.04)
+
+
+class Tsit5(_Named):
+    """Tsitouras' 5(4) pair with a free interpolant of order 4; the default for most work.
+
+    Tsitouras, Comput. Math. Appl. 62 (2011) 770.
+    """
+
+    coefficients = tableaus.TSIT5
+
+
+class DP8(_Named):
+    """Hairer's 8(5,3) method after Dormand and Prince, with an interpolant of order 7.
+
+    Hairer, Norsett, Wanner, Solving ODEs I (1993), section II.5 and code DOP853.
+    """
+
+    coefficients = tableaus_high_order.DP8
+
+    def default_controller(self) -> Controller:
+        return PIController(beta1=1 / 8, beta2=0.0, factor_min=1 / 3, factor_max=6.0)
+
+
+class Vern6(_Named):
+    """Verner's most efficient 6(5) pair, interpolant of order 6.
+
+    Verner, Numer. Algorithms 53 (2010) 383.
+    """
+
+    coefficients = tableaus_high_order.VERN6
+
+
+class Vern7(_Named):
+    """Verner's most efficient 7(6) pair, interpolant of order 7; for tight tolerances.
+
+    Verner, Numer. Algorithms 53 (2010) 383.
+    """
+
+    coefficients = tableaus_high_order.VERN7
+
+
+class Vern9(_Named):
+    """Verner's most efficient 9(8) pair, interpolant of order 9; for the tightest tolerances.
+
+    Verner, Numer. Algorithms 53 (2010) 383.
+    """
+
+    coefficients = tableaus_high_order.VERN9

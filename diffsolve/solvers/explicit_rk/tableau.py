@@ -1,0 +1,319 @@
+"""The Butcher tableau of an explicit Runge-Kutta method, checked when it is built.
+
+A tableau is given as in the literature. ``Tableau.stages`` is the form that the step and the
+kernels use: the derivative at the new point is always the last stage, so that "first same as
+last" methods and others look alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+_TOLERANCE = 1e-11  # decimal coefficients in the literature carry 1e-14 or so
+
+
+class TableauError(ValueError):
+    """A tableau is inconsistent: wrong shape, row sums, weights or order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Interpolant:
+    """Continuous extension ``u(t + theta h) = u + h sum_i w_i(theta) k_i``.
+
+    Parameters
+    ----------
+    order
+        Order of the interpolant: its local error is ``O(h**(order + 1))``.
+    polynomial
+        ``(n, d)``: ``w_i(theta) = sum_j polynomial[i, j] * theta**(j + 1)``. The ``n`` rows are
+        the stages of the method, the derivative at the new point, then the extra stages.
+    a_extra, c_extra
+        Rows and nodes of the extra stages, evaluated only when the interpolant is asked for. Each
+        row covers the stages of the method, the derivative at the new point, and the extra stages
+        before it.
+    """
+
+    order: int
+    polynomial: Array
+    a_extra: tuple[Array, ...] = ()
+    c_extra: tuple[float, ...] = ()
+
+    def __init__(
+        self,
+        order: int,
+        polynomial: ArrayLike,
+        a_extra: ArrayLike | tuple = (),
+        c_extra: ArrayLike | tuple = (),
+    ):
+        rows = tuple(np.asarray(row, dtype=np.float64) for row in a_extra)  # type: ignore[union-attr]
+        object.__setattr__(self, "order", order)
+        object.__setattr__(self, "polynomial", np.atleast_2d(np.asarray(polynomial, np.float64)))
+        object.__setattr__(self, "a_extra", rows)
+        object.__setattr__(self, "c_extra", tuple(float(c) for c in c_extra))  # type: ignore[union-attr]
+
+    def weights(self, theta: float | Array, derivative: int = 0) -> Array:
+        """Weights of the stages at ``theta``, or their derivative with respect to ``theta``."""
+        theta = np.asarray(theta, dtype=np.float64)
+        powers = np.arange(1, self.polynomial.shape[1] + 1)
+        factors = np.ones(len(powers))
+        for i in range(derivative):
+            factors = factors * (powers - i)
+        exponents = np.maximum(powers - derivative, 0)
+        return (factors * theta[..., None] ** exponents) @ self.polynomial.T
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """A tableau in the form of the step: ``n`` stages, the last one at the new point.
+
+    ``a`` is ``(n, n)`` and strictly lower triangular, its last row holds the weights ``b``;
+    ``b_error`` has ``n`` entries, or is None.
+    """
+
+    a: Array
+    c: Array
+    b_error: Array | None
+    b_error_low: Array | None
+    interpolant: Interpolant
+
+    @property
+    def n(self) -> int:
+        return len(self.c)
+
+
+@dataclass(frozen=True, eq=False)
+class Tableau:
+    """Coefficients of an explicit Runge-Kutta method.
+
+    Parameters
+    ----------
+    name
+        Name of the method.
+    source
+        Where the numbers come from.
+    order
+        Order of the solution that is propagated.
+    a
+        ``s`` rows; row ``i`` holds at least its ``i`` coefficients left of the diagonal.
+    b
+        ``s`` weights of the solution.
+    c
+        ``s`` nodes.
+    b_error
+        Weights of the error estimate, ``b - b_hat``: ``s`` of them, or ``s + 1`` where the
+        derivative at the new point takes part. None: the method has no embedded error estimate.
+    error_order
+        Order of the embedded solution ``b_hat``; default ``order - 1``.
+    b_error_low
+        Weights of a second estimate, of lower order, that damps the first where the first is by far
+        the smaller, as in Hairer's 8(5,3) method: the error is
+        ``e**2 / sqrt(e**2 + 0.01 e_low**2)`` with their norms.
+    stability_interval
+        Length of the real interval of absolute stability, where known.
+    interpolant
+        Continuous extension. Default: the cubic Hermite polynomial.
+
+    Raises
+    ------
+    TableauError
+        If shapes disagree, a row does not sum to its node, the order conditions up to ``order``
+        fail, or the error weights do not sum to zero.
+
+    References
+    ----------
+    Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I (1993), sections II.2 and
+    II.6.
+    """
+
+    name: str
+    source: str
+    order: int
+    a: Array
+    b: Array
+    c: Array
+    b_error: Array | None = None
+    error_order: int | None = None
+    b_error_low: Array | None = None
+    stability_interval: float | None = None
+    interpolant: Interpolant | None = None
+    stages: Stages = field(init=False, repr=False)
+
+    def __init__(
+        self,
+        name: str,
+        source: str,
+        order: int,
+        a: ArrayLike | tuple,
+        b: ArrayLike,
+        c: ArrayLike,
+        b_error: ArrayLike | None = None,
+        error_order: int | None = None,
+        b_error_low: ArrayLike | None = None,
+        stability_interval: float | None = None,
+        interpolant: Interpolant | None = None,
+    ):
+        c_array = np.asarray(c, dtype=np.float64)
+        fields = {
+            "name": name,
+            "source": source,
+            "order": order,
+            "a": _lower_triangle(name, a, len(c_array)),
+            "b": np.asarray(b, dtype=np.float64),
+            "c": c_array,
+            "b_error": None if b_error is None else np.asarray(b_error, dtype=np.float64),
+            "error_order": order - 1 if error_order is None else error_order,
+            "b_error_low": None if b_error_low is None else np.asarray(b_error_low, np.float64),
+            "stability_interval": stability_interval,
+            "interpolant": interpolant,
+        }
+        for key, value in fields.items():
+            object.__setattr__(self, key, value)
+        self._check_shapes()
+        object.__setattr__(self, "stages", self._extended())
+        self._check_conditions()
+
+    @property
+    def first_same_as_last(self) -> bool:
+        """Whether the last stage is the derivative at the new point."""
+        return bool(self.b[-1] == 0 and self.c[-1] == 1 and np.array_equal(self.a[-1], self.b))
+
+    def _check_shapes(self) -> None:
+        s = len(self.c)
+        if self.b.shape != (s,):
+            raise TableauError(f"{self.name}: b has shape {self.b.shape}, c has {s} nodes")
+        for label, weights in (("b_error", self.b_error), ("b_error_low", self.b_error_low)):
+            if weights is not None and weights.shape not in ((s,), (s + 1,)):
+                raise TableauError(
+                    f"{self.name}: {label} has shape {weights.shape}; "
+                    f"expected ({s},), or ({s + 1},) with the derivative at the new point"
+                )
+        if self.c[0] != 0:
+            raise TableauError(f"{self.name}: the first node is {self.c[0]}, not 0")
+
+    def _extended(self) -> Stages:
+        s = len(self.c)
+        if self.first_same_as_last:
+            a, c = self.a, self.c
+        else:
+            a = np.zeros((s + 1, s + 1))
+            a[:s, :s], a[s, :s] = self.a, self.b
+            c = np.append(self.c, 1.0)
+        n = len(c)
+
+        def padded(weights: Array | None) -> Array | None:
+            if weights is None:
+                return None
+            if len(weights) > n:
+                raise TableauError(f"{self.name}: {len(weights)} error weights for {n} stages")
+            return np.append(weights, np.zeros(n - len(weights)))
+
+        interpolant = self.interpolant or _cubic_hermite(a[-1], self.order)
+        return Stages(a, c, padded(self.b_error), padded(self.b_error_low), interpolant)
+
+    def _check_conditions(self) -> None:
+        a, c = self.stages.a, self.stages.c
+        _require(np.abs(a.sum(1) - c).max(), a, f"{self.name}: a row of a does not sum to its node")
+        _check_order(f"{self.name}", a, a[-1], self.order)
+        if self.stages.b_error is not None:
+            b_hat = a[-1] - self.stages.b_error
+            _check_order(f"{self.name}: embedded solution", a, b_hat, self.error_order or 1)
+        if self.stages.b_error_low is not None:
+            _check_order(f"{self.name}: second estimate", a, a[-1] - self.stages.b_error_low, 1)
+        self._check_interpolant()
+
+    def _check_interpolant(self) -> None:
+        dense, n = self.stages.interpolant, self.stages.n
+        total = n + len(dense.c_extra)
+        if len(dense.a_extra) != len(dense.c_extra):
+            raise TableauError(f"{self.name}: a_extra and c_extra differ in length")
+        if dense.polynomial.shape[0] != total:
+            raise TableauError(
+                f"{self.name}: the interpolant has {len(dense.polynomial)} rows for {total} stages"
+            )
+        a = np.zeros((total, total))
+        a[:n, :n] = self.stages.a
+        for i, row in enumerate(dense.a_extra):
+            a[n + i, : len(row)] = row
+        c = np.append(self.stages.c, dense.c_extra)
+        _require(np.abs(a.sum(1) - c).max(), a, f"{self.name}: interpolant row sums")
+        for theta in (0.25, 0.5, 0.75, 1.0):
+            label = f"{self.name}: interpolant at theta={theta}"
+            _check_order(label, a, dense.weights(theta), dense.order, theta)
+
+
+def _lower_triangle(name: str, rows: ArrayLike | tuple, s: int) -> Array:
+    a = np.zeros((s, s))
+    for i, row in enumerate(rows):  # type: ignore[arg-type]
+        values = np.asarray(row, dtype=np.float64)
+        if i >= s or len(values) > s or np.any(values[i:]):
+            raise TableauError(f"{name}: row {i} of a does not fit {s} explicit stages")
+        a[i, : len(values)] = values
+    return a
+
+
+def _cubic_hermite(b: Array, order: int) -> Interpolant:
+    """Third-order Hermite polynomial through both ends, written with the stages."""
+    first, last = np.eye(len(b))[0], np.eye(len(b))[-1]
+    columns = [first, 3 * b - 2 * first - last, first + last - 2 * b]
+    return Interpolant(min(3, order), np.stack(columns, 1))
+
+
+def _require(defect: float, scale: Array, message: str) -> None:
+    if not defect <= _TOLERANCE * max(1.0, float(np.abs(scale).sum(-1).max())):
+        raise TableauError(f"{message} (defect {defect:.3g})")
+
+
+def _check_order(name: str, a: Array, b: Array, order: int, theta: float = 1.0) -> None:
+    """Check ``b . Phi(tree) = theta**|tree| / gamma(tree)`` for every tree up to ``order``."""
+    weights = _elementary_weights(a, order)
+    for tree, (size, density) in rooted_trees(order).items():
+        phi = weights[tree]
+        defect = abs(b @ phi - theta**size / density)
+        scale = max(1.0, float(np.abs(b) @ np.abs(phi)))
+        if not defect <= _TOLERANCE * scale:
+            raise TableauError(
+                f"{name}: order condition of a tree with {size} nodes fails (defect {defect:.3g}); "
+                f"the method does not have order {order}"
+            )
+
+
+def _elementary_weights(a: Array, order: int) -> dict[tuple, Array]:
+    weights: dict[tuple, Array] = {}
+    for tree in rooted_trees(order):
+        phi = np.ones(len(a))
+        for child in tree:
+            phi = phi * (a @ weights[child])
+        weights[tree] = phi
+    return weights
+
+
+@cache
+def rooted_trees(order: int) -> dict[tuple, tuple[int, float]]:
+    """Rooted trees with at most ``order`` nodes, as sorted tuples of their children.
+
+    Returns
+    -------
+    dict
+        Tree to its number of nodes and its density ``gamma``, smaller trees first.
+    """
+    sized: dict[int, list[tuple]] = {1: [()]}
+    info: dict[tuple, tuple[int, float]] = {(): (1, 1.0)}
+    for size in range(2, order + 1):
+        found = set()
+        for part in range(1, size):
+            # graft one branch of `part` nodes onto the root of a smaller tree
+            for branch in sized[part]:
+                for rest in sized[size - part]:
+                    found.add(tuple(sorted((*rest, branch))))
+        sized[size] = sorted(found)
+        for tree in sized[size]:
+            density = float(size)
+            for child in tree:
+                density *= info[child][1]
+            info[tree] = (size, density)
+    return info

@@ -1,0 +1,63 @@
+"""Dense output over a whole solve: the steps' continuous extensions, joined."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffsolve.solvers.algorithm import StepInterpolant
+
+
+class DenseOutput:
+    """Continuous extension of consecutive steps, in either direction of time.
+
+    Parameters
+    ----------
+    t0
+        Start of the first step.
+    direction
+        1.0 forward, -1.0 backward in time.
+    """
+
+    def __init__(self, t0: float, direction: float):
+        self.direction = direction
+        self.ends: list[float] = [direction * t0]  # increasing: times by the direction
+        self.steps: list[StepInterpolant] = []
+
+    def append(self, t_end: float, interpolant: StepInterpolant) -> None:
+        self.steps.append(interpolant.keep())
+        self.ends.append(self.direction * t_end)
+
+    def locate(self, t: float) -> tuple[int, float]:
+        """Index of the step that holds ``t`` (the earlier one at a joint), and theta in it.
+
+        Raises
+        ------
+        ValueError
+            If ``t`` is outside of the steps.
+        """
+        s = self.direction * t
+        if not self.ends[0] <= s <= self.ends[-1] or not self.steps:
+            ends = sorted((self.direction * self.ends[0], self.direction * self.ends[-1]))
+            raise ValueError(f"t = {t} is outside of the solved interval {ends}")
+        i = min(max(bisect_left(self.ends, s) - 1, 0), len(self.steps) - 1)
+        return i, (s - self.ends[i]) / (self.ends[i + 1] - self.ends[i])
+
+    def at(self, t: float) -> Tensor:
+        """State at one time."""
+        i, theta = self.locate(t)
+        return self.steps[i](torch.tensor([theta], dtype=torch.float64))[0]
+
+    def __call__(self, times: Sequence[float], derivative: int = 0) -> Tensor:
+        """States ``(m, N)`` at times in any order."""
+        located = [self.locate(t) for t in times]
+        values: list[Tensor | None] = [None] * len(located)
+        for index in sorted({i for i, _ in located}):
+            wanted = [j for j, (i, _) in enumerate(located) if i == index]
+            theta = torch.tensor([located[j][1] for j in wanted], dtype=torch.float64)
+            for j, value in zip(wanted, self.steps[index](theta, derivative), strict=True):
+                values[j] = value
+        return torch.stack([v for v in values if v is not None])

@@ -1,0 +1,163 @@
+"""Norms of a step: the scaled error that is controlled, and the estimates that are recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from diffsolve.problems.structure import StateStructure
+from diffsolve.solvers.algorithm import Step
+
+Number = float | Tensor
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square, of the magnitudes where complex."""
+    return torch.linalg.vector_norm(x) / math.sqrt(max(x.numel(), 1))
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``atol + rtol * |u|`` and the norm that is taken of what it scales.
+
+    Parameters
+    ----------
+    rtol, atol
+        0-d tensors, or flat tensors with an entry a component.
+    norm
+        Norm of the scaled flat error; None: root mean square.
+    """
+
+    rtol: Tensor
+    atol: Tensor
+    norm: Callable[[Tensor], Any] | None = None
+
+    @classmethod
+    def build(
+        cls, rtol: Any, atol: Any, structure: StateStructure, norm: Callable[[Any], Any] | None
+    ) -> Tolerance:
+        """Check what a user gave: numbers, or tensors or pytrees that broadcast to the state.
+
+        Raises
+        ------
+        ValueError
+            If one is negative, NaN or of a wrong shape, or both are zero.
+        """
+        relative = _flat_tolerance("rtol", rtol, structure)
+        absolute = _flat_tolerance("atol", atol, structure)
+        if not bool(((relative > 0) | (absolute > 0)).all()):
+            raise ValueError("rtol and atol must not both be zero")
+        if norm is None:
+            return cls(relative, absolute)
+        return cls(relative, absolute, lambda scaled: norm(structure.unravel(scaled)))
+
+    def scale(self, magnitude: Tensor) -> Tensor:
+        return torch.addcmul(self.atol, self.rtol, magnitude)
+
+    def scaled_norm(self, x: Tensor, magnitude: Tensor) -> Any:
+        scaled = x / self.scale(magnitude)
+        return rms(scaled) if self.norm is None else self.norm(scaled)
+
+
+def _flat_tolerance(name: str, value: Any, structure: StateStructure) -> Tensor:
+    dtype, device = structure.time_dtype, structure.device
+    if isinstance(value, (int, float)):
+        flat = torch.tensor(float(value), dtype=dtype, device=device)
+        smallest = float(value)
+    else:
+        leaves = pytree.tree_leaves(value)
+        if len(leaves) == 1:
+            leaves = leaves * len(structure.shapes)
+        if len(leaves) != len(structure.shapes):
+            raise ValueError(f"{name} has {len(leaves)} parts, the state {len(structure.shapes)}")
+        try:
+            parts = [
+                torch.as_tensor(leaf, dtype=dtype, device=device).expand(shape).reshape(-1)
+                for leaf, shape in zip(leaves, structure.shapes, strict=True)
+            ]
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} does not broadcast to the state: {error}") from error
+        flat = torch.cat(parts)
+        smallest = float(flat.min())
+    if not (smallest >= 0 and bool(torch.isfinite(flat).all())):
+        raise ValueError(f"{name} must be zero or positive and finite, got {value!r}")
+    return flat
+
+
+@dataclass(slots=True)
+class Estimates:
+    """Estimates of a step: floats, or 0-d tensors on the tape."""
+
+    error: Number
+    error_norm: Number
+    stiffness: Number
+
+
+def measure(step: Step, u: Tensor, tolerance: Tolerance, on_tape: bool) -> Estimates:
+    """Norms of a step that started at ``u``; off the tape they cost one host synchronisation."""
+    return (_measure_on_tape if on_tape else _measure)(step, u, tolerance)
+
+
+def _measure_on_tape(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
+    stiffness = step.stiffness
+    if isinstance(stiffness, tuple):
+        stiffness = _safe_ratio(*(torch.linalg.vector_norm(x) for x in stiffness))
+    if step.error is None:
+        zero = torch.zeros((), dtype=tolerance.atol.dtype, device=u.device)
+        return Estimates(zero, zero, stiffness)
+    magnitude = torch.maximum(u.abs(), step.state[0].abs())
+    error = tolerance.scaled_norm(step.error, magnitude)
+    if step.error_low is not None:
+        high = tolerance.scaled_norm(step.error_low, magnitude)
+        error = error * _safe_ratio(error, _safe_hypot(error, 0.1 * high))
+    return Estimates(error, rms(step.error), stiffness)
+
+
+def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
+    new = step.state[0]
+    rows = [step.error] if step.error is not None else [new]  # a norm shows what is not finite
+    if isinstance(step.stiffness, tuple):
+        rows += step.stiffness
+    scaled: list[Tensor] = []
+    if step.error is not None:
+        scale = tolerance.scale(torch.maximum(u.abs(), new.abs()))
+        scaled.append(step.error / scale)
+        if step.error_low is not None:
+            scaled.append(step.error_low / scale)
+        if tolerance.norm is None:
+            rows += scaled
+    norms = torch.linalg.vector_norm(torch.stack(rows), dim=1).tolist()
+
+    if isinstance(step.stiffness, tuple):
+        stiffness = norms[1] / norms[2] if norms[2] > 0 else 0.0
+    else:
+        stiffness = float(step.stiffness)
+    if step.error is None:
+        error = 0.0 if math.isfinite(norms[0]) else math.nan
+        return Estimates(error, error, stiffness)
+    root = math.sqrt(u.numel())
+    if tolerance.norm is None:
+        errors = [x / root for x in norms[len(rows) - len(scaled) :]]
+    else:
+        errors = [float(tolerance.norm(x)) for x in scaled]
+    error = errors[0]
+    if len(errors) == 2 and error > 0:
+        error = error * error / math.hypot(error, 0.1 * errors[1])
+    return Estimates(error, norms[0] / root, stiffness)
+
+
+def _safe_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Ratio that is zero, with zero gradient, where the denominator is."""
+    positive = denominator > 0
+    return torch.where(positive, numerator / torch.where(positive, denominator, 1.0), 0.0)
+
+
+def _safe_hypot(a: Tensor, b: Tensor) -> Tensor:
+    """``sqrt(a**2 + b**2)`` with zero gradient at the origin."""
+    return torch.linalg.vector_norm(torch.stack([a, b]))

@@ -1,0 +1,142 @@
+"""The times of a solve: what to save, and where steps must end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SaveTimes:
+    """Times to save.
+
+    Attributes
+    ----------
+    times
+        In the order of integration; None: every step.
+    given
+        The user's tensor of times, where its gradient is wanted.
+    from_start
+        Whether the times move with ``t0``, except a last one that is ``t1``.
+    """
+
+    times: list[float] | None
+    given: Tensor | None = None
+    from_start: bool = False
+
+    @classmethod
+    def build(cls, saveat: Any, span: tuple[Any, Any], save_everystep: bool | None) -> SaveTimes:
+        """Check ``saveat``.
+
+        Raises
+        ------
+        ValueError
+            If times are unsorted, repeated, NaN or outside of the span, or contradict
+            ``save_everystep``.
+        """
+        t0, t1 = float(span[0]), float(span[1])
+        if saveat is None:
+            if save_everystep is False:
+                return cls([t0] if t0 == t1 else [t0, t1], from_start=True)
+            return cls(None, from_start=True)
+        if save_everystep:
+            raise ValueError(
+                "saveat saves exactly its times: drop save_everystep=True, or saveat and read "
+                "other times from sol(t)"
+            )
+        if isinstance(saveat, (int, float)) or (isinstance(saveat, Tensor) and saveat.dim() == 0):
+            return cls(_spaced(float(saveat), t0, t1), from_start=True)
+        values = torch.as_tensor(saveat) if not isinstance(saveat, Tensor) else saveat
+        if values.dim() != 1 or not len(values) or values.is_complex():
+            shape = tuple(values.shape)
+            raise ValueError(f"saveat must be a spacing or a 1-d list of times, got shape {shape}")
+        given = values if values.requires_grad else None
+        # rounding of the user's dtype must not push an end out of the span
+        eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+        times = [_snapped(t, (t0, t1), eps) for t in values.detach().double().tolist()]
+        _check_order(times, t0, t1)
+        return cls(times, given)
+
+    def differentiable(self, span: tuple[Any, Any]) -> bool:
+        """Whether a gradient by a time is wanted."""
+        ends = any(isinstance(t, Tensor) and t.requires_grad for t in span)
+        return ends or self.given is not None
+
+    def as_tensor(self, span: tuple[Any, Any], reached: Sequence[float]) -> Tensor:
+        """The times that were reached, ``(T,)`` float64, on the tape where a time is."""
+        if self.given is not None:
+            return self.given[: len(reached)].to(device="cpu", dtype=torch.float64)
+        values = torch.tensor(list(reached), dtype=torch.float64)
+        t0, t1 = span
+        if not self.from_start or not self.differentiable(span) or not len(values):
+            return values
+        start, end = (torch.as_tensor(t, dtype=torch.float64) for t in (t0, t1))
+        if self.times is None:  # only the ends move: step sizes are constants
+            moves = torch.zeros_like(values)
+            moves[0] = 1.0
+        else:
+            moves = torch.ones_like(values)
+        at_end = values == float(end)
+        moves = torch.where(at_end & (values != float(start)), 0.0, moves)
+        values = values + moves * (start - start.detach())
+        ends = (at_end & (moves == 0)).to(values.dtype)
+        return values + ends * (end - end.detach())
+
+
+def _spaced(spacing: float, t0: float, t1: float) -> list[float]:
+    span = abs(t1 - t0)
+    if not 0 < spacing < math.inf:
+        raise ValueError(f"saveat must be a positive spacing or a list of times, got {spacing}")
+    count = math.floor(span / spacing * (1 + 1e-12))
+    sign = math.copysign(spacing, t1 - t0)
+    times = (t0 + sign * np.arange(count + 1)).tolist()
+    if abs(times[-1] - t1) <= 1e-12 * max(abs(t1), span):
+        times[-1] = t1
+    elif t1 != t0:
+        times.append(t1)
+    return times
+
+
+def _snapped(t: float, ends: tuple[float, float], eps: float) -> float:
+    for end in ends:
+        if abs(t - end) <= eps * abs(end):
+            return end
+    return t
+
+
+def _check_order(times: list[float], t0: float, t1: float) -> None:
+    low, high = min(t0, t1), max(t0, t1)
+    outside = [t for t in times if not low <= t <= high]
+    if outside:
+        raise ValueError(f"saveat holds {outside[0]}, which is outside of tspan ({t0}, {t1})")
+    sign = 1.0 if t1 >= t0 else -1.0
+    for before, after in pairwise(times):
+        if sign * after <= sign * before:
+            what = "repeats" if after == before else "is not in the order of integration at"
+            raise ValueError(f"saveat {what} {after}: list each time once, from t0 towards t1")
+
+
+def ordered_stops(
+    tstops: Sequence[float], t0: float, t1: float
+) -> tuple[tuple[float, ...], frozenset[float]]:
+    """Stops strictly inside the span, in order, and all of them that lie in it.
+
+    Raises
+    ------
+    ValueError
+        If a stop is NaN.
+    """
+    values = [float(t) for t in tstops]
+    if any(math.isnan(t) for t in values):
+        raise ValueError("tstops holds NaN")
+    low, high = min(t0, t1), max(t0, t1)
+    inside = {t for t in values if low < t < high}
+    breaks = frozenset(t for t in values if low <= t <= high)
+    return tuple(sorted(inside, reverse=t1 < t0)), breaks
