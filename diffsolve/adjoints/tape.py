@@ -65,13 +65,12 @@ class StepTape:
 
     def backward(
         self, alg: Algorithm, field: VectorField
-    ) -> Iterator[tuple[Record, tuple[Tensor, ...]]]:
-        """Records with their states, the last one first."""
+    ) -> Iterator[tuple[int, list[Record], list[tuple[Tensor, ...]]]]:
+        """Segments, the last one first: index of the first step, the records, their states."""
         if self.checkpoints is None:
-            for record in reversed(self.records):
-                yield record, record.state
+            if self.records:
+                yield 0, self.records, [record.state for record in self.records]
             return
         for segment in reversed(self.segments()):
-            states = self.states(segment, alg, field)
-            for i in reversed(range(*segment)):
-                yield self.records[i], states.pop()
+            begin, end = segment
+            yield begin, self.records[begin:end], self.states(segment, alg, field)

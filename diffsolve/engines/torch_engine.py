@@ -255,20 +255,29 @@ class _Loop:
         self.h = h = self.direction * size
         step = self.alg.step(self.rhs, t, h, self.state)
         estimates = self.last = measure(step, self.state[0], settings.tolerance, self.on_tape)
-        accept, factor = self._judge(estimates)
+        error = estimates.error
+        if self.on_tape and not settings.h_on_tape:
+            error = float(error.detach())  # type: ignore[union-attr]
+        accept, factor = error < math.inf, 1.0
+        if settings.adaptive:
+            accept, factor, self.memory = settings.controller.propose(
+                error, self.memory, self.rejections > 0
+            )
         if accept:
             self._accept(step, h, lands, estimates)
         else:
             self.result.nreject += 1
             self.rejections += 1
-            self.not_finite = not math.isfinite(estimates.error)
+            self.not_finite = not error < math.inf
             if not settings.adaptive:
                 return self._fail(ReturnCode.UNSTABLE, estimates)
-        proposal = size * factor
-        if accept and lands:
+        if not settings.adaptive:
+            self.size = settings.dt
+        elif accept and lands:
             # a step cut short by a stop says nothing against the size before it
-            proposal = max(proposal, self.size) if self.size <= settings.dtmax else proposal
-        self.size = proposal if settings.adaptive else settings.dt
+            self.size = max(size * factor, min(self.size, settings.dtmax))
+        else:
+            self.size = size * factor
         return None
 
     def _fit(self) -> tuple[Any, bool]:
@@ -276,22 +285,14 @@ class _Loop:
         settings = self.settings
         size = min(self.size, settings.dtmax)
         remaining = self.direction * (self.stops[self.stop] - self.t)
+        if remaining > 2 * size:
+            return size, False
         stretch = _STRETCH if settings.adaptive else _ROUNDING
         if remaining <= size * stretch and remaining <= settings.dtmax * _ROUNDING:
             return remaining, True
         if settings.adaptive and remaining < 2 * size:
             return remaining / 2, False  # two even steps rather than a sliver at the end
         return size, False
-
-    def _judge(self, estimates: Estimates) -> tuple[bool, Any]:
-        settings = self.settings
-        error = estimates.error if settings.h_on_tape else float(estimates.error)
-        if not settings.adaptive:
-            return math.isfinite(error), 1.0
-        accept, factor, self.memory = settings.controller.propose(
-            error, self.memory, self.rejections > 0
-        )
-        return accept, factor
 
     def _accept(self, step: Step, h: Any, lands: bool, estimates: Estimates) -> None:
         result, saving = self.result, self.saving

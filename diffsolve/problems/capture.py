@@ -11,6 +11,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+_PRODUCTS = {
+    torch.nn.functional.linear,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.mv,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.mm,
+    Tensor.mv,
+}
 _DEPTH = 4  # how far to look into closures, containers and bound objects
 
 
@@ -31,6 +42,9 @@ class Probe(TorchFunctionMode):
         Tensors that were neither given as arguments nor computed under the probe.
     saw_no_grad
         Whether an operation ran with gradients switched off.
+    work
+        Entries of all results, each counted with its sum's length in products of matrices: a
+        rough measure of the arithmetic.
     """
 
     def __init__(self, arguments: list[Any]):
@@ -38,6 +52,7 @@ class Probe(TorchFunctionMode):
         self._known = {id(x): x for x in arguments}
         self._foreign: dict[int, Tensor] = {}
         self.saw_no_grad = False
+        self.work = 0
 
     @property
     def foreign(self) -> list[Tensor]:
@@ -54,6 +69,7 @@ class Probe(TorchFunctionMode):
         out = func(*args, **kwargs)
         # results are kept alive, so that no identity is used twice
         for x in _tensors_in((out,)):
+            self.work += x.numel() * (args[0].shape[-1] if func in _PRODUCTS else 1)
             if id(x) not in self._foreign:
                 self._known[id(x)] = x
         return out

@@ -35,6 +35,8 @@ class VectorField:
         modules, captured tensors. Filled by ``discover``.
     nf
         Evaluations so far.
+    work
+        Entries that one evaluation computes, about. Filled by ``discover``.
     scratch
         Work space that steps keep between calls; one field serves one solve.
     breaks
@@ -47,9 +49,11 @@ class VectorField:
         self.structure = structure
         self.params: list[Tensor] = []
         self.nf = 0
+        self.work = 0
         self.scratch: dict[Any, Any] = {}
         self.breaks: frozenset[float] = frozenset()
         self._shape = structure.shapes[0] if structure.is_tensor else None
+        self._is_flat = self._shape is not None and len(self._shape) == 1
         self._args = () if p is None else (p,)
 
     @classmethod
@@ -66,10 +70,26 @@ class VectorField:
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         self.nf += 1
+        if self._is_flat:
+            return self.f(t, u, *self._args)
         if self._shape is not None:
             return self.f(t, u.view(self._shape), *self._args).reshape(-1)
         du = self.f(t, self.structure.unravel(u), *self._args)
         return self.structure.ravel(du)
+
+    def write(self, t: Tensor, u: Tensor, row: Tensor) -> None:
+        """Evaluate into ``row``, one of ``rows_of``: as ``__call__``, with fewer operations."""
+        self.nf += 1
+        if self._shape is None:
+            row.copy_(self.structure.ravel(self.f(t, self.structure.unravel(u), *self._args)))
+        elif self._is_flat:
+            row.copy_(self.f(t, u, *self._args))
+        else:
+            row.copy_(self.f(t, u.view(self._shape), *self._args))
+
+    def rows_of(self, k: Tensor) -> Sequence[Tensor]:
+        """Rows of ``k`` ``(n, N)`` for ``write``, in the shape of what ``f`` returns."""
+        return (k if self._shape is None else k.view(len(k), *self._shape)).unbind(0)
 
     # -- times ---------------------------------------------------------------------------------
 
@@ -153,6 +173,7 @@ class VectorField:
             found = [*leaves, *probe.foreign, *reachable_tensors(self.f)]
             unique = {id(x): x for x in found if x.requires_grad}
             self.params = list(unique.values())
+            self.work = probe.work
         return flat.detach().clone()
 
     def for_vjp(self) -> tuple[VectorField, list[Tensor]]:

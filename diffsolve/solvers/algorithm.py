@@ -66,11 +66,14 @@ class Algorithm(ABC):
         Whether it has an error estimate.
     supports_mass_matrix
         Whether it can solve ``M du/dt = f``.
+    is_one_step
+        Whether the state of the method follows from ``(t, u)``, as ``init`` makes it.
     """
 
     order: int
     adaptive: bool
     supports_mass_matrix: ClassVar[bool] = False
+    is_one_step: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -70,7 +70,7 @@ class Controller(ABC):
         accept, factor, memory
             ``factor`` multiplies the step size.
         """
-        if not math.isfinite(error):
+        if not error < math.inf:  # NaN too
             return False, self.factor_min, memory
         if error > 1:
             factor = self.safety * self.rejected(error, memory)
@@ -120,7 +120,8 @@ class PIController(Controller):
     Parameters
     ----------
     beta1, beta2
-        Exponents; ``for_order`` gives ``7/(10 k)`` and ``2/(5 k)``.
+        Exponents; ``for_order`` gives ``7/(10 k)`` and ``2/(5 k)``, Hairer's dopri5 ``0.2 - 0.75 b``
+        and ``b = 0.04``. The first step is judged by integral control.
 
     References
     ----------
@@ -135,9 +136,13 @@ class PIController(Controller):
         return cls(beta1=7 / (10 * order), beta2=2 / (5 * order), **options)
 
     def start(self) -> Memory:
-        return (1e-4,)
+        return ()
 
     def accepted(self, error: Any, memory: Memory) -> tuple[Any, Memory]:
+        # before the first step there is nothing to compare with: integral control, whose exponent
+        # 1/k is beta1 + 3/4 beta2 in both of the rules above
+        if not memory:
+            return error ** -(self.beta1 + 0.75 * self.beta2), (max(error, 1e-4),)
         (previous,) = memory
         return error**-self.beta1 * previous**self.beta2, (max(error, 1e-4),)
 

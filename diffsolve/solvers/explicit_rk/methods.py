@@ -33,6 +33,8 @@ class ExplicitRK(Algorithm):
     >>> method = ExplicitRK(midpoint)
     """
 
+    is_one_step = True
+
     def __init__(self, tableau: Tableau):
         if not isinstance(tableau, Tableau):
             raise TypeError(f"ExplicitRK needs a Tableau, got {type(tableau).__name__}")

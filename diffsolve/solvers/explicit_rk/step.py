@@ -49,17 +49,26 @@ class RKInterpolant:
         exponents, coefficients = _basis(self.field, self.dense, derivative)
         powers = theta.to(exponents.dtype)[:, None] ** exponents
         weights = powers.to(coefficients.dtype) @ coefficients
-        values = (weights * self.h ** (1 - derivative)) @ self.k
-        return values if derivative else self.u + values
+        scale = _as_scale(self.field, self.h)
+        if derivative:
+            return (weights * scale ** (1 - derivative)) @ self.k
+        if isinstance(scale, Tensor):
+            return self.u + (weights * scale) @ self.k
+        return torch.addmm(self.u, weights, self.k, alpha=scale)
 
     def _add_stages(self) -> None:
         k = list(self.k.unbind(0))
         times = self.field.times(self.t, self.h, np.asarray(self.dense.c_extra))
         for row, time in zip(self.dense.a_extra, times, strict=True):
-            weights = constant(self.field, row) * self.h
+            weights = constant(self.field, row) * _as_scale(self.field, self.h)
             k.append(self.field(time, self.u + weights @ torch.stack(k[: len(row)])))
         self.k = torch.stack(k)
         self.complete = True
+
+
+def _as_scale(field: VectorField, h: Any) -> Any:
+    """``h`` as a factor of states; a tensor must not raise their precision."""
+    return h.to(field.dtype) if isinstance(h, Tensor) else h
 
 
 def constant(field: VectorField, values: np.ndarray) -> Tensor:
@@ -103,7 +112,8 @@ def take_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RKState
 
 def _recorded_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RKState) -> Step:
     u, du = state
-    a = constant(field, stages.a) * h
+    scale = _as_scale(field, h)
+    a = constant(field, stages.a) * scale
     times = field.times(t, h, stages.c)
     k, g = [du], u
     stiff_stage = _stiffness_stage(stages)
@@ -115,7 +125,7 @@ def _recorded_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RK
             g_stiff = g
     rows = torch.stack(k)
     error, error_low = (
-        None if b is None else (constant(field, b) * h) @ rows
+        None if b is None else (constant(field, b) * scale) @ rows
         for b in (stages.b_error, stages.b_error_low)
     )
     return Step(
@@ -153,6 +163,7 @@ class _Workspace:
         self.scaled = torch.empty_like(self.weights)  # the weights times h
         self.k = torch.empty(n, size, dtype=field.dtype, device=field.device)
         self.k_rows = self.k.unbind(0)
+        self.f_rows = field.rows_of(self.k)
         k_columns = self.k.T
         # stage i: u + sum over the stages before it
         self.combine = [(k_columns[:, :i], self.scaled[i, :i]) for i in range(1, n)]
@@ -164,14 +175,14 @@ class _Workspace:
         u, du = state
         torch.mul(self.weights, h, out=self.scaled)
         times = field.times(t, h, self.stages.c)
-        rows, addmv = self.k_rows, torch.addmv
+        rows, f_rows, addmv, write = self.k_rows, self.f_rows, torch.addmv, field.write
         rows[0].copy_(du)
         g = g_stiff = u
         for i, (k_before, a) in enumerate(self.combine, 1):
             g = addmv(u, k_before, a)
             if i == self.stiff_stage:
                 g_stiff = g
-            rows[i].copy_(field(times[i], g))
+            write(times[i], g, f_rows[i])
         error, error_low = (
             None if b is None else torch.mv(self.k_columns, b)
             for b in (self.error_weights, self.low_weights)

@@ -1,0 +1,264 @@
+"""The discrete adjoint of many steps at once, for small states.
+
+Run one by one, the reverse pass of a small system is all overhead: thousands of tiny autograd
+calls. But the states of all steps are known, so every step can be run again in one batch
+(``torch.vmap``), which leaves only a linear recursion from step to step:
+
+    lambda_n = (du_{n+1}/du_n)^T lambda_{n+1} + (cotangents of what was read off step n).
+
+Its matrices cost one batched reverse pass a component of the state, its solution one small
+matrix-vector product a step, and the gradients by the parameters one more batched pass with all
+the lambdas. Where the state is a batch of rows ``(..., d)``, ``f`` usually treats them one by one:
+then ``d`` passes give every row's matrix. That is assumed and checked, because the last pass gives
+the true product of every step's matrix with its lambda as well; where it differs, and where ``f``
+cannot be batched, the caller goes step by step. Both ways agree to rounding, and which one runs
+depends on sizes alone, never on timings.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsolve.adjoints.sensealg import Job
+from diffsolve.engines.torch_engine import Record
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.norms import measure
+
+# Measured on a CPU: a call of f with its reverse pass costs about 100 us beyond its arithmetic,
+# and an entry of a tensor about 1 ns. Batching saves the calls and repeats the arithmetic.
+_WORK_WORTH_A_CALL = 100_000
+_LARGEST_BLOCK = 32  # rows of a step's matrix, a reverse pass each
+_FEWEST_STEPS = 6
+_MOST_STEPS = 256  # in one batch
+_MOST_WORK = 4_000_000  # entries of a batch: bounds the memory
+
+_log = logging.getLogger(__name__)
+_coupled: weakref.WeakSet[Any] = weakref.WeakSet()  # functions whose rows are not independent
+
+
+class ParallelSweep:
+    """Cotangents through a run of recorded steps in one batch; see the module's text.
+
+    Attributes
+    ----------
+    extra_nf
+        Evaluations of ``f`` that a batch holds beyond the calls that the field counts.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        field: VectorField,
+        params: list[Tensor],
+        cotangents: Sequence[Tensor | None],
+    ):
+        self.job, self.field, self.params = job, field, params
+        self.of_saved, *self.of_estimates = cotangents
+        self.extra_nf = 0
+        self.batch = max(1, min(_MOST_STEPS, _MOST_WORK // max(job.field.work, 1)))
+        self.rows, self.size = self._blocks()
+        self._works = (
+            self.size <= _LARGEST_BLOCK
+            and (2 * self.size + 2) * job.field.work <= _WORK_WORTH_A_CALL
+            and not field.dtype.is_complex
+            and not field.breaks  # one-sided times are decided step by step, on the host
+            and job.alg.is_one_step
+        )
+
+    def _blocks(self) -> tuple[int, int]:
+        """Number and size of the independent rows of the state."""
+        structure = self.field.structure
+        shape = structure.shapes[0]
+        if structure.is_tensor and len(shape) > 1 and not _is_coupled(self.job.field.f):
+            return math.prod(shape[:-1]), shape[-1]
+        return 1, structure.size
+
+    def suits(self, records: list[Record]) -> bool:
+        return self._works and len(records) >= _FEWEST_STEPS + self.size // 2
+
+    def through(
+        self, begin: int, records: list[Record], states: list[Tensor], bar: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None]] | None:
+        """Cotangents of the first state and of the parameters.
+
+        Parameters
+        ----------
+        begin
+            Index of the first of the records in the solve.
+        records, states
+            Consecutive steps and the flat states they start from.
+        bar
+            Cotangent of the state after the last of them.
+
+        Returns
+        -------
+        tuple or None
+            None where ``f`` cannot be batched: nothing was done then.
+        """
+        bar = torch.zeros_like(states[0]) if bar is None else bar
+        total: list[Tensor | None] = [None] * len(self.params)
+        for low in reversed(range(0, len(records), self.batch)):
+            part = slice(low, low + self.batch)
+            pulled = self._through_batch(begin + low, records[part], states[part], bar)
+            if pulled is None:
+                return None
+            bar, grads = pulled
+            for i, g in enumerate(grads):
+                if g is not None:
+                    known = total[i]
+                    total[i] = g if known is None else known + g
+        return bar, total
+
+    def _through_batch(
+        self, begin: int, records: list[Record], states: list[Tensor], bar: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor | None]] | None:
+        steps = len(records)
+        calls = self.field.nf
+        u = torch.stack(states).detach().requires_grad_()
+        try:
+            outputs = self._run_again(records, u)
+        except Exception as error:  # whatever torch.vmap cannot do, the other sweep can
+            _log.debug("f cannot be batched over steps, going step by step: %s", error)
+            self._works = False
+            return None
+        self.extra_nf += (self.field.nf - calls) * (steps - 1)
+        u_new, values, *estimates = outputs
+        if not _agrees(u_new[:-1], u[1:]):
+            _log.debug("f gives other values in a batch, going step by step")
+            self._works = False
+            return None
+
+        read: list[tuple[Tensor, Tensor]] = []  # what was read off the steps, with cotangents
+        if self.of_saved is not None and values.shape[1]:
+            read.append((values, self._bars_inside(records, values)))
+        for y, y_bar in zip(estimates, self.of_estimates, strict=True):
+            if y_bar is not None:
+                read.append((y, y_bar[begin : begin + steps].to(y.dtype)))
+        read = [(y, y_bar) for y, y_bar in read if y.requires_grad]
+
+        local = _pull(read, [u])[0] if read else None
+        bars_after, bars = self._recursion(records, self._step_jacobians(u_new, u), local, bar)
+        pairs = [*([(u_new, bars_after)] if u_new.requires_grad else []), *read]
+        true_bars, *grads = _pull(pairs, [u, *self.params])
+        if self.rows > 1 and not _same_products(bars, true_bars, bars_after):
+            _log.debug("the rows of the state are not independent, going step by step")
+            _remember_coupled(self.job.field.f)
+            self._works = False
+            return None
+        return bars[0], grads
+
+    def _run_again(self, records: list[Record], u: Tensor) -> tuple[Tensor, ...]:
+        """New states ``(m, N)``, values inside the steps ``(m, most, N)``, three estimates."""
+        alg, field, tolerance = self.job.alg, self.field, self.job.settings.tolerance
+        most = max(len(r.thetas) for r in records) if self.of_saved is not None else 0
+        thetas = [[*r.thetas, *[0.0] * (most - len(r.thetas))] for r in records] if most else []
+        times = torch.tensor([(r.t, r.h) for r in records], dtype=torch.float64).to(u.device)
+        theta = torch.tensor(thetas, dtype=torch.float64, device=u.device)
+        theta = theta.reshape(len(records), most)
+        wanted = any(bar is not None for bar in self.of_estimates)
+
+        def one_step(time: Tensor, theta: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+            t, h = time.unbind()
+            step = alg.step(field, t, h, alg.init(field, t, u))
+            values = step.interpolant(theta) if most else u[None][:0]
+            if not wanted:
+                return step.state[0], values, *(u.new_zeros(3).unbind())
+            e = measure(step, u, tolerance, on_tape=True)
+            found = (torch.as_tensor(x) for x in (e.error, e.error_norm, e.stiffness))
+            return step.state[0], values, *found
+
+        with torch.enable_grad():
+            return torch.vmap(one_step)(times, theta, u)
+
+    def _bars_inside(self, records: list[Record], values: Tensor) -> Tensor:
+        """Cotangents of the values inside the steps, zero where a step has fewer."""
+        assert self.of_saved is not None
+        bars = torch.zeros_like(values)
+        rows = [i for i, r in enumerate(records) for _ in r.thetas]
+        columns = [j for r in records for j in range(len(r.thetas))]
+        saved = [r.first_save + j for r in records for j in range(len(r.thetas))]
+        bars[rows, columns] = self.of_saved[saved]
+        return bars
+
+    def _step_jacobians(self, u_new: Tensor, u: Tensor) -> Tensor:
+        """``du_new/du`` of each row of each step, ``(m, rows, size, size)``."""
+        m, rows, size = len(u), self.rows, self.size
+        if not u_new.requires_grad:
+            return torch.zeros(m, rows, size, size, dtype=u.dtype, device=u.device)
+        found = []
+        for j in range(size):
+            basis = torch.zeros(m, rows, size, dtype=u.dtype, device=u.device)
+            basis[:, :, j] = 1.0
+            (row,) = torch.autograd.grad(
+                u_new, u, basis.view_as(u), retain_graph=True, allow_unused=True
+            )
+            found.append(torch.zeros_like(basis) if row is None else row.view(m, rows, size))
+        return torch.stack(found, 2)
+
+    def _recursion(
+        self, records: list[Record], matrices: Tensor, local: Tensor | None, bar: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cotangents of the states after the steps, and of those before them, ``(m, N)`` each."""
+        # tiny products in a long chain: NumPy's calls cost the least
+        jacobians = matrices.cpu().numpy()
+        sources = None if local is None else local.cpu().numpy()
+        saved = None if self.of_saved is None else self.of_saved.cpu().numpy()
+        after = np.empty((len(records), len(bar)), dtype=jacobians.dtype)
+        before = np.empty_like(after)
+        running = bar.detach().cpu().numpy()
+        for n in reversed(range(len(records))):
+            end_save = records[n].end_save
+            if end_save is not None and saved is not None:
+                running = running + saved[end_save]
+            after[n] = running
+            running = (running.reshape(self.rows, 1, self.size) @ jacobians[n]).reshape(-1)
+            if sources is not None:
+                running = running + sources[n]
+            before[n] = running
+        return torch.as_tensor(after).to(bar), torch.as_tensor(before).to(bar)
+
+
+def _same_products(assumed: Tensor, true: Tensor | None, after: Tensor) -> bool:
+    """Whether the blocks' products with the lambdas are those of the whole matrices."""
+    true = torch.zeros_like(assumed) if true is None else true
+    scale = torch.maximum(true.abs().amax(1), after.abs().amax(1))
+    close = (assumed - true).abs().amax(1) <= 200 * torch.finfo(true.dtype).eps * scale
+    return bool(close.all())
+
+
+def _is_coupled(f: Any) -> bool:
+    try:
+        return f in _coupled
+    except TypeError:  # no weak reference can be made of it
+        return False
+
+
+def _remember_coupled(f: Any) -> None:
+    try:
+        _coupled.add(f)
+    except TypeError:
+        _log.debug("%r cannot be remembered as one whose rows are coupled", f)
+
+
+def _pull(
+    pairs: list[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    if not pairs:
+        return (None,) * len(inputs)
+    outputs, bars = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, inputs, bars, retain_graph=True, allow_unused=True)
+
+
+def _agrees(computed: Tensor, known: Tensor) -> bool:
+    """Whether steps run again gave the states that were recorded, to rounding."""
+    scale = known.detach().abs().amax() if len(known) else torch.ones(())
+    tolerance = 1e4 * torch.finfo(known.dtype).eps * scale
+    return not len(known) or bool(((computed - known).detach().abs() <= tolerance).all())

@@ -1,0 +1,131 @@
+"""The reverse pass of the discrete adjoint: cotangents pulled through the recorded steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffsolve.adjoints.parallel import ParallelSweep
+from diffsolve.adjoints.sensealg import Job
+from diffsolve.adjoints.tape import StepTape
+from diffsolve.engines.torch_engine import Record
+from diffsolve.solvers.norms import measure
+
+StateBar = list[Tensor | None]
+
+
+class Sweep:
+    """Pull the cotangents of the saved states and of the steps' estimates back to the start.
+
+    Parameters
+    ----------
+    job
+        The solve.
+    cotangents
+        Those of the saved states ``(T, N)`` and of ``error, error_norm, stiffness`` ``(n,)``; None
+        where there is none.
+    """
+
+    def __init__(self, job: Job, cotangents: Sequence[Tensor | None]):
+        self.job = job
+        self.of_saved = cotangents[0]
+        self.of_estimates = cotangents[1:]
+        self.field, self.params = job.field.for_vjp()
+        self.dparams: list[Tensor | None] = [None] * len(self.params)
+        self.parallel = ParallelSweep(job, self.field, self.params, cotangents)
+
+    @property
+    def nf(self) -> int:
+        return self.field.nf + self.parallel.extra_nf
+
+    def run(self, tape: StepTape) -> tuple[Tensor, list[Tensor]]:
+        """Gradients by the flat initial state and by the parameters."""
+        job = self.job
+        state_bar: StateBar = []
+        for begin, records, states in tape.backward(job.alg, self.field):
+            state_bar = state_bar or [None] * len(states[0])
+            state_bar = self._through_segment(begin, records, states, state_bar)
+        u_bar = state_bar[0] if state_bar else None
+        u_bar = torch.zeros_like(job.u0) if u_bar is None else u_bar
+        first_time = job.save_times[0] if job.save_times else job.t0
+        if self.of_saved is not None and len(self.of_saved) and first_time == job.t0:
+            u_bar = u_bar + self.of_saved[0]
+        dparams = zip(self.params, self.dparams, strict=True)
+        return u_bar, [torch.zeros_like(p) if g is None else g for p, g in dparams]
+
+    def _through_segment(
+        self,
+        begin: int,
+        records: list[Record],
+        states: list[tuple[Tensor, ...]],
+        state_bar: StateBar,
+    ) -> StateBar:
+        # the cotangent of u alone must say it all where the steps are taken at once
+        if self.parallel.suits(records) and all(bar is None for bar in state_bar[1:]):
+            pulled = self.parallel.through(begin, records, [s[0] for s in states], state_bar[0])
+            if pulled is not None:
+                u_bar, dparams = pulled
+                self._add_to_params(dparams)
+                return [u_bar, *[None] * (len(state_bar) - 1)]
+        for i in reversed(range(len(records))):
+            record, state = records[i], states[i]
+            if record.end_save is not None and self.of_saved is not None:
+                new = self.of_saved[record.end_save]
+                state_bar[0] = new if state_bar[0] is None else state_bar[0] + new
+            state_bar = self._through_step(begin + i, record, state, state_bar)
+            if record.restart:
+                state_bar = self._through_init(record, state, state_bar)
+        return state_bar
+
+    def _through_step(
+        self, index: int, record: Record, state: tuple[Tensor, ...], state_bar: StateBar
+    ) -> StateBar:
+        pulled: list[tuple[Tensor, Tensor]] = []
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in state]
+            step = self.job.alg.step(self.field, record.t, record.h, tuple(leaves))
+            pulled += [
+                (y, bar) for y, bar in zip(step.state, state_bar, strict=True) if bar is not None
+            ]
+            if record.thetas and self.of_saved is not None:
+                theta = torch.tensor(record.thetas, dtype=torch.float64)
+                first = record.first_save
+                bars = self.of_saved[first : first + len(record.thetas)]
+                pulled.append((step.interpolant(theta), bars))
+            if any(bar is not None for bar in self.of_estimates):
+                e = measure(step, leaves[0], self.job.settings.tolerance, on_tape=True)
+                values = (e.error, e.error_norm, e.stiffness)
+                for y, bar in zip(values, self.of_estimates, strict=True):
+                    if bar is not None and isinstance(y, Tensor):
+                        pulled.append((y, bar[index].to(y.dtype)))
+        return self._pull(pulled, leaves)
+
+    def _through_init(
+        self, record: Record, state: tuple[Tensor, ...], state_bar: StateBar
+    ) -> StateBar:
+        """Through the restart of the method at ``record.t``, where its state follows from u."""
+        with torch.enable_grad():
+            u = state[0].detach().requires_grad_()
+            after = self.field.after(record.t, record.h)
+            made = self.job.alg.init(self.field, record.t, u, self.field(after, u))
+            pulled = [(y, bar) for y, bar in zip(made, state_bar, strict=True) if bar is not None]
+        (u_bar,) = self._pull(pulled, [u])
+        return [u_bar, *[None] * (len(state) - 1)]
+
+    def _pull(self, pulled: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> StateBar:
+        """Cotangents of the leaves; those of the parameters are summed up."""
+        pulled = [(y, bar) for y, bar in pulled if y.requires_grad]
+        if not pulled:
+            return [None] * len(leaves)
+        outputs, bars = zip(*pulled, strict=True)
+        grads = torch.autograd.grad(outputs, [*leaves, *self.params], bars, allow_unused=True)
+        self._add_to_params(grads[len(leaves) :])
+        return list(grads[: len(leaves)])
+
+    def _add_to_params(self, grads: Sequence[Tensor | None]) -> None:
+        for i, g in enumerate(grads):
+            if g is not None:
+                known = self.dparams[i]
+                self.dparams[i] = g if known is None else known + g
