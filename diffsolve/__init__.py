@@ -1,5 +1,6 @@
 """diffsolve: differentiable ODE solvers for PyTorch that expose their internal estimates."""
 
+from diffsolve import nn, problems, regularization
 from diffsolve.adjoints.backsolve import BacksolveAdjoint, BacksolveWarning
 from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.interpolating import InterpolatingAdjoint
@@ -56,5 +57,8 @@ __all__ = [
     "Vern6",
     "Vern7",
     "Vern9",
+    "nn",
+    "problems",
+    "regularization",
     "solve",
 ]

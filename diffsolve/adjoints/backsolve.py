@@ -71,7 +71,7 @@ class _BacksolveReverse(Reverse):
         self.sensealg, self.job, self.u0 = sensealg, job, u0
         self.worst = 0.0
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+    def derivative(self, t: Tensor, z: Tensor) -> Tensor:
         bar, u, _ = self.blocks(z)
         du, u_bar, p_bars = self.products(t, u, bar)
         return torch.cat([-u_bar, du, *[-x for x in p_bars]])

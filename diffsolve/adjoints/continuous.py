@@ -9,7 +9,7 @@ is ``[lambda, (u,) mu]``: one solve from the last saved time to the first, with 
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,7 +78,11 @@ class ContinuousAdjoint(Sensealg):
         )
 
 
-class Reverse(VectorField):
+def _unused(t: Any, u: Any) -> Any:  # a bound method here would keep the field alive in a cycle
+    raise NotImplementedError
+
+
+class Reverse(VectorField, ABC):
     """Right-hand side of the reverse problem over ``z = [lambda, ..., mu]``.
 
     Parameters
@@ -94,13 +98,23 @@ class Reverse(VectorField):
         self.n = field.structure.size
         self.sizes = [self.n, extra, *[p.numel() for p in params]]
         z = torch.empty(sum(self.sizes), dtype=field.dtype, device=field.device)
-        super().__init__(None, None, StateStructure(z))  # type: ignore[arg-type]
+        super().__init__(_unused, None, StateStructure(z))
         self.breaks = field.breaks
         self.params = params
 
+    def __call__(self, t: Tensor, u: Tensor) -> Tensor:
+        self.nf += 1
+        return self.derivative(t, u)
+
+    def write(self, t: Tensor, u: Tensor, row: Tensor) -> None:
+        row.copy_(self(t, u))
+
+    @abstractmethod
+    def derivative(self, t: Tensor, z: Tensor) -> Tensor:
+        """Right-hand side of the reverse state."""
+
     def products(self, t: Tensor, u: Tensor, bar: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """``f(t, u)``, ``J^T bar`` and the contributions ``f_p^T bar``, flat."""
-        self.nf += 1
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             du = self.field(t, u)

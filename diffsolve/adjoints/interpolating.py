@@ -72,7 +72,7 @@ class _InterpolatingReverse(Reverse):
         self.path = path
         self.low, self.high = sorted((job.t0, job.t1))
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+    def derivative(self, t: Tensor, z: Tensor) -> Tensor:
         bar, _, _ = self.blocks(z)
         # rounding of t to the state's precision may step out of the interval
         inside = min(max(float(t), self.low), self.high)

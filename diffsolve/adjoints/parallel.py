@@ -49,6 +49,8 @@ class ParallelSweep:
 
     Attributes
     ----------
+    enabled
+        Whether a batch may still be tried.
     extra_nf
         Evaluations of ``f`` that a batch holds beyond the calls that the field counts.
     """
@@ -65,7 +67,7 @@ class ParallelSweep:
         self.extra_nf = 0
         self.batch = max(1, min(_MOST_STEPS, _MOST_WORK // max(job.field.work, 1)))
         self.rows, self.size = self._blocks()
-        self._works = (
+        self.enabled = (
             self.size <= _LARGEST_BLOCK
             and (2 * self.size + 2) * job.field.work <= _WORK_WORTH_A_CALL
             and not field.dtype.is_complex
@@ -82,7 +84,7 @@ class ParallelSweep:
         return 1, structure.size
 
     def suits(self, records: list[Record]) -> bool:
-        return self._works and len(records) >= _FEWEST_STEPS + self.size // 2
+        return self.enabled and len(records) >= _FEWEST_STEPS + self.size // 2
 
     def through(
         self, begin: int, records: list[Record], states: list[Tensor], bar: Tensor | None
@@ -127,13 +129,13 @@ class ParallelSweep:
             outputs = self._run_again(records, u)
         except Exception as error:  # whatever torch.vmap cannot do, the other sweep can
             _log.debug("f cannot be batched over steps, going step by step: %s", error)
-            self._works = False
+            self.enabled = False
             return None
         self.extra_nf += (self.field.nf - calls) * (steps - 1)
         u_new, values, *estimates = outputs
         if not _agrees(u_new[:-1], u[1:]):
             _log.debug("f gives other values in a batch, going step by step")
-            self._works = False
+            self.enabled = False
             return None
 
         read: list[tuple[Tensor, Tensor]] = []  # what was read off the steps, with cotangents
@@ -151,7 +153,7 @@ class ParallelSweep:
         if self.rows > 1 and not _same_products(bars, true_bars, bars_after):
             _log.debug("the rows of the state are not independent, going step by step")
             _remember_coupled(self.job.field.f)
-            self._works = False
+            self.enabled = False
             return None
         return bars[0], grads
 

@@ -75,7 +75,8 @@ class Sweep:
                 new = self.of_saved[record.end_save]
                 state_bar[0] = new if state_bar[0] is None else state_bar[0] + new
             state_bar = self._through_step(begin + i, record, state, state_bar)
-            if record.restart:
+            if record.restart or (i == 0 and self.parallel.enabled):
+                # at a segment's start too: the next one may then be taken at once
                 state_bar = self._through_init(record, state, state_bar)
         return state_bar
 

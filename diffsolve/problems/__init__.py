@@ -1,1 +1,5 @@
 """What is solved."""
+
+from diffsolve.problems import library
+
+__all__ = ["library"]
