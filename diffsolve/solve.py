@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.explicit_rk.methods import Tsit5, Vern7
 from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.norms import Tolerance
-from diffsolve.times import SaveTimes, ordered_stops
+from diffsolve.times import SaveTimes, ordered_stops, snapped
 
 _STEPS_NEED_DISCRETE = (
     "sol.steps.{name} has no gradient under {sensealg}: a continuous adjoint differentiates the "
@@ -132,10 +131,19 @@ def solve(
     t0, t1 = float(prob.tspan[0]), float(prob.tspan[1])
     direction = 1.0 if t1 >= t0 else -1.0
     saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
-    settings = _checked_settings(
-        alg, field, rtol, atol, norm, dt, adaptive, dtmin, dtmax, maxiters, controller, progress
-    )
     stops, field.breaks = ordered_stops(tstops, t0, t1)
+    settings = Settings(
+        tolerance=Tolerance.build(rtol, atol, field.structure, norm),
+        controller=controller or alg.default_controller(),
+        adaptive=adaptive and alg.adaptive,
+        dt=None if dt is None else float(dt),
+        dtmin=float(dtmin),
+        dtmax=float(dtmax),
+        maxiters=int(maxiters),
+        tstops=stops,
+        progress=progress,
+    )
+    _check(settings, alg)
 
     transformed = transforms_active()
     recording = torch.is_grad_enabled() and not transformed
@@ -155,7 +163,7 @@ def solve(
         t0=t0,
         t1=t1,
         span=prob.tspan,
-        settings=sensealg.prepared(_with_stops(settings, stops)),
+        settings=sensealg.prepared(settings),
         save_times=saves.times,
         dense=saves.times is None if dense is None else dense,
         stats=Stats(engine="torch", alg=alg.name, sensealg=repr(sensealg)),
@@ -188,48 +196,19 @@ def _checked_algorithm(
     return alg
 
 
-def _checked_settings(
-    alg: Algorithm,
-    field: VectorField,
-    rtol: Any,
-    atol: Any,
-    norm: Callable[[Any], Any] | None,
-    dt: float | None,
-    adaptive: bool,
-    dtmin: float,
-    dtmax: float,
-    maxiters: int,
-    controller: Controller | None,
-    progress: bool,
-) -> Settings:
-    adaptive = adaptive and alg.adaptive
-    if dt is None and not adaptive:
+def _check(settings: Settings, alg: Algorithm) -> None:
+    dt, dtmin, dtmax = settings.dt, settings.dtmin, settings.dtmax
+    if dt is None and not settings.adaptive:
         why = "adaptive=False" if alg.adaptive else f"{alg.name} has no error estimate"
         raise ValueError(f"{why}: give the step size, dt=...")
     if dt is not None and not 0 < dt < math.inf:
         raise ValueError(f"dt must be positive and finite (also backward in time), got {dt}")
     if not (dtmin >= 0 and dtmax > 0 and dtmin <= dtmax):
         raise ValueError(f"need 0 <= dtmin <= dtmax and dtmax > 0, got {dtmin} and {dtmax}")
-    if not maxiters > 0:
-        raise ValueError(f"maxiters must be positive, got {maxiters}")
-    if controller is not None and not isinstance(controller, Controller):
-        raise TypeError(f"controller must be e.g. PIController(), got {controller!r}")
-    return Settings(
-        tolerance=Tolerance.build(rtol, atol, field.structure, norm),
-        controller=controller or alg.default_controller(),
-        adaptive=adaptive,
-        dt=None if dt is None else float(dt),
-        dtmin=float(dtmin),
-        dtmax=float(dtmax),
-        maxiters=int(maxiters),
-        progress=progress,
-    )
-
-
-def _with_stops(settings: Settings, stops: tuple[float, ...]) -> Settings:
-    if not stops:
-        return settings
-    return replace(settings, tstops=stops)
+    if not settings.maxiters > 0:
+        raise ValueError(f"maxiters must be positive, got {settings.maxiters}")
+    if not isinstance(settings.controller, Controller):
+        raise TypeError(f"controller must be e.g. PIController(), got {settings.controller!r}")
 
 
 def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> Solution:
@@ -265,16 +244,21 @@ def _dense_reader(
     job: Job, sensealg: Sensealg, dense: DenseOutput | None, anchor: Tensor
 ) -> Callable[[Any, int], Any] | None:
     """``sol(t)``; its values are on the tape where the whole solve is, and else say that not."""
-    if dense is None or not dense.steps:
+    if dense is None:
         return None
     structure = job.field.structure
+    ends = (job.t0, dense.direction * dense.ends[-1])
     on_tape = isinstance(sensealg, DiscreteAdjoint) and sensealg.tape
 
     def interpolate(t: Any, derivative: int) -> Any:
+        if not isinstance(derivative, int) or derivative < 0:
+            raise ValueError(f"derivative must be 0, 1, 2, ..., got {derivative!r}")
+        eps = torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 0.0
         at = torch.as_tensor(t, dtype=torch.float64)
+        times = [snapped(x, ends, eps) for x in at.reshape(-1).tolist()]
         recording = torch.is_grad_enabled()
         with torch.set_grad_enabled(on_tape and recording):
-            flat = dense(at.reshape(-1).tolist(), derivative)
+            flat = dense(times, derivative)
         if recording and not on_tape and anchor.requires_grad:
             flat = undifferentiable(flat, anchor, _DENSE_NEEDS_TAPE.format(sensealg=sensealg))
         return structure.unravel(flat.reshape(*at.shape, structure.size))
@@ -283,8 +267,8 @@ def _dense_reader(
 
 
 def _stacked(values: list[Any]) -> Tensor:
-    if values and isinstance(values[0], Tensor):
-        return torch.stack(values)
+    if any(isinstance(x, Tensor) for x in values):
+        return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in values])
     return torch.tensor(values, dtype=torch.float64)
 
 

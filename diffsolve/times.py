@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -51,16 +52,18 @@ class SaveTimes:
                 "saveat saves exactly its times: drop save_everystep=True, or saveat and read "
                 "other times from sol(t)"
             )
-        if isinstance(saveat, (int, float)) or (isinstance(saveat, Tensor) and saveat.dim() == 0):
+        if isinstance(saveat, Real) or getattr(saveat, "ndim", 1) == 0:
             return cls(_spaced(float(saveat), t0, t1), from_start=True)
-        values = torch.as_tensor(saveat) if not isinstance(saveat, Tensor) else saveat
+        values = saveat
+        if not isinstance(saveat, Tensor):
+            values = torch.as_tensor(np.asarray(saveat, dtype=np.float64))
         if values.dim() != 1 or not len(values) or values.is_complex():
             shape = tuple(values.shape)
             raise ValueError(f"saveat must be a spacing or a 1-d list of times, got shape {shape}")
         given = values if values.requires_grad else None
         # rounding of the user's dtype must not push an end out of the span
         eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
-        times = [_snapped(t, (t0, t1), eps) for t in values.detach().double().tolist()]
+        times = [snapped(t, (t0, t1), eps) for t in values.detach().double().tolist()]
         _check_order(times, t0, t1)
         return cls(times, given)
 
@@ -104,7 +107,8 @@ def _spaced(spacing: float, t0: float, t1: float) -> list[float]:
     return times
 
 
-def _snapped(t: float, ends: tuple[float, float], eps: float) -> float:
+def snapped(t: float, ends: tuple[float, float], eps: float) -> float:
+    """``t``, or the end that it equals to within the rounding ``eps``."""
     for end in ends:
         if abs(t - end) <= eps * abs(end):
             return end

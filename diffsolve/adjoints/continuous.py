@@ -50,6 +50,15 @@ class ContinuousAdjoint(Sensealg):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{type(self).__name__}: {name} must be >= 0, got {value}")
 
+    def prepared(self, settings: Settings) -> Settings:
+        if self.alg is not None and not self.alg.adaptive and settings.adaptive:
+            raise ValueError(
+                f"{self.alg.name} has no error estimate, so {type(self).__name__} cannot use it "
+                "behind an adaptive forward solve: choose an adaptive one, or pass "
+                "adaptive=False and dt"
+            )
+        return settings
+
     @abstractmethod
     def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, Any]:
         """Integrate; returns also what the reverse pass needs."""
@@ -96,7 +105,7 @@ class Reverse(VectorField, ABC):
     def __init__(self, field: VectorField, params: list[Tensor], extra: int):
         self.field = field
         self.n = field.structure.size
-        self.sizes = [self.n, extra, *[p.numel() for p in params]]
+        self.sizes = [self.n, extra, *[_as_reals(p, field.dtype).numel() for p in params]]
         z = torch.empty(sum(self.sizes), dtype=field.dtype, device=field.device)
         super().__init__(_unused, None, StateStructure(z))
         self.breaks = field.breaks
@@ -124,7 +133,7 @@ class Reverse(VectorField, ABC):
             grads = (None,) * (1 + len(self.params))
         inputs = [u, *self.params]
         full = [
-            (torch.zeros_like(x) if g is None else g).reshape(-1).to(self.dtype)
+            _as_reals(torch.zeros_like(x) if g is None else g, self.dtype)
             for g, x in zip(grads, inputs, strict=True)
         ]
         return du.detach(), full[0], full[1:]
@@ -199,7 +208,7 @@ def _solve_reverse(
     field, params = job.field.for_vjp()
     size = float(bars.abs().max()) if bars.numel() else 0.0
     if size == 0:
-        return torch.zeros_like(saved[0]), [torch.zeros_like(p) for p in params]
+        return torch.zeros_like(job.u0), [torch.zeros_like(p) for p in params]
     if not size < float("inf"):
         raise RuntimeError("the cotangent of the saved states is NaN or Inf: check the loss")
     bars = bars / size  # the equation is linear: tolerances then mean the same for every loss
@@ -243,10 +252,20 @@ def _solve_reverse(
         if times[0] == end:
             z = reverse.at_save(z, bars[0], saved[0])
     parts = (z * size).split(reverse.sizes)
-    dparams = [
-        (part if p.dtype.is_complex or not part.dtype.is_complex else part.real)
-        .reshape(p.shape)
-        .to(p)
-        for part, p in zip(parts[2:], params, strict=True)
-    ]
-    return parts[0], dparams
+    return parts[0], [_like(part, p) for part, p in zip(parts[2:], params, strict=True)]
+
+
+def _as_reals(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """``g``, flat, in the dtype of the reverse state; a complex one as pairs if that is real."""
+    if g.is_complex() and not dtype.is_complex:
+        g = torch.view_as_real(g.resolve_conj())
+    return g.reshape(-1).to(dtype)
+
+
+def _like(part: Tensor, p: Tensor) -> Tensor:
+    """A parameter's part of the reverse state in the shape and dtype of the parameter."""
+    if p.is_complex() and not part.is_complex():
+        return torch.view_as_complex(part.reshape(*p.shape, 2).contiguous()).to(p)
+    if part.is_complex() and not p.is_complex():
+        part = part.real
+    return part.reshape(p.shape).to(p)

@@ -101,8 +101,8 @@ class _Segments:
         records = self.tape.records
         begin, end = segment
         alg, field = self.job.alg, self.field
-        dense = DenseOutput(records[begin].t, self.direction)
         states = self.tape.states(segment, alg, field)
+        dense = DenseOutput(records[begin].t, self.direction, states[0][0])
         with torch.no_grad():
             for i, state in zip(range(begin, end), states, strict=True):
                 record = records[i]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class StepTape:
     def segments(self) -> list[tuple[int, int]]:
         """Ranges of steps that begin with a kept state, in order."""
         starts = [i for i, record in enumerate(self.records) if record.state]
-        return list(zip(starts, [*starts[1:], len(self.records)], strict=True))
+        return list(pairwise([*starts, len(self.records)]))
 
     def states(
         self, segment: tuple[int, int], alg: Algorithm, field: VectorField

@@ -20,7 +20,7 @@ from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.norms import Estimates, Tolerance, measure
 
 _STRETCH = 1.01  # a step may grow by this much to land on a stop (Hairer's dopri5)
-_ROUNDING = 1 + 1e-8  # the same for fixed steps, whose sum only rounds
+_ROUNDING = 1 + 1e-8  # the same for fixed steps, which only round
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class _Loop:
         self.stops = [*settings.tstops, t1]
         self.result = Trajectory()
         if saving.dense:
-            self.result.dense = DenseOutput(float(t0), self.direction)
+            self.result.dense = DenseOutput(float(t0), self.direction, u0)
 
     def run(self, du0: Tensor | None) -> Trajectory:
         bar = _progress_bar(self.t0, self.t1) if self.settings.progress else None
@@ -217,6 +217,7 @@ class _Loop:
         self.not_finite = False  # whether the last rejection was for NaN or Inf
         self.restarted = True
         self.memory = settings.controller.start()
+        self.anchor, self.since = self.t0, 0  # last stop, and the steps since
         if du0 is None:
             du0 = self.rhs(self.rhs.after(self.t0, self.direction), self.u0)
         self.state = self.alg.init(self.rhs, self.t0, self.u0, du0)
@@ -241,12 +242,15 @@ class _Loop:
                 )
         if not math.isfinite(self.size):
             self._fail(ReturnCode.UNSTABLE, None)
+        elif settings.adaptive:
+            self.size = max(self.size, settings.dtmin)
 
     def _advance(self) -> None:
         """One attempted step, accepted or not."""
         settings, t = self.settings, self.t
         size, lands = self._fit()
-        if not lands and size < max(settings.dtmin, 4 * math.ulp(float(t))):
+        floor = max(settings.dtmin if settings.adaptive else 0.0, 4 * math.ulp(float(t)))
+        if not lands and self.size < floor:
             code = ReturnCode.UNSTABLE if self.not_finite else ReturnCode.DT_LESS_THAN_MIN
             return self._fail(code, self.last)
         if self.attempts >= settings.maxiters:
@@ -256,8 +260,11 @@ class _Loop:
         step = self.alg.step(self.rhs, t, h, self.state)
         estimates = self.last = measure(step, self.state[0], settings.tolerance, self.on_tape)
         error = estimates.error
-        if self.on_tape and not settings.h_on_tape:
-            error = float(error.detach())  # type: ignore[union-attr]
+        if self.on_tape:
+            if not all(bool(torch.isfinite(x).all()) for x in step.state):
+                error = math.nan
+            elif not settings.h_on_tape:
+                error = float(error.detach())  # type: ignore[union-attr]
         accept, factor = error < math.inf, 1.0
         if settings.adaptive:
             accept, factor, self.memory = settings.controller.propose(
@@ -287,16 +294,24 @@ class _Loop:
         remaining = self.direction * (self.stops[self.stop] - self.t)
         if remaining > 2 * size:
             return size, False
-        stretch = _STRETCH if settings.adaptive else _ROUNDING
-        if remaining <= size * stretch and remaining <= settings.dtmax * _ROUNDING:
+        if not settings.adaptive:
+            return (remaining, True) if remaining <= size * _ROUNDING else (size, False)
+        if remaining <= size * _STRETCH and remaining <= settings.dtmax * _ROUNDING:
             return remaining, True
-        if settings.adaptive and remaining < 2 * size:
+        if remaining >= 2 * settings.dtmin:
             return remaining / 2, False  # two even steps rather than a sliver at the end
         return size, False
 
     def _accept(self, step: Step, h: Any, lands: bool, estimates: Estimates) -> None:
         result, saving = self.result, self.saving
-        start, t_new = self.t, (self.stops[self.stop] if lands else self.t + h)
+        start = self.t
+        self.since += 1
+        if lands:
+            t_new = self.stops[self.stop]
+        elif self.settings.adaptive:
+            t_new = start + h
+        else:  # counted from the last stop, so that rounding does not add up
+            t_new = self.anchor + self.since * h
         record = None
         if saving.recorder is not None:
             record = Record(start, h, self.state, self.restarted)
@@ -311,6 +326,7 @@ class _Loop:
         self.t, self.state = t_new, step.state
         self.rejections, self.not_finite, self.restarted = 0, False, False
         if lands:
+            self.anchor, self.since = t_new, 0
             self.stop += 1
             if self.stop < len(self.stops):
                 self._restart()

@@ -26,25 +26,25 @@ class StateStructure:
     def ravel(self, u: Any) -> Tensor:
         if self.is_tensor:
             return u.reshape(-1)
-        leaves = pytree.tree_leaves(u)
+        # by the structure of the state: the keys of a dict may come in another order
+        leaves = self.spec.flatten_up_to(u)
         return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
     def unravel(self, flat: Tensor) -> Any:
         """Structure a flat tensor ``(*batch, size)``; leaves get shape ``(*batch, *shape)``."""
         batch = flat.shape[:-1]
         if self.is_tensor:
-            return flat.reshape(*batch, *self.shapes[0])
+            return flat.reshape(batch + self.shapes[0])
         parts = flat.split(self.sizes, -1)
-        leaves = [x.reshape(*batch, *s) for x, s in zip(parts, self.shapes, strict=True)]
+        leaves = [x.reshape(batch + s) for x, s in zip(parts, self.shapes, strict=True)]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def describe_mismatch(self, du: Any) -> str | None:
         """Why ``du`` cannot be the derivative of this state, or None."""
-        leaves, spec = pytree.tree_flatten(du)
-        if spec != self.spec:
-            expected = "a tensor" if self.is_tensor else f"the structure of u, {self.spec}"
-            found = type(du).__name__ if len(leaves) <= 1 else str(spec)
-            return f"it returned {found}, expected {expected}"
+        try:
+            leaves = self.spec.flatten_up_to(du)
+        except ValueError as error:
+            return f"it returned {type(du).__name__}, not in the structure of u: {error}"
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             if not isinstance(leaf, Tensor):
                 return f"it returned {type(leaf).__name__}, expected a tensor"

@@ -6,6 +6,7 @@ sees, and hands out a copy whose parameters are fresh leaves for vector-Jacobian
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -55,6 +56,8 @@ class VectorField:
         self._shape = structure.shapes[0] if structure.is_tensor else None
         self._is_flat = self._shape is not None and len(self._shape) == 1
         self._args = () if p is None else (p,)
+        self._signature = "t, u" if p is None else "t, u, p"
+        self._buffer: Tensor | None = None  # what f returned at first: it may return it again
 
     @classmethod
     def of(cls, prob: ODEProblem) -> VectorField:
@@ -70,22 +73,30 @@ class VectorField:
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         self.nf += 1
-        if self._is_flat:
-            return self.f(t, u, *self._args)
-        if self._shape is not None:
-            return self.f(t, u.view(self._shape), *self._args).reshape(-1)
-        du = self.f(t, self.structure.unravel(u), *self._args)
-        return self.structure.ravel(du)
+        if self._shape is None:
+            du = self.structure.ravel(self.f(t, self.structure.unravel(u), *self._args))
+            return du.clone() if len(self.structure.shapes) == 1 else du
+        du = self.f(t, u if self._is_flat else u.view(self._shape), *self._args)
+        if getattr(du, "shape", None) != self._shape or du.dtype is not self.dtype:
+            self._refuse(du)
+        if self._buffer is not None and _root(du) is self._buffer:
+            du = du.clone()  # f fills one buffer again and again
+        return du if self._is_flat else du.reshape(-1)
 
     def write(self, t: Tensor, u: Tensor, row: Tensor) -> None:
         """Evaluate into ``row``, one of ``rows_of``: as ``__call__``, with fewer operations."""
         self.nf += 1
         if self._shape is None:
             row.copy_(self.structure.ravel(self.f(t, self.structure.unravel(u), *self._args)))
-        elif self._is_flat:
-            row.copy_(self.f(t, u, *self._args))
-        else:
-            row.copy_(self.f(t, u.view(self._shape), *self._args))
+            return
+        du = self.f(t, u if self._is_flat else u.view(self._shape), *self._args)
+        if getattr(du, "shape", None) != self._shape or du.dtype is not self.dtype:
+            self._refuse(du)
+        row.copy_(du)
+
+    def _refuse(self, du: Any) -> None:
+        mismatch = self.structure.describe_mismatch(du)
+        raise ValueError(f"f({self._signature}) is wrong: {mismatch}")
 
     def rows_of(self, k: Tensor) -> Sequence[Tensor]:
         """Rows of ``k`` ``(n, N)`` for ``write``, in the shape of what ``f`` returns."""
@@ -100,8 +111,8 @@ class VectorField:
             nodes = torch.as_tensor(c, dtype=torch.float64)
             return (t + nodes * h).to(dtype=dtype, device=self.device).unbind()
         values = (t + c * h).tolist()
-        if self.breaks and (t in self.breaks or t + h in self.breaks):
-            values = [self._beside_break(value, t, h) for value in values]
+        if self.breaks:
+            values = self._beside_breaks(values, t, t + h)
         return torch.tensor(values, dtype=dtype, device=self.device).unbind()
 
     def time(self, t: Any) -> Tensor:
@@ -112,14 +123,15 @@ class VectorField:
         """``t`` as seen just after it, in the direction of a step (its sign): past a break."""
         return self.times(t, math.copysign(1.0, direction), _START)[0]
 
-    def _beside_break(self, value: float, t: float, h: float) -> float:
-        """Move a stage time off the break at either end of the step, by one unit of rounding."""
-        inward = math.copysign(math.inf, h)
-        if value == t and t in self.breaks:
-            return self._next(value, inward)
-        if value == t + h and t + h in self.breaks:
-            return self._next(value, -inward)
-        return value
+    def _beside_breaks(self, values: list[float], start: float, end: float) -> list[float]:
+        """Move times off a break at either end of a step, by one unit of rounding, inward."""
+        near = 8 * math.ulp(max(abs(start), abs(end)))
+        for at_break in self.breaks:
+            for edge, other in ((start, end), (end, start)):
+                if abs(edge - at_break) <= near:
+                    inside = self._next(at_break, math.copysign(math.inf, other - edge))
+                    values = [inside if abs(x - at_break) <= near else x for x in values]
+        return values
 
     def _next(self, t: float, towards: float) -> float:
         kind = np.float32 if self.structure.time_dtype == torch.float32 else np.float64
@@ -153,28 +165,45 @@ class VectorField:
         """
         t = self.after(t0, h_sign)
         with torch.set_grad_enabled(differentiate):
-            u = u0.detach().requires_grad_(differentiate)
-            state = u.view(self._shape) if self._shape is not None else self.structure.unravel(u)
+            u = u0.detach()
+            if differentiate and u0.requires_grad:
+                u.requires_grad_()
+            state = self.structure.unravel(u)
             probe = Probe([t, *pytree.tree_leaves(state)])
             with probe if differentiate else nullcontext():
-                du = self.f(t, state, *self._args)
+                du = self._first_call(t, state)
         self.nf += 1
         mismatch = self.structure.describe_mismatch(du)
         if mismatch is not None:
-            raise ValueError(f"f(t, u{', p' if self._args else ''}) is wrong: {mismatch}")
+            raise ValueError(f"f({self._signature}) is wrong: {mismatch}")
         flat = self.structure.ravel(du)
+        if self._shape is not None:
+            self._buffer = _root(du)
         if differentiate:
-            if probe.saw_no_grad and not flat.requires_grad:
-                raise RuntimeError(
-                    "gradients are wanted, but f switches them off: it runs under torch.no_grad() "
-                    "or inference_mode. Remove that, or detach u0 and the parameters."
-                )
             leaves = [x for x in pytree.tree_leaves(self.p) if isinstance(x, Tensor)]
             found = [*leaves, *probe.foreign, *reachable_tensors(self.f)]
             unique = {id(x): x for x in found if x.requires_grad}
             self.params = list(unique.values())
             self.work = probe.work
+            wanted = u0.requires_grad or bool(self.params)
+            if wanted and probe.saw_no_grad and not flat.requires_grad:
+                raise RuntimeError(
+                    "gradients are wanted, but f switches them off: it runs under torch.no_grad() "
+                    "or inference_mode. Remove that, or detach u0 and the parameters."
+                )
         return flat.detach().clone()
+
+    def _first_call(self, t: Tensor, state: Any) -> Any:
+        try:
+            return self.f(t, state, *self._args)
+        except Exception as error:
+            if isinstance(error, TypeError) and not _can_call(self.f, 2 + len(self._args)):
+                raise TypeError(
+                    f"f must be callable as f({self._signature}): {error}"
+                    + ("; the problem has no p" if not self._args else "")
+                ) from error
+            error.add_note(f"raised while f was evaluated first, at t = {float(t):.8g}")
+            raise
 
     def for_vjp(self) -> tuple[VectorField, list[Tensor]]:
         """This field for vector-Jacobian products, and the tensors to take them by.
@@ -187,16 +216,31 @@ class VectorField:
         if not fresh:
             field = VectorField(self.f, self.p, self.structure)
             field.breaks, field.params = self.breaks, self.params
+            field._buffer = self._buffer
             return field, field.params
         leaves, spec = pytree.tree_flatten(self.p)
         p = pytree.tree_unflatten([fresh[id(x)][1] if id(x) in fresh else x for x in leaves], spec)
         in_p = {id(x) for x in leaves} - {id(x) for x in reachable_tensors(self.f)}
         f = self.f if in_p.issuperset(fresh) else Substitute(self.f, fresh)
         field = VectorField(f, p, self.structure)
-        field.breaks = self.breaks
+        field.breaks, field._buffer = self.breaks, self._buffer
         field.params = [fresh[id(x)][1] if id(x) in fresh else x for x in self.params]
         return field, field.params
 
 
 def _is_derived(x: Tensor) -> bool:
     return not x.is_leaf or bool(x._backward_hooks)
+
+
+def _root(x: Tensor) -> Tensor:
+    return x if x._base is None else x._base
+
+
+def _can_call(f: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(f).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin without a signature
+        return True
+    return True

@@ -20,10 +20,13 @@ class DenseOutput:
         Start of the first step.
     direction
         1.0 forward, -1.0 backward in time.
+    u0
+        Flat state at ``t0``.
     """
 
-    def __init__(self, t0: float, direction: float):
+    def __init__(self, t0: float, direction: float, u0: Tensor):
         self.direction = direction
+        self.u0 = u0
         self.ends: list[float] = [direction * t0]  # increasing: times by the direction
         self.steps: list[StepInterpolant] = []
 
@@ -40,9 +43,11 @@ class DenseOutput:
             If ``t`` is outside of the steps.
         """
         s = self.direction * t
-        if not self.ends[0] <= s <= self.ends[-1] or not self.steps:
+        if not self.ends[0] <= s <= self.ends[-1]:
             ends = sorted((self.direction * self.ends[0], self.direction * self.ends[-1]))
             raise ValueError(f"t = {t} is outside of the solved interval {ends}")
+        if not self.steps:
+            return 0, 0.0
         i = min(max(bisect_left(self.ends, s) - 1, 0), len(self.steps) - 1)
         return i, (s - self.ends[i]) / (self.ends[i + 1] - self.ends[i])
 
@@ -53,11 +58,15 @@ class DenseOutput:
 
     def __call__(self, times: Sequence[float], derivative: int = 0) -> Tensor:
         """States ``(m, N)`` at times in any order."""
+        values = torch.empty(len(times), len(self.u0), dtype=self.u0.dtype, device=self.u0.device)
         located = [self.locate(t) for t in times]
-        values: list[Tensor | None] = [None] * len(located)
+        if not self.steps:  # an empty span: every time is t0
+            return self.u0.expand_as(values) if not derivative else torch.zeros_like(values)
+        parts, order = [values[:0]], []
         for index in sorted({i for i, _ in located}):
             wanted = [j for j, (i, _) in enumerate(located) if i == index]
             theta = torch.tensor([located[j][1] for j in wanted], dtype=torch.float64)
-            for j, value in zip(wanted, self.steps[index](theta, derivative), strict=True):
-                values[j] = value
-        return torch.stack([v for v in values if v is not None])
+            parts.append(self.steps[index](theta, derivative))
+            order += wanted
+        back = torch.tensor(order, dtype=torch.long, device=self.u0.device).argsort()
+        return torch.cat(parts)[back]

@@ -48,7 +48,11 @@ class Tolerance:
         ------
         ValueError
             If one is negative, NaN or of a wrong shape, or both are zero.
+        TypeError
+            If ``norm`` is not callable.
         """
+        if norm is not None and not callable(norm):
+            raise TypeError(f"norm must be a function of the scaled error, got {norm!r}")
         relative = _flat_tolerance("rtol", rtol, structure)
         absolute = _flat_tolerance("atol", atol, structure)
         if not bool(((relative > 0) | (absolute > 0)).all()):
@@ -132,15 +136,20 @@ def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
             scaled.append(step.error_low / scale)
         if tolerance.norm is None:
             rows += scaled
-    norms = torch.linalg.vector_norm(torch.stack(rows), dim=1).tolist()
-
+    stacked = torch.stack(rows)
+    norms = torch.linalg.vector_norm(stacked, dim=1).tolist()
+    if not math.isfinite(sum(norms)):
+        # squares may overflow where the values do not
+        wide = torch.complex128 if stacked.is_complex() else torch.float64
+        norms = torch.linalg.vector_norm(stacked, dim=1, dtype=wide).tolist()
+        if not math.isfinite(sum(norms)):
+            return Estimates(math.nan, norms[0], math.nan)
     if isinstance(step.stiffness, tuple):
         stiffness = norms[1] / norms[2] if norms[2] > 0 else 0.0
     else:
         stiffness = float(step.stiffness)
     if step.error is None:
-        error = 0.0 if math.isfinite(norms[0]) else math.nan
-        return Estimates(error, error, stiffness)
+        return Estimates(0.0, 0.0, stiffness)
     root = math.sqrt(u.numel())
     if tolerance.norm is None:
         errors = [x / root for x in norms[len(rows) - len(scaled) :]]

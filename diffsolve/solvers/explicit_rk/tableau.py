@@ -217,7 +217,10 @@ class Tableau:
 
     def _check_conditions(self) -> None:
         a, c = self.stages.a, self.stages.c
-        _require(np.abs(a.sum(1) - c).max(), a, f"{self.name}: a row of a does not sum to its node")
+        nodes = np.abs(a.sum(1) - c)[
+            :-1
+        ].max()  # the last row is b, whose sum is an order condition
+        _require(nodes, a, f"{self.name}: a row of a does not sum to its node")
         _check_order(f"{self.name}", a, a[-1], self.order)
         if self.stages.b_error is not None:
             b_hat = a[-1] - self.stages.b_error
