@@ -68,9 +68,9 @@ class NeuralODE(nn.Module):
         SolveError
             If the solve fails.
         """
-        if "saveat" in self.options:
+        if self.options.get("saveat") is not None:
             return self.solve(u0).u
-        u = self.solve(u0, save_everystep=False).u
+        u = self.solve(u0, saveat=None, save_everystep=False).u
         return u[-1] if isinstance(u, Tensor) else _last(u)
 
     def solve(self, u0: Any, **overrides: Any) -> Solution:

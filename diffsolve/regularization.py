@@ -182,6 +182,8 @@ def _local_step(
         t = _sampled_time(sol, sampling, generator)
         u = field.structure.ravel(sol(t)).detach()
     remaining = job.t1 - t
+    if remaining == 0:
+        raise ValueError(f"no step can be taken from t = {t:.8g}: it is the end of tspan")
     direction = math.copysign(1.0, remaining)
     with torch.no_grad():
         du = field(field.time(t), u)

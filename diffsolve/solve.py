@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from diffsolve.adjoints.discrete import DiscreteAdjoint
-from diffsolve.adjoints.select import choose, transforms_active
+from diffsolve.adjoints.select import choose, refuse_moving_times, transforms_active
 from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
-from diffsolve.adjoints.time_gradient import attach_saved, attach_start
+from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.vector_field import VectorField
@@ -134,7 +134,7 @@ def solve(
     stops, field.breaks = ordered_stops(tstops, t0, t1)
     settings = Settings(
         tolerance=Tolerance.build(rtol, atol, field.structure, norm),
-        controller=controller or alg.default_controller(),
+        controller=alg.default_controller() if controller is None else controller,
         adaptive=adaptive and alg.adaptive,
         dt=None if dt is None else float(dt),
         dtmin=float(dtmin),
@@ -152,8 +152,10 @@ def solve(
         du0 = field.discover(t0, u0, direction, recording)
     wanted = bool(field.params) or u0.requires_grad or saves.differentiable(prob.tspan)
     sensealg = choose(sensealg, recording and wanted)
+    if transformed:
+        refuse_moving_times([*([] if sensealg.handles_time else prob.tspan), saveat])
     if not sensealg.handles_time:
-        u0 = attach_start(u0, prob.tspan[0], field)
+        u0 = attach_start(u0, prob.tspan[0], field, direction)
 
     job = Job(
         field=field,
@@ -214,8 +216,8 @@ def _check(settings: Settings, alg: Algorithm) -> None:
 def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> Solution:
     trajectory, field, stats = outputs.trajectory, job.field, job.stats
     u, times = outputs.u, saves.as_tensor(job.span, trajectory.t)
-    if not sensealg.handles_time:
-        u = attach_saved(u, times, field)
+    moving = saves.inside(times, job.span) if sensealg.handles_time else times
+    u = attach_saved(u, moving, field, job.t0, job.t1)
     steps = Steps(
         _stacked(trajectory.step_t),
         _stacked(trajectory.step_h),
@@ -223,8 +225,7 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
         outputs.error_norm,
         outputs.stiffness,
     )
-    differentiable = not isinstance(sensealg, NoAdjoint) and u.requires_grad
-    if differentiable and not steps.error.requires_grad:
+    if u.requires_grad and not isinstance(sensealg, (NoAdjoint, DiscreteAdjoint)):
         steps = _refusing_gradients(steps, u, sensealg)
     stats.nf, stats.naccept, stats.nreject = field.nf, trajectory.naccept, trajectory.nreject
 
@@ -255,12 +256,16 @@ def _dense_reader(
             raise ValueError(f"derivative must be 0, 1, 2, ..., got {derivative!r}")
         eps = torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 0.0
         at = torch.as_tensor(t, dtype=torch.float64)
-        times = [snapped(x, ends, eps) for x in at.reshape(-1).tolist()]
+        times = [snapped(x, ends, eps) for x in at.detach().reshape(-1).tolist()]
         recording = torch.is_grad_enabled()
         with torch.set_grad_enabled(on_tape and recording):
             flat = dense(times, derivative)
         if recording and not on_tape and anchor.requires_grad:
             flat = undifferentiable(flat, anchor, _DENSE_NEEDS_TAPE.format(sensealg=sensealg))
+        if recording and at.requires_grad:
+            with torch.no_grad():
+                slopes = dense(times, derivative + 1)
+            flat = attach_slopes(flat, at.reshape(-1), slopes)
         return structure.unravel(flat.reshape(*at.shape, structure.size))
 
     return interpolate

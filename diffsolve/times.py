@@ -92,6 +92,26 @@ class SaveTimes:
         ends = (at_end & (moves == 0)).to(values.dtype)
         return values + ends * (end - end.detach())
 
+    def inside(self, times: Tensor, span: tuple[Any, Any]) -> Tensor:
+        """``times`` without the gradients that flow through the steps where those are on the tape.
+
+        The ends of the span, and every accepted step, then move with the steps.
+        """
+        if self.times is None:
+            return times.detach()
+        t0, t1 = span
+        ends = [float(_plain(t)) for t in span if isinstance(t, Tensor) and t.requires_grad]
+        if self.given is None:
+            ends = [float(_plain(t0)), float(_plain(t1))]
+        tied = torch.zeros(len(times), dtype=torch.bool)
+        for end in ends:
+            tied |= times.detach() == end
+        return torch.where(tied, times.detach(), times)
+
+
+def _plain(t: Any) -> Any:
+    return t.detach() if isinstance(t, Tensor) else t
+
 
 def _spaced(spacing: float, t0: float, t1: float) -> list[float]:
     span = abs(t1 - t0)
@@ -129,8 +149,8 @@ def _check_order(times: list[float], t0: float, t1: float) -> None:
 
 def ordered_stops(
     tstops: Sequence[float], t0: float, t1: float
-) -> tuple[tuple[float, ...], frozenset[float]]:
-    """Stops strictly inside the span, in order, and all of them that lie in it.
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Stops strictly inside the span, in order of integration, and all in it, increasing.
 
     Raises
     ------
@@ -142,5 +162,5 @@ def ordered_stops(
         raise ValueError("tstops holds NaN")
     low, high = min(t0, t1), max(t0, t1)
     inside = {t for t in values if low < t < high}
-    breaks = frozenset(t for t in values if low <= t <= high)
+    breaks = tuple(sorted({t for t in values if low <= t <= high}))
     return tuple(sorted(inside, reverse=t1 < t0)), breaks

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg
 from diffsolve.engines.torch_engine import Saving, Settings, Trajectory, integrate
+from diffsolve.problems.capture import refuse_unknown_leaves
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import SolveError, Stats
@@ -110,6 +111,7 @@ class Reverse(VectorField, ABC):
         super().__init__(_unused, None, StateStructure(z))
         self.breaks = field.breaks
         self.params = params
+        self._checked = False  # whether the graph of f was looked through
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         self.nf += 1
@@ -128,6 +130,9 @@ class Reverse(VectorField, ABC):
             u = u.detach().requires_grad_()
             du = self.field(t, u)
         if du.requires_grad:
+            if not self._checked:
+                refuse_unknown_leaves([du], [u, *self.params])
+                self._checked = True
             grads = torch.autograd.grad(du, [u, *self.params], bar, allow_unused=True)
         else:
             grads = (None,) * (1 + len(self.params))
@@ -265,7 +270,7 @@ def _as_reals(g: Tensor, dtype: torch.dtype) -> Tensor:
 def _like(part: Tensor, p: Tensor) -> Tensor:
     """A parameter's part of the reverse state in the shape and dtype of the parameter."""
     if p.is_complex() and not part.is_complex():
-        return torch.view_as_complex(part.reshape(*p.shape, 2).contiguous()).to(p)
+        return torch.view_as_complex(part.reshape(*p.shape, 2).clone()).to(p)
     if part.is_complex() and not p.is_complex():
         part = part.real
     return part.reshape(p.shape).to(p)

@@ -59,11 +59,11 @@ class InterpolatingAdjoint(ContinuousAdjoint):
             trajectory = job.run(u0, dense=True)
             return trajectory, trajectory.dense
         tape = StepTape(self.checkpoints)
-        return job.run(u0, recorder=tape), tape
+        trajectory = job.run(u0, recorder=tape)
+        return trajectory, _Segments(job, tape, trajectory.final_t)
 
     def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
-        path = _Segments(job, kept, field) if isinstance(kept, StepTape) else kept
-        return _InterpolatingReverse(path, job, field, params)
+        return _InterpolatingReverse(kept, job, field, params)
 
 
 class _InterpolatingReverse(Reverse):
@@ -83,8 +83,8 @@ class _InterpolatingReverse(Reverse):
 class _Segments:
     """Dense output made again from checkpoints, two neighbouring segments at a time."""
 
-    def __init__(self, job: Job, tape: StepTape, field: VectorField):
-        self.job, self.tape, self.field = job, tape, field
+    def __init__(self, job: Job, tape: StepTape, end: float):
+        self.job, self.tape, self.end = job, tape, end
         self.direction = 1.0 if job.t1 >= job.t0 else -1.0
         self.segments = tape.segments()
         self.starts = [self.direction * tape.records[begin].t for begin, _ in self.segments]
@@ -100,13 +100,13 @@ class _Segments:
     def _make(self, segment: tuple[int, int]) -> DenseOutput:
         records = self.tape.records
         begin, end = segment
-        alg, field = self.job.alg, self.field
+        alg, field = self.job.alg, self.job.field
         states = self.tape.states(segment, alg, field)
         dense = DenseOutput(records[begin].t, self.direction, states[0][0])
         with torch.no_grad():
             for i, state in zip(range(begin, end), states, strict=True):
                 record = records[i]
-                t_end = records[i + 1].t if i + 1 < len(records) else self.job.t1
+                t_end = records[i + 1].t if i + 1 < len(records) else self.end
                 step = alg.step(field, record.t, record.h, state)
                 dense.append(t_end, step.interpolant)
         return dense

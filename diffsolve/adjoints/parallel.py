@@ -29,6 +29,7 @@ from torch import Tensor
 
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.engines.torch_engine import Record
+from diffsolve.problems.capture import refuse_unknown_leaves
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.norms import measure
 
@@ -65,6 +66,7 @@ class ParallelSweep:
         self.job, self.field, self.params = job, field, params
         self.of_saved, *self.of_estimates = cotangents
         self.extra_nf = 0
+        self._checked = False  # whether the graph of the steps was looked through
         self.batch = max(1, min(_MOST_STEPS, _MOST_WORK // max(job.field.work, 1)))
         self.rows, self.size = self._blocks()
         self.enabled = (
@@ -131,6 +133,9 @@ class ParallelSweep:
             _log.debug("f cannot be batched over steps, going step by step: %s", error)
             self.enabled = False
             return None
+        if not self._checked:
+            refuse_unknown_leaves([y for y in outputs if y.requires_grad], [u, *self.params])
+            self._checked = True
         self.extra_nf += (self.field.nf - calls) * (steps - 1)
         u_new, values, *estimates = outputs
         if not _agrees(u_new[:-1], u[1:]):

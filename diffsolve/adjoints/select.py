@@ -5,16 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.sensealg import NoAdjoint, Sensealg
 
+_internals: Any = torch._C  # has no public way to ask for active transforms
+
 
 def transforms_active() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is looking on."""
-    functorch: Any = torch._C
-    return functorch._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _internals._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_moving_times(times: list[Any]) -> None:
+    """Refuse a time that carries a tangent, or a gradient of a transform, which would be lost.
+
+    Raises
+    ------
+    TypeError
+        If one does.
+    """
+    for t in times:
+        if isinstance(t, Tensor) and (
+            _internals._functorch.is_functorch_wrapped_tensor(t)
+            or forward_ad.unpack_dual(t).tangent is not None
+        ):
+            raise TypeError(
+                "a time of the solve is differentiated by a torch.func transform or in forward "
+                "mode: use reverse mode, or DiscreteAdjoint(through_step_size=True) for tspan"
+            )
 
 
 def choose(sensealg: Sensealg | None, differentiate: bool) -> Sensealg:

@@ -11,6 +11,7 @@ from diffsolve.adjoints.parallel import ParallelSweep
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.torch_engine import Record
+from diffsolve.problems.capture import refuse_unknown_leaves
 from diffsolve.solvers.norms import measure
 
 StateBar = list[Tensor | None]
@@ -33,6 +34,7 @@ class Sweep:
         self.of_saved = cotangents[0]
         self.of_estimates = cotangents[1:]
         self.field, self.params = job.field.for_vjp()
+        self._checked = False  # whether the graph of a step was looked through
         self.dparams: list[Tensor | None] = [None] * len(self.params)
         self.parallel = ParallelSweep(job, self.field, self.params, cotangents)
 
@@ -121,6 +123,9 @@ class Sweep:
         if not pulled:
             return [None] * len(leaves)
         outputs, bars = zip(*pulled, strict=True)
+        if not self._checked:
+            refuse_unknown_leaves(outputs, [*leaves, *self.params])
+            self._checked = True
         grads = torch.autograd.grad(outputs, [*leaves, *self.params], bars, allow_unused=True)
         self._add_to_params(grads[len(leaves) :])
         return list(grads[: len(leaves)])

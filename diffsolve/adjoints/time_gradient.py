@@ -22,46 +22,68 @@ def _inner(g: Tensor, du: Tensor) -> Tensor:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u0: Tensor, t0: Tensor, field: VectorField) -> Tensor:
+    def forward(ctx: Any, u0: Tensor, t0: Tensor, field: VectorField, direction: float) -> Tensor:
         ctx.save_for_backward(u0, t0)
-        ctx.field = field
+        ctx.field, ctx.direction = field, direction
         return u0.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         u0, t0 = ctx.saved_tensors
-        du = ctx.field(ctx.field.time(t0), u0)
-        return g, -_inner(g, du).to(t0), None
+        du = ctx.field(ctx.field.after(float(t0), ctx.direction), u0)
+        return g, -_inner(g, du).to(t0), None, None
 
 
 class _Saved(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, times: Tensor, field: VectorField) -> Tensor:
+    def forward(
+        ctx: Any, u: Tensor, times: Tensor, field: VectorField, t0: float, t1: float
+    ) -> Tensor:
         ctx.save_for_backward(u, times)
-        ctx.field = field
+        ctx.field, ctx.t0, ctx.t1 = field, t0, t1
         return u.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         u, times = ctx.saved_tensors
-        slopes = [
-            _inner(g_i, ctx.field(ctx.field.time(t), u_i)).to(times)
-            for t, u_i, g_i in zip(times, u, g, strict=True)
-        ]
-        return g, torch.stack(slopes), None
+        field, forward = ctx.field, ctx.t1 - ctx.t0
+        slopes = []
+        for t, u_i, g_i in zip(times.tolist(), u, g, strict=True):
+            # the side of a jump that belongs to the solution up to t
+            side = field.after(t, forward if t == ctx.t0 else -forward)
+            slopes.append(_inner(g_i, field(side, u_i)).to(times))
+        return g, torch.stack(slopes), None, None, None
 
 
-def attach_start(u0: Tensor, t0: Any, field: VectorField) -> Tensor:
+class _Slopes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, times: Tensor, slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(times, slopes)
+        return u.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        times, slopes = ctx.saved_tensors
+        return g, (g.conj() * slopes).sum(1).real.to(times), None
+
+
+def attach_start(u0: Tensor, t0: Any, field: VectorField, direction: float) -> Tensor:
     """``u0`` that passes its cotangent on to ``t0``."""
     if isinstance(t0, Tensor) and t0.requires_grad:
-        return _Start.apply(u0, t0, field)  # type: ignore[return-value]
+        return _Start.apply(u0, t0, field, direction)  # type: ignore[return-value]
     return u0
 
 
-def attach_saved(u: Tensor, times: Tensor, field: VectorField) -> Tensor:
+def attach_saved(u: Tensor, times: Tensor, field: VectorField, t0: float, t1: float) -> Tensor:
     """Saved states ``(T, N)`` that pass their cotangents on to their times ``(T,)``."""
-    if times.requires_grad:
-        return _Saved.apply(u, times, field)  # type: ignore[return-value]
+    if times.requires_grad and len(times):
+        return _Saved.apply(u, times, field, t0, t1)  # type: ignore[return-value]
     return u
+
+
+def attach_slopes(u: Tensor, times: Tensor, slopes: Tensor) -> Tensor:
+    """States ``(T, N)`` that pass their cotangents on to their times, with known ``du/dt``."""
+    return _Slopes.apply(u, times, slopes)  # type: ignore[return-value]

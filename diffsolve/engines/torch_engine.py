@@ -267,9 +267,11 @@ class _Loop:
                 error = float(error.detach())  # type: ignore[union-attr]
         accept, factor = error < math.inf, 1.0
         if settings.adaptive:
-            accept, factor, self.memory = settings.controller.propose(
+            accept, factor, memory = settings.controller.propose(
                 error, self.memory, self.rejections > 0
             )
+            if not (lands and size < self.size):  # one cut short has an error of no account
+                self.memory = memory
         if accept:
             self._accept(step, h, lands, estimates)
         else:

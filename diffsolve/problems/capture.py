@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ _PRODUCTS = {
     Tensor.mm,
     Tensor.mv,
 }
-_DEPTH = 4  # how far to look into closures, containers and bound objects
+_DEPTH = 8  # how far to look into closures, containers and bound objects
 
 
 def _tensors_in(args: Any) -> Iterator[Tensor]:
@@ -139,8 +139,9 @@ def _walk(x: Any, found: dict[int, Tensor], seen: set[int], depth: int) -> None:
 def _children(x: Any) -> list[Any]:
     if isinstance(x, torch.nn.Module):
         # plain attributes too: a function or a tensor kept in one is not among the parameters
-        plain = [v for k, v in vars(x).items() if not k.startswith("_")]
-        return [*x.parameters(), *plain]
+        plain = [v for m in x.modules() for k, v in vars(m).items() if not k.startswith("_")]
+        forwards = {type(m).forward for m in x.modules() if not _is_of_torch(type(m))}
+        return [*x.parameters(), *plain, *forwards]
     if isinstance(x, (list, tuple)):
         return list(x)
     if isinstance(x, dict):
@@ -150,18 +151,40 @@ def _children(x: Any) -> list[Any]:
     if inspect.ismethod(x):
         return [x.__func__, x.__self__]
     if inspect.isfunction(x):
-        cells = [c.cell_contents for c in x.__closure__ or () if _filled(c)]
-        names = [x.__globals__[n] for n in x.__code__.co_names if n in x.__globals__]
-        wanted = (Tensor, torch.nn.Module, list, tuple, dict)
-        own = x.__module__ if isinstance(x.__module__, str) else ""
-        helpers = [
-            v for v in names if inspect.isfunction(v) and v.__module__.split(".")[0] != "torch"
-        ]
-        values = [v for v in names if isinstance(v, wanted)]
-        return [*cells, *values, *helpers, *(x.__defaults__ or ())] if own else cells
-    if hasattr(x, "__dict__") and not isinstance(x, type) and not inspect.ismodule(x):
-        return [*vars(x).values(), *([type(x).__call__] if callable(x) else [])]
-    return []
+        return [] if _is_of_torch(x) else _used_by(x)
+    if isinstance(x, type) or inspect.ismodule(x) or inspect.isbuiltin(x):
+        return []
+    slots = [s for c in type(x).__mro__ for s in _names(getattr(c, "__slots__", ()))]
+    kept = [getattr(x, s) for s in slots if hasattr(x, s)]
+    called = [type(x).__call__] if callable(x) else []
+    return [*getattr(x, "__dict__", {}).values(), *kept, *called]
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _used_by(f: Any) -> list[Any]:
+    """Values in a function's closure, its defaults, and the globals that its code names."""
+    cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]
+    defaults = [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+    codes, names = [f.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= set(code.co_names)
+        codes += [c for c in code.co_consts if inspect.iscode(c)]
+    globals_ = [f.__globals__[n] for n in names if n in f.__globals__]
+    wanted = (Tensor, torch.nn.Module, list, tuple, dict)
+    # other global objects may lead anywhere; functions lead to what they use
+    return [
+        *cells,
+        *defaults,
+        *(v for v in globals_ if isinstance(v, wanted) or inspect.isfunction(v)),
+    ]
+
+
+def _is_of_torch(x: Any) -> bool:
+    return (getattr(x, "__module__", None) or "").split(".")[0] == "torch"
 
 
 def _filled(cell: Any) -> bool:
@@ -170,3 +193,28 @@ def _filled(cell: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+def refuse_unknown_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Refuse a graph that leads to a leaf which gets no gradient otherwise.
+
+    Raises
+    ------
+    RuntimeError
+        If the graph of ``outputs`` ends in a tensor that is not among ``known``.
+    """
+    of_known = {id(x) for x in known}
+    pending = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in of_known:
+            raise RuntimeError(
+                f"f depends on a tensor of shape {tuple(leaf.shape)} that was not found when the "
+                "solve began, so that it would get no gradient: pass it in p, or keep it where f "
+                "reaches it (its closure, module or object), outside of custom autograd functions"
+            )
+        following = [n for n, _ in node.next_functions if n is not None and n not in seen]
+        seen.update(following)
+        pending += following

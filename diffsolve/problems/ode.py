@@ -104,7 +104,7 @@ def _check_state(u0: Any) -> None:
 def _checked_span(tspan: Any) -> tuple[Any, Any]:
     try:
         t0, t1 = tspan
-        ends = float(t0), float(t1)
+        ends = [float(t.detach() if isinstance(t, Tensor) else t) for t in (t0, t1)]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"tspan must be two times (t0, t1), got {tspan!r}") from error
     if not all(abs(t) < float("inf") for t in ends):

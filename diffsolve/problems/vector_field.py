@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -41,7 +42,7 @@ class VectorField:
     scratch
         Work space that steps keep between calls; one field serves one solve.
     breaks
-        Times where ``f`` may jump: stages of a step stay on the step's side of them.
+        Times where ``f`` may jump, increasing: stages of a step stay on the step's side of them.
     """
 
     def __init__(self, f: Callable[..., Any], p: Any, structure: StateStructure):
@@ -52,7 +53,7 @@ class VectorField:
         self.nf = 0
         self.work = 0
         self.scratch: dict[Any, Any] = {}
-        self.breaks: frozenset[float] = frozenset()
+        self.breaks: tuple[float, ...] = ()
         self._shape = structure.shapes[0] if structure.is_tensor else None
         self._is_flat = self._shape is not None and len(self._shape) == 1
         self._args = () if p is None else (p,)
@@ -109,7 +110,12 @@ class VectorField:
         dtype = self.structure.time_dtype
         if isinstance(h, Tensor) or isinstance(t, Tensor):
             nodes = torch.as_tensor(c, dtype=torch.float64)
-            return (t + nodes * h).to(dtype=dtype, device=self.device).unbind()
+            moving = t + nodes * h
+            if self.breaks:
+                values = moving.detach().tolist()
+                aside = self._beside_breaks(values, *(float(_detached(x)) for x in (t, t + h)))
+                moving = moving + (_doubles(aside) - _doubles(values))
+            return moving.to(dtype=dtype, device=self.device).unbind()
         values = (t + c * h).tolist()
         if self.breaks:
             values = self._beside_breaks(values, t, t + h)
@@ -126,11 +132,11 @@ class VectorField:
     def _beside_breaks(self, values: list[float], start: float, end: float) -> list[float]:
         """Move times off a break at either end of a step, by one unit of rounding, inward."""
         near = 8 * math.ulp(max(abs(start), abs(end)))
-        for at_break in self.breaks:
-            for edge, other in ((start, end), (end, start)):
-                if abs(edge - at_break) <= near:
-                    inside = self._next(at_break, math.copysign(math.inf, other - edge))
-                    values = [inside if abs(x - at_break) <= near else x for x in values]
+        for edge, other in ((start, end), (end, start)):
+            i = bisect_left(self.breaks, edge - near)
+            if i < len(self.breaks) and self.breaks[i] <= edge + near:
+                inside = self._next(self.breaks[i], math.copysign(math.inf, other - edge))
+                values = [inside if abs(x - self.breaks[i]) <= near else x for x in values]
         return values
 
     def _next(self, t: float, towards: float) -> float:
@@ -169,9 +175,13 @@ class VectorField:
             if differentiate and u0.requires_grad:
                 u.requires_grad_()
             state = self.structure.unravel(u)
-            probe = Probe([t, *pytree.tree_leaves(state)])
+            leaves = pytree.tree_leaves(state)
+            versions = [x._version for x in leaves]
+            probe = Probe([t, *leaves])
             with probe if differentiate else nullcontext():
                 du = self._first_call(t, state)
+            if versions != [x._version for x in leaves]:
+                raise ValueError("f changes the state u in place: compute du from a copy of it")
         self.nf += 1
         mismatch = self.structure.describe_mismatch(du)
         if mismatch is not None:
@@ -244,3 +254,11 @@ def _can_call(f: Callable[..., Any], count: int) -> bool:
     except ValueError:  # a builtin without a signature
         return True
     return True
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _doubles(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

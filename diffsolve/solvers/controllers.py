@@ -120,8 +120,8 @@ class PIController(Controller):
     Parameters
     ----------
     beta1, beta2
-        Exponents; ``for_order`` gives ``7/(10 k)`` and ``2/(5 k)``, Hairer's dopri5 0.17 and
-        0.04. The first step is judged by integral control.
+        Exponents; ``for_order`` gives ``7/(10 k)`` and ``2/(5 k)``; Hairer's dopri5 has 0.17
+        and 0.04. The first step is judged by integral control.
 
     References
     ----------

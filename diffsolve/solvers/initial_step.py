@@ -57,4 +57,4 @@ def _plain(x: Any) -> Any:
     """A float off the tape, a float64 tensor on it."""
     if isinstance(x, Tensor) and x.requires_grad:
         return x.double()
-    return float(x)
+    return float(x.detach() if isinstance(x, Tensor) else x)

@@ -78,8 +78,11 @@ def _flat_tolerance(name: str, value: Any, structure: StateStructure) -> Tensor:
         leaves = pytree.tree_leaves(value)
         if len(leaves) == 1:
             leaves = leaves * len(structure.shapes)
-        if len(leaves) != len(structure.shapes):
-            raise ValueError(f"{name} has {len(leaves)} parts, the state {len(structure.shapes)}")
+        else:
+            try:
+                leaves = structure.spec.flatten_up_to(value)
+            except ValueError as error:
+                raise ValueError(f"{name} has not the structure of the state: {error}") from error
         try:
             parts = [
                 torch.as_tensor(leaf, dtype=dtype, device=device).expand(shape).reshape(-1)
@@ -139,11 +142,11 @@ def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
     stacked = torch.stack(rows)
     norms = torch.linalg.vector_norm(stacked, dim=1).tolist()
     if not math.isfinite(sum(norms)):
-        # squares may overflow where the values do not
-        wide = torch.complex128 if stacked.is_complex() else torch.float64
-        norms = torch.linalg.vector_norm(stacked, dim=1, dtype=wide).tolist()
-        if not math.isfinite(sum(norms)):
+        if not bool(torch.isfinite(stacked).all()):
             return Estimates(math.nan, norms[0], math.nan)
+        # squares may overflow where the values do not
+        peak = stacked.abs().amax(1, keepdim=True).clamp(min=torch.finfo(stacked.dtype).tiny)
+        norms = (torch.linalg.vector_norm(stacked / peak, dim=1) * peak[:, 0]).tolist()
     if isinstance(step.stiffness, tuple):
         stiffness = norms[1] / norms[2] if norms[2] > 0 else 0.0
     else:

@@ -217,9 +217,8 @@ class Tableau:
 
     def _check_conditions(self) -> None:
         a, c = self.stages.a, self.stages.c
-        nodes = np.abs(a.sum(1) - c)[
-            :-1
-        ].max()  # the last row is b, whose sum is an order condition
+        # but for the last row: that is b, whose sum is an order condition
+        nodes = np.abs(a.sum(1) - c)[:-1].max()
         _require(nodes, a, f"{self.name}: a row of a does not sum to its node")
         _check_order(f"{self.name}", a, a[-1], self.order)
         if self.stages.b_error is not None:

@@ -1,0 +1,47 @@
+"""The examples run, and do what they say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def examples_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import examples as they import each other: from their own folder."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def test_demo_prints_its_tables_and_writes_its_figures(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--quick", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"fit.png", "evaluations.png", "steps.png"}
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+    for word in ("DiscreteAdjoint", "BacksolveAdjoint", "InterpolatingAdjoint", "regularized"):
+        assert word in done.stdout
+
+
+def test_training_the_spiral_lowers_the_loss(examples_path: None) -> None:
+    import spiral
+
+    data = spiral.spiral_data()
+    history = spiral.train(spiral.neural_spiral(data, seed=0, rtol=1e-4), data, iterations=20)
+    assert history.loss[-1] < 0.6 * history.loss[0]
+    assert len(history.forward_nf) == len(history.reverse_nf) == 20
+
+
+def test_the_study_trains_every_regularizer_from_the_same_weights(examples_path: None) -> None:
+    import regularized_spiral
+
+    results = regularized_spiral.study(
+        seeds=(0,), iterations=3, regularizers=tuple(regularized_spiral.REGULARIZERS)
+    )
+    assert set(results["ratios"]) == set(regularized_spiral.REGULARIZERS)
+    first = {runs[0]["history"].loss[0] for runs in results["runs"].values()}
+    assert len(first) == 1
+    final = {runs[0]["loss"] for runs in results["runs"].values()}
+    assert len(final) == len(results["runs"])  # every regularizer changes the training
