@@ -277,7 +277,8 @@ def test_single_precision(method: type) -> None:
         assert sol.u.dtype == torch.float32 and sol.t.dtype == F64
         assert sol.t.tolist() == reference.t.tolist()
         double = solve(lotka(), method(), rtol=tol, atol=tol, saveat=reference.t)
-        assert units(sol.u, reference.u, tol) < 1.5 * units(double.u, reference.u, tol) + 2
+        # rounding changes the steps a little, and with them the error at rough tolerances
+        assert units(sol.u, reference.u, tol) < 1.5 * units(double.u, reference.u, tol) + 10
         # estimates near rounding cost some steps, but not many
         assert sol.stats.naccept <= 1.15 * double.stats.naccept + 2
 
