@@ -263,8 +263,10 @@ class _Loop:
         if self.on_tape:
             if not all(bool(torch.isfinite(x).all()) for x in step.state):
                 error = math.nan
-            elif not settings.h_on_tape:
-                error = float(error.detach())  # type: ignore[union-attr]
+            elif settings.h_on_tape:
+                error = torch.as_tensor(error).to("cpu", torch.float64)  # times live on the host
+            else:
+                error = float(torch.as_tensor(error).detach())
         accept, factor = error < math.inf, 1.0
         if settings.adaptive:
             accept, factor, memory = settings.controller.propose(

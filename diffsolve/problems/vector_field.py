@@ -109,12 +109,12 @@ class VectorField:
         """0-d tensors ``t + c h`` as ``f`` sees them; ``t`` and ``h`` are floats or 0-d tensors."""
         dtype = self.structure.time_dtype
         if isinstance(h, Tensor) or isinstance(t, Tensor):
-            nodes = torch.as_tensor(c, dtype=torch.float64)
-            moving = t + nodes * h
+            device = h.device if isinstance(h, Tensor) else t.device
+            moving = t + torch.as_tensor(c, dtype=torch.float64, device=device) * h
             if self.breaks:
                 values = moving.detach().tolist()
                 aside = self._beside_breaks(values, *(float(_detached(x)) for x in (t, t + h)))
-                moving = moving + (_doubles(aside) - _doubles(values))
+                moving = moving + (_doubles(aside) - _doubles(values)).to(device)
             return moving.to(dtype=dtype, device=self.device).unbind()
         values = (t + c * h).tolist()
         if self.breaks:

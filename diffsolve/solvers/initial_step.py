@@ -56,5 +56,5 @@ def initial_step(
 def _plain(x: Any) -> Any:
     """A float off the tape, a float64 tensor on it."""
     if isinstance(x, Tensor) and x.requires_grad:
-        return x.double()
+        return x.to("cpu", torch.float64)
     return float(x.detach() if isinstance(x, Tensor) else x)

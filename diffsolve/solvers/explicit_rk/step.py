@@ -47,7 +47,7 @@ class RKInterpolant:
         if not self.complete:
             self._add_stages()
         exponents, coefficients = _basis(self.field, self.dense, derivative)
-        powers = theta.to(exponents.dtype)[:, None] ** exponents
+        powers = theta.to(exponents)[:, None] ** exponents
         weights = powers.to(coefficients.dtype) @ coefficients
         scale = _as_scale(self.field, self.h)
         if derivative:
