@@ -55,6 +55,8 @@ class VectorField:
         self.scratch: dict[Any, Any] = {}
         self.breaks: tuple[float, ...] = ()
         self._shape = structure.shapes[0] if structure.is_tensor else None
+        self._on_cpu = structure.device.type == "cpu"
+        self._numpy_time = np.float32 if structure.time_dtype == torch.float32 else np.float64
         self._is_flat = self._shape is not None and len(self._shape) == 1
         self._args = () if p is None else (p,)
         self._signature = "t, u" if p is None else "t, u, p"
@@ -77,7 +79,7 @@ class VectorField:
         if self._shape is None:
             du = self.structure.ravel(self.f(t, self.structure.unravel(u), *self._args))
             return du.clone() if len(self.structure.shapes) == 1 else du
-        du = self.f(t, u if self._is_flat else u.view(self._shape), *self._args)
+        du = self.f(t, u if self._is_flat else u.view(*self._shape), *self._args)
         if getattr(du, "shape", None) != self._shape or du.dtype is not self.dtype:
             self._refuse(du)
         if self._buffer is not None and _root(du) is self._buffer:
@@ -90,7 +92,7 @@ class VectorField:
         if self._shape is None:
             row.copy_(self.structure.ravel(self.f(t, self.structure.unravel(u), *self._args)))
             return
-        du = self.f(t, u if self._is_flat else u.view(self._shape), *self._args)
+        du = self.f(t, u if self._is_flat else u.view_as(row), *self._args)
         if getattr(du, "shape", None) != self._shape or du.dtype is not self.dtype:
             self._refuse(du)
         row.copy_(du)
@@ -116,10 +118,11 @@ class VectorField:
                 aside = self._beside_breaks(values, *(float(_detached(x)) for x in (t, t + h)))
                 moving = moving + (_doubles(aside) - _doubles(values)).to(device)
             return moving.to(dtype=dtype, device=self.device).unbind()
-        values = (t + c * h).tolist()
+        values = t + c * h
         if self.breaks:
-            values = self._beside_breaks(values, t, t + h)
-        return torch.tensor(values, dtype=dtype, device=self.device).unbind()
+            values = np.array(self._beside_breaks(values.tolist(), t, t + h))
+        found = torch.from_numpy(values.astype(self._numpy_time, copy=False))
+        return (found if self._on_cpu else found.to(self.device)).unbind()
 
     def time(self, t: Any) -> Tensor:
         """``t`` as ``f`` sees it."""
@@ -140,7 +143,7 @@ class VectorField:
         return values
 
     def _next(self, t: float, towards: float) -> float:
-        kind = np.float32 if self.structure.time_dtype == torch.float32 else np.float64
+        kind = self._numpy_time
         return float(np.nextafter(kind(t), kind(towards)))
 
     # -- parameters and checks -----------------------------------------------------------------

@@ -153,6 +153,7 @@ class _Workspace:
     def __init__(self, field: VectorField, stages: Stages):
         n, size = stages.n, field.structure.size
         self.stages = stages
+        self.nodes = stages.c[1:]  # the derivative at the first is known
         self.stiff_stage = _stiffness_stage(stages)
         rows = [stages.a]
         if stages.b_error is not None:
@@ -174,7 +175,7 @@ class _Workspace:
     def step(self, field: VectorField, t: float, h: float, state: RKState) -> Step:
         u, du = state
         torch.mul(self.weights, h, out=self.scaled)
-        times = field.times(t, h, self.stages.c)
+        times = field.times(t, h, self.nodes)
         rows, f_rows, addmv, write = self.k_rows, self.f_rows, torch.addmv, field.write
         rows[0].copy_(du)
         g = g_stiff = u
@@ -182,7 +183,7 @@ class _Workspace:
             g = addmv(u, k_before, a)
             if i == self.stiff_stage:
                 g_stiff = g
-            write(times[i], g, f_rows[i])
+            write(times[i - 1], g, f_rows[i])
         error, error_low = (
             None if b is None else torch.mv(self.k_columns, b)
             for b in (self.error_weights, self.low_weights)

@@ -8,6 +8,7 @@ last" methods and others look alike.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -256,6 +257,29 @@ def _lower_triangle(name: str, rows: ArrayLike | tuple, s: int) -> Array:
             raise TableauError(f"{name}: row {i} of a does not fit {s} explicit stages")
         a[i, : len(values)] = values
     return a
+
+
+def settle_rounding(a: ArrayLike | tuple, b: ArrayLike, c: ArrayLike) -> tuple[Array, Array]:
+    """``a`` and ``b`` with sums and first moments that hold to the last digit.
+
+    Large coefficients of opposite signs leave rounding errors in the sums of their rows that the
+    weights magnify. The conditions ``sum_j a_ij = c_i`` and ``sum_j a_ij c_j = c_i**2 / 2``, which
+    methods of high order meet from their fifth stage on, are restored by tiny changes of two
+    coefficients of each row, in exact arithmetic.
+    """
+    nodes = [Fraction(float(x)) for x in np.asarray(c, np.float64)]
+    rows = _lower_triangle("settle_rounding", a, len(nodes))
+    weights = np.array(b, dtype=np.float64)
+    half = Fraction(1, 2)
+    targets = [(row, x, x * x * half) for row, x in zip(rows[4:], nodes[4:], strict=True)]
+    for row, total, moment in [*targets, (weights, Fraction(1), half)]:
+        for _ in range(3):  # each change rounds
+            known = [Fraction(float(x)) for x in row]
+            defect = moment - sum((x * n for x, n in zip(known, nodes, strict=True)), Fraction(0))
+            row[3] = float(known[3] + defect / nodes[3])
+            known[3] = Fraction(float(row[3]))
+            row[0] = float(known[0] + total - sum(known, Fraction(0)))
+    return rows, weights
 
 
 def _cubic_hermite(b: Array, order: int) -> Interpolant:

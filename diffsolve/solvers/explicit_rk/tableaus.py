@@ -8,8 +8,14 @@ six and above are written out in ``tableaus_high_order`` and are available from 
 
 from __future__ import annotations
 
-from .tableau import Interpolant, Tableau
-from .tableaus_high_order import DP8, VERN6, VERN7, VERN9, nested_polynomial
+from diffsolve.solvers.explicit_rk.tableau import Interpolant, Tableau
+from diffsolve.solvers.explicit_rk.tableaus_high_order import (
+    DP8,
+    VERN6,
+    VERN7,
+    VERN9,
+    nested_polynomial,
+)
 
 __all__ = [
     "BS3",
