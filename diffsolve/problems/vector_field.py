@@ -57,6 +57,7 @@ class VectorField:
         self._shape = structure.shapes[0] if structure.is_tensor else None
         self._on_cpu = structure.device.type == "cpu"
         self._numpy_time = np.float32 if structure.time_dtype == torch.float32 else np.float64
+        self._view: Any = self._shape or ((),)  # as numbers, which is faster than as a size
         self._is_flat = self._shape is not None and len(self._shape) == 1
         self._args = () if p is None else (p,)
         self._signature = "t, u" if p is None else "t, u, p"
@@ -79,7 +80,7 @@ class VectorField:
         if self._shape is None:
             du = self.structure.ravel(self.f(t, self.structure.unravel(u), *self._args))
             return du.clone() if len(self.structure.shapes) == 1 else du
-        du = self.f(t, u if self._is_flat else u.view(*self._shape), *self._args)
+        du = self.f(t, u if self._is_flat else u.view(*self._view), *self._args)
         if getattr(du, "shape", None) != self._shape or du.dtype is not self.dtype:
             self._refuse(du)
         if self._buffer is not None and _root(du) is self._buffer:
