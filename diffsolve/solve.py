@@ -16,6 +16,7 @@ from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undif
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Solution, SolveError, Stats, Steps
 from diffsolve.solvers.algorithm import Algorithm
@@ -128,7 +129,7 @@ def solve(
         raise ValueError(f'engine must be "auto" or "torch", got {engine!r}')
     field = VectorField.of(prob)
     alg = _checked_algorithm(alg, prob, rtol, field)
-    t0, t1 = float(prob.tspan[0]), float(prob.tspan[1])
+    t0, t1 = (float(detached(t)) for t in prob.tspan)
     direction = 1.0 if t1 >= t0 else -1.0
     saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
     stops, field.breaks = ordered_stops(tstops, t0, t1)
@@ -136,10 +137,10 @@ def solve(
         tolerance=Tolerance.build(rtol, atol, field.structure, norm),
         controller=alg.default_controller() if controller is None else controller,
         adaptive=adaptive and alg.adaptive,
-        dt=None if dt is None else float(dt),
+        dt=None if dt is None else _constant("dt", dt),
         dtmin=float(dtmin),
         dtmax=float(dtmax),
-        maxiters=int(maxiters),
+        maxiters=_counted(maxiters),
         tstops=stops,
         progress=progress,
     )
@@ -198,6 +199,18 @@ def _checked_algorithm(
     return alg
 
 
+def _constant(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} has no gradient: detach it")
+    return float(value)
+
+
+def _counted(maxiters: Any) -> int:
+    if not 0 < maxiters < math.inf:
+        raise ValueError(f"maxiters must be a positive number, got {maxiters}")
+    return int(maxiters)
+
+
 def _check(settings: Settings, alg: Algorithm) -> None:
     dt, dtmin, dtmax = settings.dt, settings.dtmin, settings.dtmax
     if dt is None and not settings.adaptive:
@@ -207,8 +220,6 @@ def _check(settings: Settings, alg: Algorithm) -> None:
         raise ValueError(f"dt must be positive and finite (also backward in time), got {dt}")
     if not (dtmin >= 0 and dtmax > 0 and dtmin <= dtmax):
         raise ValueError(f"need 0 <= dtmin <= dtmax and dtmax > 0, got {dtmin} and {dtmax}")
-    if not settings.maxiters > 0:
-        raise ValueError(f"maxiters must be positive, got {settings.maxiters}")
     if not isinstance(settings.controller, Controller):
         raise TypeError(f"controller must be e.g. PIController(), got {settings.controller!r}")
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import detached
+
 
 @dataclass(frozen=True)
 class SaveTimes:
@@ -42,7 +44,7 @@ class SaveTimes:
             If times are unsorted, repeated, NaN or outside of the span, or contradict
             ``save_everystep``.
         """
-        t0, t1 = float(span[0]), float(span[1])
+        t0, t1 = (float(detached(t)) for t in span)
         if saveat is None:
             if save_everystep is False:
                 return cls([t0] if t0 == t1 else [t0, t1], from_start=True)
@@ -80,14 +82,14 @@ class SaveTimes:
         t0, t1 = span
         if not self.from_start or not self.differentiable(span) or not len(values):
             return values
-        start, end = (torch.as_tensor(t, dtype=torch.float64) for t in (t0, t1))
+        start, end = (torch.as_tensor(t, dtype=torch.float64, device="cpu") for t in (t0, t1))
         if self.times is None:  # only the ends move: step sizes are constants
             moves = torch.zeros_like(values)
             moves[0] = 1.0
         else:
             moves = torch.ones_like(values)
-        at_end = values == float(end)
-        moves = torch.where(at_end & (values != float(start)), 0.0, moves)
+        at_end = values == float(detached(end))
+        moves = torch.where(at_end & (values != float(detached(start))), 0.0, moves)
         values = values + moves * (start - start.detach())
         ends = (at_end & (moves == 0)).to(values.dtype)
         return values + ends * (end - end.detach())
@@ -100,17 +102,13 @@ class SaveTimes:
         if self.times is None:
             return times.detach()
         t0, t1 = span
-        ends = [float(_plain(t)) for t in span if isinstance(t, Tensor) and t.requires_grad]
+        ends = [float(detached(t)) for t in span if isinstance(t, Tensor) and t.requires_grad]
         if self.given is None:
-            ends = [float(_plain(t0)), float(_plain(t1))]
+            ends = [float(detached(t0)), float(detached(t1))]
         tied = torch.zeros(len(times), dtype=torch.bool)
         for end in ends:
             tied |= times.detach() == end
         return torch.where(tied, times.detach(), times)
-
-
-def _plain(t: Any) -> Any:
-    return t.detach() if isinstance(t, Tensor) else t
 
 
 def _spaced(spacing: float, t0: float, t1: float) -> list[float]:
@@ -157,7 +155,10 @@ def ordered_stops(
     ValueError
         If a stop is NaN.
     """
-    values = [float(t) for t in tstops]
+    given = [tstops] if isinstance(tstops, Real) else list(tstops)
+    if any(isinstance(t, Tensor) and t.requires_grad for t in given):
+        raise ValueError("tstops has no gradient: detach it; times in saveat and tspan have one")
+    values = [float(t) for t in given]
     if any(math.isnan(t) for t in values):
         raise ValueError("tstops holds NaN")
     low, high = min(t0, t1), max(t0, t1)

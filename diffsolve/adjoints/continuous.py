@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg
-from diffsolve.engines.torch_engine import Saving, Settings, Trajectory, integrate
+from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
+from diffsolve.engines.torch_engine import OnStop, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.capture import refuse_unknown_leaves
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField
@@ -46,10 +45,15 @@ class ContinuousAdjoint(Sensealg):
     atol: float | None = None
 
     def __post_init__(self) -> None:
+        if self.alg is not None and not isinstance(self.alg, Algorithm):
+            hint = f"; write {self.alg.__name__}()" if isinstance(self.alg, type) else ""
+            raise TypeError(f"{type(self).__name__}: alg must be a method{hint}, got {self.alg!r}")
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{type(self).__name__}: {name} must be >= 0, got {value}")
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be a number >= 0, got {value!r}"
+                )
 
     def prepared(self, settings: Settings) -> Settings:
         if self.alg is not None and not self.alg.adaptive and settings.adaptive:
@@ -69,9 +73,9 @@ class ContinuousAdjoint(Sensealg):
         """The reverse problem."""
 
     def run(self, job: Job) -> Outputs:
-        holder = _Holder(self, job)
-        u = _Continuous.apply(holder, job.u0, *job.field.params)
-        return Outputs(holder.trajectory, u, *job.estimates(holder.trajectory))  # type: ignore[arg-type]
+        carrier = Carrier(job)
+        u: Any = _Continuous.apply(self, carrier, job.u0, *job.field.params)
+        return Outputs(carrier.trajectory, u, *job.estimates(carrier.trajectory))
 
     def reverse_settings(self, job: Job, tolerance: Tolerance, stops: Sequence[float]) -> Settings:
         forward = job.settings
@@ -111,7 +115,6 @@ class Reverse(VectorField, ABC):
         super().__init__(_unused, None, StateStructure(z))
         self.breaks = field.breaks
         self.params = params
-        self._checked = False  # whether the graph of f was looked through
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         self.nf += 1
@@ -130,9 +133,7 @@ class Reverse(VectorField, ABC):
             u = u.detach().requires_grad_()
             du = self.field(t, u)
         if du.requires_grad:
-            if not self._checked:
-                refuse_unknown_leaves([du], [u, *self.params])
-                self._checked = True
+            refuse_unknown_leaves([du], [u, *self.params])
             grads = torch.autograd.grad(du, [u, *self.params], bar, allow_unused=True)
         else:
             grads = (None,) * (1 + len(self.params))
@@ -173,54 +174,74 @@ class Reverse(VectorField, ABC):
         """Called with the reverse state at ``t0``."""
 
 
-class _Holder:
-    """Carries what is not a tensor in and out of the autograd function."""
-
-    def __init__(self, sensealg: ContinuousAdjoint, job: Job):
-        self.sensealg, self.job = sensealg, job
-        self.trajectory: Any = None
-        self.kept: Any = None
-
-
 class _Continuous(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, holder: _Holder, u0: Tensor, *params: Tensor) -> Tensor:
-        job = holder.job
-        holder.trajectory, holder.kept = holder.sensealg.forward(job, u0.detach())
-        saved = job.stacked(holder.trajectory.u)
-        ctx.holder = holder
+    def forward(
+        ctx: Any, sensealg: ContinuousAdjoint, carrier: Carrier, u0: Tensor, *params: Tensor
+    ) -> Tensor:
+        carrier.trajectory, carrier.kept = sensealg.forward(carrier.job, u0.detach())
+        saved = carrier.job.stacked(carrier.trajectory.u)
+        ctx.sensealg, ctx.carrier = sensealg, carrier
         ctx.save_for_backward(saved, u0, *params)
         return saved
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, bars: Tensor) -> Any:
-        saved, *_ = ctx.saved_tensors  # raises if a parameter was changed in place
-        holder = ctx.holder
+        saved, u0, *params = ctx.saved_tensors  # raises if a parameter was changed in place
+        ctx.inputs = (u0, *params)
         started = time.perf_counter()
-        job = holder.job
+        job = ctx.carrier.job
         stats = job.stats.adjoint = Stats(engine=job.stats.engine)
-        dparams: Sequence[Tensor]
-        du0, dparams = _solve_reverse(holder, saved, bars, stats)
+        direction = job.t1 - job.t0
+        job.field.refuse_changed(job.t0, direction, u0.detach(), job.du0)
+        size = float(bars.abs().max()) if bars.numel() else 0.0
+        if not size < float("inf"):
+            raise RuntimeError("the cotangent of the saved states is NaN or Inf: check the loss")
+        if size == 0:
+            grads = [torch.zeros_like(x) for x in (u0, *params)]
+        else:
+            # the equation is linear: tolerances then mean the same for every loss
+            grads = _solve_reverse(ctx.sensealg, ctx.carrier, saved, bars / size, stats)
+            grads = [g * size for g in grads]
         stats.wall_s = time.perf_counter() - started
-        return (None, du0, *dparams)
+        return (None, None, *grads)
 
 
 def _solve_reverse(
-    holder: _Holder, saved: Tensor, bars: Tensor, stats: Stats
-) -> tuple[Tensor, list[Tensor]]:
-    sensealg, job, times = holder.sensealg, holder.job, holder.trajectory.t
+    sensealg: ContinuousAdjoint, carrier: Carrier, saved: Tensor, bars: Tensor, stats: Stats
+) -> list[Tensor]:
+    """Gradients by the flat initial state and by each parameter."""
+    job, times = carrier.job, carrier.trajectory.t
     field, params = job.field.for_vjp()
-    size = float(bars.abs().max()) if bars.numel() else 0.0
-    if size == 0:
-        return torch.zeros_like(job.u0), [torch.zeros_like(p) for p in params]
-    if not size < float("inf"):
-        raise RuntimeError("the cotangent of the saved states is NaN or Inf: check the loss")
-    bars = bars / size  # the equation is linear: tolerances then mean the same for every loss
-    alg = sensealg.alg or job.alg
-    stats.alg = alg.name
-    reverse = sensealg.reverse(job, holder.kept, field, params)
+    reverse = sensealg.reverse(job, carrier.kept, field, params)
     at_time = {t: i for i, t in enumerate(times)}
+
+    def on_stop(t: float, z: Tensor) -> Tensor:
+        i = at_time.get(t)
+        return z if i is None else reverse.at_save(z, bars[i], saved[i])
+
+    z = reverse.start(bars[-1], saved[-1])
+    if times[-1] != job.t0:
+        z = _integrate_reverse(sensealg, job, reverse, z, times, on_stop, stats)
+        reverse.finish(z)
+        if times[0] == job.t0:
+            z = reverse.at_save(z, bars[0], saved[0])
+    parts = z.split(reverse.sizes)
+    return [parts[0], *(_like(part, p) for part, p in zip(parts[2:], params, strict=True))]
+
+
+def _integrate_reverse(
+    sensealg: ContinuousAdjoint,
+    job: Job,
+    reverse: Reverse,
+    z: Tensor,
+    times: Sequence[float],
+    on_stop: OnStop,
+    stats: Stats,
+) -> Tensor:
+    """The reverse state at ``t0``, from the one at the last of the saved times."""
+    alg = sensealg.alg or job.alg
     start, end = times[-1], job.t0
     direction = -1.0 if job.t1 >= job.t0 else 1.0
     stops = {*times, *job.settings.tstops} - {start, end}
@@ -232,32 +253,19 @@ def _solve_reverse(
         forward,
     )
     settings = sensealg.reverse_settings(job, tolerance, stops)
-
-    def on_stop(t: float, z: Tensor) -> Tensor:
-        i = at_time.get(t)
-        return z if i is None else reverse.at_save(z, bars[i], saved[i])
-
-    z = reverse.start(bars[-1], saved[-1])
-    if start != end:
-        with torch.no_grad():
-            du = reverse(reverse.after(start, direction), z)
-            result = integrate(reverse, alg, z, start, end, settings, Saving(times=()), du, on_stop)
-        stats.nf, stats.naccept, stats.nreject = reverse.nf, result.naccept, result.nreject
-        if not result.retcode.successful:
-            raise SolveError(
-                f"the reverse solve of {type(sensealg).__name__} failed: {result.message} "
-                "DiscreteAdjoint() has no reverse solve that could fail.",
-                result.retcode,
-                result.final_t,
-                result.final_h,
-            )
-        assert result.final is not None
-        z = result.final
-        reverse.finish(z)
-        if times[0] == end:
-            z = reverse.at_save(z, bars[0], saved[0])
-    parts = (z * size).split(reverse.sizes)
-    return parts[0], [_like(part, p) for part, p in zip(parts[2:], params, strict=True)]
+    du = reverse(reverse.after(start, direction), z)
+    result = integrate(reverse, alg, z, start, end, settings, Saving(times=()), du, on_stop)
+    stats.alg, stats.nf = alg.name, reverse.nf
+    stats.naccept, stats.nreject = result.naccept, result.nreject
+    if not result.retcode.successful or result.final is None:
+        raise SolveError(
+            f"the reverse solve of {type(sensealg).__name__} failed: {result.message} "
+            "DiscreteAdjoint() has no reverse solve that could fail.",
+            result.retcode,
+            result.final_t,
+            result.final_h,
+        )
+    return result.final
 
 
 def _as_reals(g: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg
+from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
 from diffsolve.adjoints.sweep import Sweep
-from diffsolve.adjoints.tape import StepTape
+from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.torch_engine import Saving, Settings, integrate
+from diffsolve.problems.autocast import without_autocast
 from diffsolve.solution import Stats
 
 
@@ -39,7 +39,7 @@ class DiscreteAdjoint(Sensealg):
     Raises
     ------
     ValueError
-        If ``checkpoints`` is not positive, or is combined with ``tape``.
+        If ``checkpoints`` is not a positive integer, or is combined with ``tape``.
 
     References
     ----------
@@ -54,10 +54,9 @@ class DiscreteAdjoint(Sensealg):
     def __post_init__(self) -> None:
         if self.through_step_size:
             object.__setattr__(self, "tape", True)
-        if self.checkpoints is not None and (self.checkpoints < 1 or self.tape):
-            raise ValueError(
-                f"checkpoints must be a positive number, without tape; got {self.checkpoints}"
-            )
+        check_checkpoints(self.checkpoints)
+        if self.checkpoints is not None and self.tape:
+            raise ValueError("tape=True keeps everything: drop checkpoints, or tape")
 
     @property
     def handles_time(self) -> bool:  # type: ignore[override]
@@ -69,54 +68,61 @@ class DiscreteAdjoint(Sensealg):
     def run(self, job: Job) -> Outputs:
         if self.tape:
             return self._run_on_tape(job)
-        tape = StepTape(self.checkpoints)
-        holder = _Holder(job, tape)
-        u, error, error_norm, stiffness = _Discrete.apply(holder, job.u0, *job.field.params)  # type: ignore[misc]
-        return Outputs(holder.trajectory, u, error, error_norm, stiffness)
+        carrier = Carrier(job, StepTape(self.checkpoints))
+        outputs: Any = _Discrete.apply(carrier, job.u0, *job.field.params)
+        return Outputs(carrier.trajectory, *outputs)
 
     def _run_on_tape(self, job: Job) -> Outputs:
         t0, t1 = job.t0, job.t1
         if self.through_step_size:
-            t0, t1 = (torch.as_tensor(t, dtype=torch.float64) for t in job.span)
+            t0, t1 = (torch.as_tensor(t, dtype=torch.float64, device="cpu") for t in job.span)
         saving = Saving(job.save_times, job.dense)
-        with torch.enable_grad():
+        with torch.enable_grad(), without_autocast(job.field.device):
             trajectory = integrate(job.field, job.alg, job.u0, t0, t1, job.settings, saving)
-            columns = zip(
-                *((e.error, e.error_norm, e.stiffness) for e in trajectory.estimates), strict=True
-            )
-            estimates = [torch.stack(column) for column in columns]
-            if not estimates:
-                estimates = list(job.estimates(trajectory))
-            return Outputs(trajectory, job.stacked(trajectory.u), *estimates)
+            u = job.stacked(trajectory.u)
+            if job.field.params:
+                u = _Linked.apply(u, *job.field.params)
+            if not trajectory.estimates:
+                return Outputs(trajectory, u, *job.estimates(trajectory))
+            rows = [(e.error, e.error_norm, e.stiffness) for e in trajectory.estimates]
+            columns = (torch.stack(column) for column in zip(*rows, strict=True))
+            return Outputs(trajectory, u, *columns)
 
 
-class _Holder:
-    """Carries what is not a tensor in and out of the autograd function."""
+class _Linked(torch.autograd.Function):
+    """Identity that makes parameters part of the graph: unused ones get zeros, not None."""
 
-    def __init__(self, job: Job, tape: StepTape):
-        self.job = job
-        self.tape = tape
-        self.trajectory: Any = None
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, *params: Tensor) -> Tensor:
+        ctx.save_for_backward(*params)
+        return u.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
 class _Discrete(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, holder: _Holder, u0: Tensor, *params: Tensor) -> Any:
-        job = holder.job
-        trajectory = holder.trajectory = job.run(u0.detach(), holder.tape)
-        ctx.holder = holder
+    def forward(ctx: Any, carrier: Carrier, u0: Tensor, *params: Tensor) -> Any:
+        job, tape = carrier.job, carrier.kept
+        carrier.trajectory = job.run(u0.detach(), tape)
+        ctx.carrier = carrier
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(u0, *params)
-        return (job.stacked(trajectory.u), *job.estimates(trajectory))
+        # autograd frees the states after backward, and sees a parameter changed in place
+        ctx.counts = 1 + len(params)
+        ctx.save_for_backward(u0, *params, *tape.unload())
+        return (job.stacked(carrier.trajectory.u), *job.estimates(carrier.trajectory))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        _ = ctx.saved_tensors  # raises if a parameter was changed in place
+        saved = ctx.saved_tensors
+        ctx.inputs = saved[: ctx.counts]
         started = time.perf_counter()
-        job, tape = ctx.holder.job, ctx.holder.tape
+        job, tape = ctx.carrier.job, ctx.carrier.kept.loaded(saved[ctx.counts :])
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
-        sweep = Sweep(job, cotangents)
+        sweep = Sweep(job, cotangents, ctx.carrier.trajectory.final)
         du0, dparams = sweep.run(tape)
         stats.nf, stats.naccept = sweep.nf, len(tape.records)
         stats.wall_s = time.perf_counter() - started

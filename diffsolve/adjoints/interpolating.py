@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Reverse
 from diffsolve.adjoints.sensealg import Job
-from diffsolve.adjoints.tape import StepTape
+from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.torch_engine import Trajectory
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.interpolation import DenseOutput
@@ -51,8 +51,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.checkpoints is not None and self.checkpoints < 1:
-            raise ValueError(f"checkpoints must be a positive number, got {self.checkpoints}")
+        check_checkpoints(self.checkpoints)
 
     def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, Any]:
         if self.checkpoints is None:

@@ -12,7 +12,7 @@ the lambdas. Where the state is a batch of rows ``(..., d)``, ``f`` usually trea
 then ``d`` passes give every row's matrix. That is assumed and checked, because the last pass gives
 the true product of every step's matrix with its lambda as well; where it differs, and where ``f``
 cannot be batched, the caller goes step by step. Both ways agree to rounding, and which one runs
-depends on sizes alone, never on timings.
+depends on sizes and on what ``f`` allows, never on timings.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.sensealg import Job
+from diffsolve.adjoints.sensealg import Job, add_up
 from diffsolve.engines.torch_engine import Record
+from diffsolve.problems.autocast import Autocasting
 from diffsolve.problems.capture import refuse_unknown_leaves
-from diffsolve.problems.vector_field import VectorField
+from diffsolve.problems.vector_field import VectorField, rounding_error
 from diffsolve.solvers.norms import measure
 
 # Measured on a CPU: a call of f with its reverse pass costs about 100 us beyond its arithmetic,
@@ -66,7 +67,6 @@ class ParallelSweep:
         self.job, self.field, self.params = job, field, params
         self.of_saved, *self.of_estimates = cotangents
         self.extra_nf = 0
-        self._checked = False  # whether the graph of the steps was looked through
         self.batch = max(1, min(_MOST_STEPS, _MOST_WORK // max(job.field.work, 1)))
         self.rows, self.size = self._blocks()
         self.enabled = (
@@ -89,7 +89,12 @@ class ParallelSweep:
         return self.enabled and len(records) >= _FEWEST_STEPS + self.size // 2
 
     def through(
-        self, begin: int, records: list[Record], states: list[Tensor], bar: Tensor | None
+        self,
+        begin: int,
+        records: list[Record],
+        states: list[Tensor],
+        end: Tensor,
+        bar: Tensor | None,
     ) -> tuple[Tensor, list[Tensor | None]] | None:
         """Cotangents of the first state and of the parameters.
 
@@ -99,8 +104,8 @@ class ParallelSweep:
             Index of the first of the records in the solve.
         records, states
             Consecutive steps and the flat states they start from.
-        bar
-            Cotangent of the state after the last of them.
+        end, bar
+            The flat state after the last of them, and its cotangent.
 
         Returns
         -------
@@ -111,18 +116,16 @@ class ParallelSweep:
         total: list[Tensor | None] = [None] * len(self.params)
         for low in reversed(range(0, len(records), self.batch)):
             part = slice(low, low + self.batch)
-            pulled = self._through_batch(begin + low, records[part], states[part], bar)
+            pulled = self._through_batch(begin + low, records[part], states[part], end, bar)
             if pulled is None:
                 return None
             bar, grads = pulled
-            for i, g in enumerate(grads):
-                if g is not None:
-                    known = total[i]
-                    total[i] = g if known is None else known + g
+            end = states[low]
+            add_up(total, grads)
         return bar, total
 
     def _through_batch(
-        self, begin: int, records: list[Record], states: list[Tensor], bar: Tensor
+        self, begin: int, records: list[Record], states: list[Tensor], end: Tensor, bar: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]] | None:
         steps = len(records)
         calls = self.field.nf
@@ -133,12 +136,10 @@ class ParallelSweep:
             _log.debug("f cannot be batched over steps, going step by step: %s", error)
             self.enabled = False
             return None
-        if not self._checked:
-            refuse_unknown_leaves([y for y in outputs if y.requires_grad], [u, *self.params])
-            self._checked = True
+        refuse_unknown_leaves([y for y in outputs if y.requires_grad], [u, *self.params])
         self.extra_nf += (self.field.nf - calls) * (steps - 1)
         u_new, values, *estimates = outputs
-        if not _agrees(u_new[:-1], u[1:]):
+        if not float(rounding_error(u_new, torch.stack([*states[1:], end]))) <= 1:
             _log.debug("f gives other values in a batch, going step by step")
             self.enabled = False
             return None
@@ -241,16 +242,22 @@ def _same_products(assumed: Tensor, true: Tensor | None, after: Tensor) -> bool:
     return bool(close.all())
 
 
+def _identity(f: Any) -> Any:
+    """What stands for ``f`` from solve to solve: a bound method is made anew each time."""
+    f = f.f if isinstance(f, Autocasting) else f
+    return getattr(f, "__self__", f)
+
+
 def _is_coupled(f: Any) -> bool:
     try:
-        return f in _coupled
+        return _identity(f) in _coupled
     except TypeError:  # no weak reference can be made of it
         return False
 
 
 def _remember_coupled(f: Any) -> None:
     try:
-        _coupled.add(f)
+        _coupled.add(_identity(f))
     except TypeError:
         _log.debug("%r cannot be remembered as one whose rows are coupled", f)
 
@@ -262,10 +269,3 @@ def _pull(
         return (None,) * len(inputs)
     outputs, bars = zip(*pairs, strict=True)
     return torch.autograd.grad(outputs, inputs, bars, retain_graph=True, allow_unused=True)
-
-
-def _agrees(computed: Tensor, known: Tensor) -> bool:
-    """Whether steps run again gave the states that were recorded, to rounding."""
-    scale = known.detach().abs().amax() if len(known) else torch.ones(())
-    tolerance = 1e4 * torch.finfo(known.dtype).eps * scale
-    return not len(known) or bool(((computed - known).detach().abs() <= tolerance).all())

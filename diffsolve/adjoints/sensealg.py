@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.torch_engine import Recorder, Saving, Settings, Trajectory, integrate
+from diffsolve.problems.autocast import without_autocast
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm
@@ -56,7 +58,7 @@ class Job:
     ) -> Trajectory:
         """Integrate forward, off the tape."""
         saving = Saving(self.save_times, self.dense if dense is None else dense, recorder)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.field.device):
             return integrate(
                 self.field, self.alg, u0, self.t0, self.t1, self.settings, saving, self.du0
             )
@@ -117,6 +119,59 @@ class NoAdjoint(Sensealg):
 
     def __repr__(self) -> str:
         return "none"
+
+
+class Carrier:
+    """Takes what is no tensor into an autograd function and out of it.
+
+    Attributes
+    ----------
+    job
+        The solve.
+    trajectory
+        What the engine gave back, for the outputs.
+    kept
+        What the reverse pass needs besides.
+    """
+
+    def __init__(self, job: Job, kept: Any = None):
+        self.job = job
+        self.trajectory: Any = None
+        self.kept = kept
+
+
+def add_up(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    """Add gradients, None where there is none, to their totals."""
+    for i, g in enumerate(grads):
+        if g is not None:
+            total = totals[i]
+            totals[i] = g if total is None else total + g
+
+
+_FIRST_ORDER_ONLY = (
+    "second derivatives do not go through this sensealg's reverse pass: use "
+    "sensealg=DiscreteAdjoint(tape=True)"
+)
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``backward`` off the tape and without autocast; its results refuse another one."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *bars: Any) -> Any:
+        with torch.no_grad(), without_autocast(ctx.carrier.job.field.device):
+            grads = backward(ctx, *bars)
+        if not torch.is_grad_enabled():
+            return grads
+        inputs = [x for x in (*bars, *ctx.inputs) if isinstance(x, Tensor) and x.requires_grad]
+        if not inputs:
+            return grads
+        return tuple(
+            undifferentiable(g, inputs[0], _FIRST_ORDER_ONLY) if isinstance(g, Tensor) else g
+            for g in grads
+        )
+
+    return wrapper
 
 
 class _Undifferentiable(torch.autograd.Function):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from diffsolve.adjoints.parallel import ParallelSweep
-from diffsolve.adjoints.sensealg import Job
+from diffsolve.adjoints.sensealg import Job, add_up
 from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.capture import refuse_unknown_leaves
+from diffsolve.problems.vector_field import CHANGED, rounding_error
 from diffsolve.solvers.norms import measure
 
 StateBar = list[Tensor | None]
@@ -27,14 +28,17 @@ class Sweep:
     cotangents
         Those of the saved states ``(T, N)`` and of ``error, error_norm, stiffness`` ``(n,)``; None
         where there is none.
+    final
+        Flat state at the end of the solve.
     """
 
-    def __init__(self, job: Job, cotangents: Sequence[Tensor | None]):
+    def __init__(self, job: Job, cotangents: Sequence[Tensor | None], final: Tensor):
         self.job = job
         self.of_saved = cotangents[0]
         self.of_estimates = cotangents[1:]
         self.field, self.params = job.field.for_vjp()
-        self._checked = False  # whether the graph of a step was looked through
+        self._after = final  # the state that the step at hand must lead to
+        self._off = torch.zeros((), device=final.device)  # by how much steps missed that, at most
         self.dparams: list[Tensor | None] = [None] * len(self.params)
         self.parallel = ParallelSweep(job, self.field, self.params, cotangents)
 
@@ -49,6 +53,9 @@ class Sweep:
         for begin, records, states in tape.backward(job.alg, self.field):
             state_bar = state_bar or [None] * len(states[0])
             state_bar = self._through_segment(begin, records, states, state_bar)
+            self._after = states[0][0]
+        if not float(self._off) <= 1:
+            raise RuntimeError(CHANGED)
         u_bar = state_bar[0] if state_bar else None
         u_bar = torch.zeros_like(job.u0) if u_bar is None else u_bar
         first_time = job.save_times[0] if job.save_times else job.t0
@@ -66,10 +73,11 @@ class Sweep:
     ) -> StateBar:
         # the cotangent of u alone must say it all where the steps are taken at once
         if self.parallel.suits(records) and all(bar is None for bar in state_bar[1:]):
-            pulled = self.parallel.through(begin, records, [s[0] for s in states], state_bar[0])
+            flat = [s[0] for s in states]
+            pulled = self.parallel.through(begin, records, flat, self._after, state_bar[0])
             if pulled is not None:
                 u_bar, dparams = pulled
-                self._add_to_params(dparams)
+                add_up(self.dparams, dparams)
                 return [u_bar, *[None] * (len(state_bar) - 1)]
         for i in reversed(range(len(records))):
             record, state = records[i], states[i]
@@ -89,6 +97,7 @@ class Sweep:
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in state]
             step = self.job.alg.step(self.field, record.t, record.h, tuple(leaves))
+            self._compare(step.state[0], state[0])
             pulled += [
                 (y, bar) for y, bar in zip(step.state, state_bar, strict=True) if bar is not None
             ]
@@ -101,7 +110,8 @@ class Sweep:
                 e = measure(step, leaves[0], self.job.settings.tolerance, on_tape=True)
                 values = (e.error, e.error_norm, e.stiffness)
                 for y, bar in zip(values, self.of_estimates, strict=True):
-                    if bar is not None and isinstance(y, Tensor):
+                    if bar is not None:
+                        y = torch.as_tensor(y)
                         pulled.append((y, bar[index].to(y.dtype)))
         return self._pull(pulled, leaves)
 
@@ -117,21 +127,20 @@ class Sweep:
         (u_bar,) = self._pull(pulled, [u])
         return [u_bar, *[None] * (len(state) - 1)]
 
+    def _compare(self, reached: Tensor, start: Tensor) -> None:
+        """Note whether a step leads where it led; read at the end, to wait for no device."""
+        off = rounding_error(reached, self._after)
+        self._off = torch.maximum(self._off, off.to(self._off))
+        self._after = start
+
     def _pull(self, pulled: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> StateBar:
         """Cotangents of the leaves; those of the parameters are summed up."""
         pulled = [(y, bar) for y, bar in pulled if y.requires_grad]
         if not pulled:
             return [None] * len(leaves)
         outputs, bars = zip(*pulled, strict=True)
-        if not self._checked:
-            refuse_unknown_leaves(outputs, [*leaves, *self.params])
-            self._checked = True
+        # at every step: each may take another branch of f
+        refuse_unknown_leaves(outputs, [*leaves, *self.params])
         grads = torch.autograd.grad(outputs, [*leaves, *self.params], bars, allow_unused=True)
-        self._add_to_params(grads[len(leaves) :])
+        add_up(self.dparams, grads[len(leaves) :])
         return list(grads[: len(leaves)])
-
-    def _add_to_params(self, grads: Sequence[Tensor | None]) -> None:
-        for i, g in enumerate(grads):
-            if g is not None:
-                known = self.dparams[i]
-                self.dparams[i] = g if known is None else known + g

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
+
+
+def check_checkpoints(checkpoints: int | None) -> None:
+    """Raise a ``ValueError`` if that is no number of states to keep."""
+    if checkpoints is not None and not (isinstance(checkpoints, int) and checkpoints >= 1):
+        raise ValueError(f"checkpoints must be a positive integer, got {checkpoints!r}")
 
 
 class StepTape:
@@ -28,6 +35,7 @@ class StepTape:
         self.checkpoints = checkpoints
         self.records: list[Record] = []
         self._stride = 1
+        self._kept: list[tuple[int, int]] = []  # where unloaded states belong, and their lengths
 
     def append(self, record: Record) -> None:
         index = len(self.records)
@@ -41,6 +49,23 @@ class StepTape:
             for i, kept in enumerate(self.records):
                 if i % self._stride:
                     kept.state = ()
+
+    def unload(self) -> list[Tensor]:
+        """Give the kept states away, for autograd to save; ``loaded`` takes them back."""
+        self._kept = [(i, len(r.state)) for i, r in enumerate(self.records) if r.state]
+        tensors = [x for record in self.records for x in record.state]
+        for record in self.records:
+            record.state = ()
+        return tensors
+
+    def loaded(self, tensors: Sequence[Tensor]) -> StepTape:
+        """This tape with the states that ``unload`` gave away."""
+        tape = StepTape(self.checkpoints)
+        tape.records = [replace(record) for record in self.records]
+        rest = iter(tensors)
+        for i, count in self._kept:
+            tape.records[i].state = tuple(next(rest) for _ in range(count))
+        return tape
 
     def segments(self) -> list[tuple[int, int]]:
         """Ranges of steps that begin with a kept state, in order."""

@@ -19,11 +19,11 @@ def explain(
     t1: float,
     alg: str,
     estimates: Estimates | None,
-    settings_hint: tuple[float, int],
+    dtmin: float,
+    maxiters: int,
     state: Tensor,
 ) -> str:
     """A message for a solve that stopped at ``t`` with a next step of size ``h``."""
-    dtmin, maxiters = settings_hint
     size = float(torch.linalg.vector_norm(state.detach(), ord=math.inf))
     error = math.nan if estimates is None else float(estimates.error)
     stiffness = math.nan if estimates is None else float(estimates.stiffness)

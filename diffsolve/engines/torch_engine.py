@@ -213,6 +213,7 @@ class _Loop:
         self.stop = 0  # index of the next time to land on
         self.saved = 0  # number of saved values
         self.attempts = 0
+        self.last: Estimates | None = None  # estimates of the last attempt
         self.rejections = 0  # in a row
         self.not_finite = False  # whether the last rejection was for NaN or Inf
         self.restarted = True
@@ -378,8 +379,6 @@ class _Loop:
         self.result.u.append(u)
         self.saved += 1
 
-    last: Estimates | None = None
-
     def _fail(self, code: ReturnCode, estimates: Estimates | None) -> None:
         self.result.retcode = code
         self.result.message = explain(
@@ -389,7 +388,8 @@ class _Loop:
             t1=float(self.t1),
             alg=self.alg.name,
             estimates=estimates,
-            settings_hint=(self.settings.dtmin, self.settings.maxiters),
+            dtmin=self.settings.dtmin,
+            maxiters=self.settings.maxiters,
             state=self.state[0],
         )
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -22,6 +23,8 @@ _PRODUCTS = {
     Tensor.mm,
     Tensor.mv,
 }
+_PLAIN = (str, bytes, int, float, complex, type(None), np.ndarray)  # hold no tensors
+_MOST_ITEMS = 10_000  # longer containers are data
 _DEPTH = 8  # how far to look into closures, containers and bound objects
 
 
@@ -125,7 +128,7 @@ def reachable_tensors(f: Any) -> list[Tensor]:
 
 
 def _walk(x: Any, found: dict[int, Tensor], seen: set[int], depth: int) -> None:
-    if depth < 0 or id(x) in seen:
+    if depth < 0 or isinstance(x, _PLAIN) or id(x) in seen:
         return
     seen.add(id(x))
     if isinstance(x, Tensor):
@@ -142,10 +145,9 @@ def _children(x: Any) -> list[Any]:
         plain = [v for m in x.modules() for k, v in vars(m).items() if not k.startswith("_")]
         forwards = {type(m).forward for m in x.modules() if not _is_of_torch(type(m))}
         return [*x.parameters(), *plain, *forwards]
-    if isinstance(x, (list, tuple)):
-        return list(x)
-    if isinstance(x, dict):
-        return list(x.values())
+    if isinstance(x, (list, tuple, dict)):
+        items = list(x.values() if isinstance(x, dict) else x) if len(x) <= _MOST_ITEMS else []
+        return [y for y in items if not isinstance(y, _PLAIN)]
     if isinstance(x, functools.partial):
         return [x.func, *x.args, *x.keywords.values()]
     if inspect.ismethod(x):
@@ -211,9 +213,10 @@ def refuse_unknown_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) ->
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in of_known:
             raise RuntimeError(
-                f"f depends on a tensor of shape {tuple(leaf.shape)} that was not found when the "
-                "solve began, so that it would get no gradient: pass it in p, or keep it where f "
-                "reaches it (its closure, module or object), outside of custom autograd functions"
+                f"f depends on a tensor of shape {tuple(leaf.shape)} in a way that would lose its "
+                "gradient: it was not found when the solve began, or it is used through one "
+                "computed from it inside a custom autograd function or another solve. Pass it in "
+                "p, or use DiscreteAdjoint(tape=True)."
             )
         following = [n for n, _ in node.next_functions if n is not None and n not in seen]
         seen.update(following)

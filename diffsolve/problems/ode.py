@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from diffsolve.problems.structure import detached
+
 _SUPPORTED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -104,7 +106,7 @@ def _check_state(u0: Any) -> None:
 def _checked_span(tspan: Any) -> tuple[Any, Any]:
     try:
         t0, t1 = tspan
-        ends = [float(t.detach() if isinstance(t, Tensor) else t) for t in (t0, t1)]
+        ends = [float(detached(t)) for t in (t0, t1)]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"tspan must be two times (t0, t1), got {tspan!r}") from error
     if not all(abs(t) < float("inf") for t in ends):

@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+def detached(x: Any) -> Any:
+    """``x`` off the tape, where it is a tensor."""
+    return x.detach() if isinstance(x, Tensor) else x
+
+
 class StateStructure:
     """Shape and structure of a state; ``ravel`` and ``unravel`` go to a flat tensor and back."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,11 +19,30 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from diffsolve.problems.autocast import under_current_autocast
 from diffsolve.problems.capture import Probe, Substitute, reachable_tensors
 from diffsolve.problems.ode import ODEProblem
-from diffsolve.problems.structure import StateStructure
+from diffsolve.problems.structure import StateStructure, detached
 
 _START = np.zeros(1)
+CHANGED = (
+    "f gives other values now than when the problem was solved, so that its gradient would be of "
+    "another solution: f draws random numbers, or a variable or buffer that it uses was changed "
+    "in between. Keep it fixed until backward, or use DiscreteAdjoint(tape=True)."
+)
+
+
+def rounding_error(computed: Tensor, known: Tensor) -> Tensor:
+    """Distance of values computed again from the known ones, in units of what rounding explains."""
+    known, computed = known.detach(), computed.detach()
+    double = known.dtype.to_real() == torch.float64
+    allowed = (1e5 if double else 1e3) * torch.finfo(known.dtype).eps
+    tiny = torch.finfo(known.dtype).tiny
+    return (computed - known).abs().max() / (allowed * known.abs().max() + tiny)
+
+
+def _no_buffer() -> None:
+    return None
 
 
 class VectorField:
@@ -61,11 +81,14 @@ class VectorField:
         self._is_flat = self._shape is not None and len(self._shape) == 1
         self._args = () if p is None else (p,)
         self._signature = "t, u" if p is None else "t, u, p"
-        self._buffer: Tensor | None = None  # what f returned at first: it may return it again
+        # what f returned at first, if it lives on: f may fill and return it again
+        self._buffer: Callable[[], Tensor | None] = _no_buffer
 
     @classmethod
     def of(cls, prob: ODEProblem) -> VectorField:
-        return cls(prob.f, prob.p, StateStructure(prob.u0))
+        structure = StateStructure(prob.u0)
+        f = under_current_autocast(prob.f, structure.device, structure.dtype)
+        return cls(f, prob.p, structure)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,7 +106,7 @@ class VectorField:
         du = self.f(t, u if self._is_flat else u.view(*self._view), *self._args)
         if getattr(du, "shape", None) != self._shape or du.dtype is not self.dtype:
             self._refuse(du)
-        if self._buffer is not None and _root(du) is self._buffer:
+        if _root(du) is self._buffer():
             du = du.clone()  # f fills one buffer again and again
         return du if self._is_flat else du.reshape(-1)
 
@@ -116,7 +139,7 @@ class VectorField:
             moving = t + torch.as_tensor(c, dtype=torch.float64, device=device) * h
             if self.breaks:
                 values = moving.detach().tolist()
-                aside = self._beside_breaks(values, *(float(_detached(x)) for x in (t, t + h)))
+                aside = self._beside_breaks(values, *(float(detached(x)) for x in (t, t + h)))
                 moving = moving + (_doubles(aside) - _doubles(values)).to(device)
             return moving.to(dtype=dtype, device=self.device).unbind()
         values = t + c * h
@@ -180,11 +203,11 @@ class VectorField:
                 u.requires_grad_()
             state = self.structure.unravel(u)
             leaves = pytree.tree_leaves(state)
-            versions = [x._version for x in leaves]
+            versions = [_version(x) for x in leaves]
             probe = Probe([t, *leaves])
             with probe if differentiate else nullcontext():
                 du = self._first_call(t, state)
-            if versions != [x._version for x in leaves]:
+            if versions != [_version(x) for x in leaves]:
                 raise ValueError("f changes the state u in place: compute du from a copy of it")
         self.nf += 1
         mismatch = self.structure.describe_mismatch(du)
@@ -192,10 +215,12 @@ class VectorField:
             raise ValueError(f"f({self._signature}) is wrong: {mismatch}")
         flat = self.structure.ravel(du)
         if self._shape is not None:
-            self._buffer = _root(du)
+            self._buffer = weakref.ref(_root(du))
         if differentiate:
             leaves = [x for x in pytree.tree_leaves(self.p) if isinstance(x, Tensor)]
-            found = [*leaves, *probe.foreign, *reachable_tensors(self.f)]
+            # one that was computed from others counts where f was seen to use it
+            kept = [x for x in reachable_tensors((self.f, self.p)) if x.is_leaf]
+            found = [*leaves, *probe.foreign, *kept]
             unique = {id(x): x for x in found if x.requires_grad}
             self.params = list(unique.values())
             self.work = probe.work
@@ -218,6 +243,19 @@ class VectorField:
                 ) from error
             error.add_note(f"raised while f was evaluated first, at t = {float(t):.8g}")
             raise
+
+    def refuse_changed(self, t0: float, h_sign: float, u0: Tensor, du0: Tensor) -> None:
+        """Refuse to go backward through an ``f`` that no longer gives what it gave.
+
+        Raises
+        ------
+        RuntimeError
+            If ``f(t0, u0)`` is not ``du0``.
+        """
+        with torch.no_grad():
+            du = self(self.after(t0, h_sign), u0)
+        if not float(rounding_error(du, du0)) <= 1:
+            raise RuntimeError(CHANGED)
 
     def for_vjp(self) -> tuple[VectorField, list[Tensor]]:
         """This field for vector-Jacobian products, and the tensors to take them by.
@@ -246,6 +284,10 @@ def _is_derived(x: Tensor) -> bool:
     return not x.is_leaf or bool(x._backward_hooks)
 
 
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version  # inference tensors do not count changes
+
+
 def _root(x: Tensor) -> Tensor:
     return x if x._base is None else x._base
 
@@ -258,10 +300,6 @@ def _can_call(f: Callable[..., Any], count: int) -> bool:
     except ValueError:  # a builtin without a signature
         return True
     return True
-
-
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _doubles(values: list[float]) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.norms import Tolerance
 
@@ -57,4 +58,4 @@ def _plain(x: Any) -> Any:
     """A float off the tape, a float64 tensor on it."""
     if isinstance(x, Tensor) and x.requires_grad:
         return x.to("cpu", torch.float64)
-    return float(x.detach() if isinstance(x, Tensor) else x)
+    return float(detached(x))

@@ -120,6 +120,8 @@ def _measure_on_tape(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
         return Estimates(zero, zero, stiffness)
     magnitude = torch.maximum(u.abs(), step.state[0].abs())
     error = tolerance.scaled_norm(step.error, magnitude)
+    if not isinstance(error, Tensor):
+        raise TypeError(f"norm must return a 0-d tensor where it is differentiated, got {error!r}")
     if step.error_low is not None:
         high = tolerance.scaled_norm(step.error_low, magnitude)
         error = error * _safe_ratio(error, _safe_hypot(error, 0.1 * high))
@@ -157,7 +159,7 @@ def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
     if tolerance.norm is None:
         errors = [x / root for x in norms[len(rows) - len(scaled) :]]
     else:
-        errors = [float(tolerance.norm(x)) for x in scaled]
+        errors = [_number(tolerance.norm(x)) for x in scaled]
     error = errors[0]
     if len(errors) == 2 and error > 0:
         error = error * error / math.hypot(error, 0.1 * errors[1])
@@ -173,3 +175,10 @@ def _safe_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 def _safe_hypot(a: Tensor, b: Tensor) -> Tensor:
     """``sqrt(a**2 + b**2)`` with zero gradient at the origin."""
     return torch.linalg.vector_norm(torch.stack([a, b]))
+
+
+def _number(x: Any) -> float:
+    try:
+        return float(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"norm must return a number or a 0-d tensor, got {x!r}") from error

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.problems.vector_field import VectorField
+from diffsolve.problems.vector_field import VectorField, rounding_error
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.explicit_rk.tableau import Interpolant, Stages
+
+_START = np.zeros(1)
 
 
 class RKState(NamedTuple):
@@ -30,17 +32,18 @@ class RKInterpolant:
     Extra stages are evaluated the first time a value is asked for.
     """
 
-    __slots__ = ("complete", "dense", "field", "h", "k", "t", "u")
+    __slots__ = ("complete", "dense", "field", "h", "k", "kept", "t", "u")
 
     def __init__(
         self, field: VectorField, t: Any, h: Any, u: Tensor, k: Tensor, dense: Interpolant
     ):
         self.field, self.t, self.h, self.u, self.k, self.dense = field, t, h, u, k, dense
         self.complete = not dense.c_extra
+        self.kept = False
 
     def keep(self) -> RKInterpolant:
         kept = RKInterpolant(self.field, self.t, self.h, self.u, self.k.clone(), self.dense)
-        kept.complete = self.complete
+        kept.complete, kept.kept = self.complete, True
         return kept
 
     def __call__(self, theta: Tensor, derivative: int = 0) -> Tensor:
@@ -58,6 +61,14 @@ class RKInterpolant:
 
     def _add_stages(self) -> None:
         k = list(self.k.unbind(0))
+        if self.kept:  # f may have been trained since
+            (start,) = self.field.times(self.t, self.h, _START)
+            if not float(rounding_error(self.field(start, self.u), k[0])) <= 1:
+                raise RuntimeError(
+                    "f has changed since the solve, and the dense output from t = "
+                    f"{float(self.t):.8g} on still needs evaluations of it: call sol(t) before, "
+                    "or list the times in saveat"
+                )
         times = self.field.times(self.t, self.h, np.asarray(self.dense.c_extra))
         for row, time in zip(self.dense.a_extra, times, strict=True):
             weights = constant(self.field, row) * _as_scale(self.field, self.h)
