@@ -4,10 +4,12 @@ from diffsolve import nn, problems, regularization
 from diffsolve.adjoints.backsolve import BacksolveAdjoint, BacksolveWarning
 from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.interpolating import InterpolatingAdjoint
+from diffsolve.adjoints.sensealg import Sensealg
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.solution import ReturnCode, Solution, SolveError, Stats, Steps
 from diffsolve.solve import solve
-from diffsolve.solvers.controllers import IController, PIController, PIDController
+from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.controllers import Controller, IController, PIController, PIDController
 from diffsolve.solvers.explicit_rk.methods import (
     BS3,
     DP5,
@@ -32,8 +34,10 @@ __all__ = [
     "DP5",
     "DP8",
     "RK4",
+    "Algorithm",
     "BacksolveAdjoint",
     "BacksolveWarning",
+    "Controller",
     "DiscreteAdjoint",
     "Euler",
     "ExplicitRK",
@@ -47,6 +51,7 @@ __all__ = [
     "PIDController",
     "Ralston",
     "ReturnCode",
+    "Sensealg",
     "Solution",
     "SolveError",
     "Stats",

@@ -52,6 +52,13 @@ def error_estimate(
         0-d. ``E`` is ``sol.steps.error``, scaled by the tolerances: it is of order one at any
         tolerance, and so is the coefficient that suits it.
 
+    Raises
+    ------
+    ValueError
+        If ``reduction`` or ``power`` is unknown.
+    RuntimeError
+        In backward, under a continuous adjoint.
+
     References
     ----------
     Pal et al. (2021), section 3.1.
@@ -77,6 +84,11 @@ def stiffness_estimate(
     -------
     Tensor
         0-d.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As ``error_estimate``.
 
     References
     ----------
@@ -138,7 +150,8 @@ def local_error_estimate(
     Raises
     ------
     ValueError
-        If the solution has no dense output, or ``sampling`` is unknown.
+        If the solution has no dense output or no accepted step, ``sampling`` or ``power`` is
+        unknown, or ``at`` is the end of ``tspan``.
 
     References
     ----------
@@ -157,7 +170,23 @@ def local_stiffness_estimate(
     at: tuple[float, Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Stiffness estimate of one extra step from a random time; see ``local_error_estimate``."""
+    """Stiffness estimate of one extra step from a random time.
+
+    Parameters
+    ----------
+    sol, sampling, power, weight_by_step, at, generator
+        As for ``local_error_estimate``; by default the estimate is not multiplied by the step.
+
+    Returns
+    -------
+    Tensor
+        0-d, in 1/time.
+
+    Raises
+    ------
+    ValueError
+        As ``local_error_estimate``.
+    """
     estimates, h = _local_step(sol, sampling, at, generator)
     return _weighted(estimates.stiffness, h, power, weight_by_step)
 

@@ -19,8 +19,7 @@ from regularized_spiral import QUANTITIES, study
 from spiral import U0, Data, History, mean_squared_error, neural_spiral, predict, spiral_data, train
 from torch import Tensor
 
-from diffsolve import BacksolveAdjoint, DiscreteAdjoint, InterpolatingAdjoint
-from diffsolve.adjoints.sensealg import Sensealg
+from diffsolve import BacksolveAdjoint, DiscreteAdjoint, InterpolatingAdjoint, Sensealg
 from diffsolve.nn import NeuralODE
 
 SEED = 0

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from diffsolve import ODEProblem, Solution, Tsit5, solve
-from diffsolve.adjoints.sensealg import Sensealg
+from diffsolve import ODEProblem, Sensealg, Solution, Tsit5, solve
 from diffsolve.nn import NeuralODE
 
 TSPAN = (0.0, 1.5)

@@ -50,7 +50,8 @@ class ContinuousAdjoint(Sensealg):
             raise TypeError(f"{type(self).__name__}: alg must be a method{hint}, got {self.alg!r}")
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+            number = isinstance(value, (int, float)) and 0 <= value < float("inf")
+            if value is not None and not number:
                 raise ValueError(
                     f"{type(self).__name__}: {name} must be a number >= 0, got {value!r}"
                 )

@@ -133,6 +133,7 @@ class PIController(Controller):
 
     @classmethod
     def for_order(cls, order: int, **options: Any) -> PIController:
+        """Controller for a method of this order, ``k``."""
         return cls(beta1=7 / (10 * order), beta2=2 / (5 * order), **options)
 
     def start(self) -> Memory:
@@ -174,6 +175,7 @@ class PIDController(Controller):
 
     @classmethod
     def for_order(cls, order: int, **options: Any) -> PIDController:
+        """Controller for a method of this order whose estimate has one order less."""
         return cls(k=order, **options)
 
     def start(self) -> Memory:

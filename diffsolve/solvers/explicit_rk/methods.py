@@ -68,31 +68,56 @@ class _Named(ExplicitRK):
 
 
 class Euler(_Named):
-    """Euler's method, order 1; fixed steps."""
+    """Euler's method, order 1; fixed steps, so ``solve`` needs ``dt``.
+
+    References
+    ----------
+    Hairer, Norsett, Wanner (HNW), Solving Ordinary Differential Equations I (1993), section I.7.
+    """
 
     coefficients = tableaus.EULER
 
 
 class Midpoint(_Named):
-    """The explicit midpoint method, order 2; fixed steps (Runge 1895)."""
+    """The explicit midpoint method, order 2; fixed steps, so ``solve`` needs ``dt``.
+
+    References
+    ----------
+    Runge, Math. Ann. 46 (1895) 167; HNW, section II.1.
+    """
 
     coefficients = tableaus.MIDPOINT
 
 
 class Heun(_Named):
-    """Heun's method of order 2 with an embedded Euler step, 2(1)."""
+    """Heun's method of order 2 with an embedded Euler step, 2(1).
+
+    References
+    ----------
+    Heun, Z. Math. Phys. 45 (1900) 23; HNW, section II.1.
+    """
 
     coefficients = tableaus.HEUN
 
 
 class Ralston(_Named):
-    """Ralston's method of order 2 with an embedded Euler step, 2(1) (Ralston 1962)."""
+    """Ralston's method of order 2 with an embedded Euler step, 2(1).
+
+    References
+    ----------
+    Ralston, Math. Comp. 16 (1962) 431.
+    """
 
     coefficients = tableaus.RALSTON
 
 
 class RK4(_Named):
-    """The classical method of order 4; fixed steps (Kutta 1901)."""
+    """The classical method of order 4; fixed steps, so ``solve`` needs ``dt``.
+
+    References
+    ----------
+    Kutta, Z. Math. Phys. 46 (1901) 435; HNW, table II.1.2.
+    """
 
     coefficients = tableaus.RK4
 
@@ -100,6 +125,8 @@ class RK4(_Named):
 class BS3(_Named):
     """Bogacki and Shampine's 3(2) pair, for rough tolerances.
 
+    References
+    ----------
     Bogacki, Shampine, Appl. Math. Lett. 2 (1989) 321.
     """
 
@@ -109,8 +136,10 @@ class BS3(_Named):
 class DP5(_Named):
     """Dormand and Prince's 5(4) pair, with Shampine's interpolant of order 4.
 
-    Dormand, Prince, J. Comput. Appl. Math. 6 (1980) 19; controller and interpolant as in Hairer,
-    Norsett, Wanner (HNW), Solving ODEs I (1993).
+    References
+    ----------
+    Dormand, Prince, J. Comput. Appl. Math. 6 (1980) 19; controller and interpolant: HNW, sections
+    II.4 and II.6.
     """
 
     coefficients = tableaus.DP5
@@ -124,6 +153,8 @@ class DP5(_Named):
 class Tsit5(_Named):
     """Tsitouras' 5(4) pair with a free interpolant of order 4; the default for most work.
 
+    References
+    ----------
     Tsitouras, Comput. Math. Appl. 62 (2011) 770.
     """
 
@@ -133,7 +164,9 @@ class Tsit5(_Named):
 class DP8(_Named):
     """Hairer's 8(5,3) method after Dormand and Prince, with an interpolant of order 7.
 
-    Hairer, Norsett, Wanner, Solving ODEs I (1993), section II.5 and code DOP853.
+    References
+    ----------
+    HNW, sections II.5 and II.10, and the code DOP853.
     """
 
     coefficients = tableaus_high_order.DP8
@@ -145,7 +178,10 @@ class DP8(_Named):
 class Vern6(_Named):
     """Verner's most efficient 6(5) pair, interpolant of order 6.
 
-    Verner, Numer. Algorithms 53 (2010) 383.
+    References
+    ----------
+    Verner, Numerically optimal Runge-Kutta pairs with interpolants, Numer. Algorithms 53 (2010)
+    383.
     """
 
     coefficients = tableaus_high_order.VERN6
@@ -154,7 +190,10 @@ class Vern6(_Named):
 class Vern7(_Named):
     """Verner's most efficient 7(6) pair, interpolant of order 7; for tight tolerances.
 
-    Verner, Numer. Algorithms 53 (2010) 383.
+    References
+    ----------
+    Verner, Numerically optimal Runge-Kutta pairs with interpolants, Numer. Algorithms 53 (2010)
+    383.
     """
 
     coefficients = tableaus_high_order.VERN7
@@ -163,7 +202,10 @@ class Vern7(_Named):
 class Vern9(_Named):
     """Verner's most efficient 9(8) pair, interpolant of order 9; for the tightest tolerances.
 
-    Verner, Numer. Algorithms 53 (2010) 383.
+    References
+    ----------
+    Verner, Numerically optimal Runge-Kutta pairs with interpolants, Numer. Algorithms 53 (2010)
+    383.
     """
 
     coefficients = tableaus_high_order.VERN9
