@@ -25,7 +25,7 @@ MOST_EVALUATIONS, MOST_LOSS, MOST_TRAINING = 0.75, 1.1, 1.0
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--iterations", type=int, default=600)
     args = parser.parse_args()
     one_thread()
     print(f"\n{HEADER}")

@@ -50,7 +50,7 @@ def local_error(sol: Solution) -> Tensor:
 
 #: Name: the regularizer, and its coefficient at the first and at the last iteration.
 REGULARIZERS: dict[str, tuple[Callable[[Solution], Tensor], float, float]] = {
-    "error": (error_estimate, 0.1, 0.005),
+    "error": (error_estimate, 0.05, 0.003),
     "mean error": (
         lambda sol: error_estimate(sol, "mean", weight_by_step=False),
         0.1,

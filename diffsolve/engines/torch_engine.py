@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.diagnosis import explain
+from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import ReturnCode
 from diffsolve.solvers.algorithm import Algorithm, Step
@@ -185,7 +186,7 @@ class _Loop:
         self.stops = [*settings.tstops, t1]
         self.result = Trajectory()
         if saving.dense:
-            self.result.dense = DenseOutput(float(t0), self.direction, u0)
+            self.result.dense = DenseOutput(_plain(t0), self.direction, u0)
 
     def run(self, du0: Tensor | None) -> Trajectory:
         bar = _progress_bar(self.t0, self.t1) if self.settings.progress else None
@@ -193,19 +194,19 @@ class _Loop:
         try:
             self._start(du0)
             while self.result.retcode is ReturnCode.SUCCESS and self.stop < len(self.stops):
-                before = float(self.t)
+                before = _plain(self.t)
                 self._advance()
                 if bar is not None:
-                    bar.update(abs(float(self.t) - before))
+                    bar.update(abs(_plain(self.t) - before))
         except Exception as error:
-            error.add_note(f"raised during a step from t = {float(self.t):.8g}, h = {self.h:.3g}")
+            error.add_note(f"raised during a step from t = {_plain(self.t):.8g}, h = {self.h:.3g}")
             raise
         finally:
             if bar is not None:
                 bar.close()
         result = self.result
-        result.final, result.final_t = self.state[0], float(self.t)
-        result.final_h = float(self.h)
+        result.final, result.final_t = self.state[0], _plain(self.t)
+        result.final_h = _plain(self.h)
         return result
 
     def _start(self, du0: Tensor | None) -> None:
@@ -223,8 +224,8 @@ class _Loop:
             du0 = self.rhs(self.rhs.after(self.t0, self.direction), self.u0)
         self.state = self.alg.init(self.rhs, self.t0, self.u0, du0)
         times = self.saving.times
-        if times is None or (len(times) and times[0] == float(self.t0)):
-            self._save(float(self.t0), self.u0)
+        if times is None or (len(times) and times[0] == _plain(self.t0)):
+            self._save(_plain(self.t0), self.u0)
         if self.t1 == self.t0:
             self.stop = len(self.stops)
             return
@@ -241,7 +242,7 @@ class _Loop:
                     settings.tolerance,
                     min(settings.dtmax, abs(self.t1 - self.t0)),
                 )
-        if not math.isfinite(self.size):
+        if not self.size < math.inf:  # NaN too
             self._fail(ReturnCode.UNSTABLE, None)
         elif settings.adaptive:
             self.size = max(self.size, settings.dtmin)
@@ -250,7 +251,7 @@ class _Loop:
         """One attempted step, accepted or not."""
         settings, t = self.settings, self.t
         size, lands = self._fit()
-        floor = max(settings.dtmin if settings.adaptive else 0.0, 4 * math.ulp(float(t)))
+        floor = max(settings.dtmin if settings.adaptive else 0.0, 4 * math.ulp(_plain(t)))
         if not lands and self.size < floor:
             code = ReturnCode.UNSTABLE if self.not_finite else ReturnCode.DT_LESS_THAN_MIN
             return self._fail(code, self.last)
@@ -324,7 +325,7 @@ class _Loop:
         if record is not None and saving.recorder is not None:
             saving.recorder.append(record)
         if result.dense is not None:
-            result.dense.append(float(t_new), step.interpolant)
+            result.dense.append(_plain(t_new), step.interpolant)
         result.step_t.append(start)
         result.step_h.append(h)
         result.estimates.append(estimates)
@@ -346,7 +347,7 @@ class _Loop:
         self.restarted = True
 
     def _save_within(self, step: Step, t: Any, h: Any, t_new: Any, record: Record | None) -> None:
-        times, end = self.saving.times, float(t_new)
+        times, end = self.saving.times, _plain(t_new)
         if times is None:
             if record is not None:
                 record.end_save = self.saved
@@ -383,9 +384,9 @@ class _Loop:
         self.result.retcode = code
         self.result.message = explain(
             code,
-            t=float(self.t),
-            h=float(self.size),
-            t1=float(self.t1),
+            t=_plain(self.t),
+            h=_plain(self.size),
+            t1=_plain(self.t1),
             alg=self.alg.name,
             estimates=estimates,
             dtmin=self.settings.dtmin,
@@ -398,4 +399,8 @@ def _progress_bar(t0: Any, t1: Any) -> Any:
     from tqdm.auto import tqdm
 
     layout = "{l_bar}{bar}| t {n:.4g}/{total:.4g} [{elapsed}<{remaining}]"
-    return tqdm(total=abs(float(t1) - float(t0)), bar_format=layout, desc="solve")
+    return tqdm(total=abs(_plain(t1) - _plain(t0)), bar_format=layout, desc="solve")
+
+
+def _plain(t: Any) -> float:
+    return float(detached(t))

@@ -40,7 +40,7 @@ def initial_step(
     magnitude = u0.abs()
     d0 = _plain(tolerance.scaled_norm(u0, magnitude))
     d1 = _plain(tolerance.scaled_norm(f0, magnitude))
-    if not math.isfinite(d1):
+    if not d1 < math.inf:  # NaN too
         return math.nan
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * (d0 / d1)
     h0 = min(h0, dtmax)
@@ -48,7 +48,7 @@ def initial_step(
     f1 = field(t, torch.add(u0, f0 * (direction * h0)))
     d2 = _plain(tolerance.scaled_norm(f1 - f0, magnitude)) / h0
     largest = max(d1, d2)
-    if not math.isfinite(largest):
+    if not largest < math.inf:
         return h0 * 1e-3
     h1 = max(1e-6, h0 * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / order)
     return min(100 * h0, h1, dtmax)
