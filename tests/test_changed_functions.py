@@ -21,6 +21,7 @@ from diffsolve import (
     Vern7,
     solve,
 )
+from diffsolve.adjoints.continuous import Reverse
 
 F64 = torch.float64
 REVERSE = [
@@ -189,3 +190,32 @@ def test_memory_is_freed_without_the_garbage_collector(sensealg: Any) -> None:
         assert job() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("sensealg", [BacksolveAdjoint(), InterpolatingAdjoint()], ids=str)
+def test_parameters_that_f_never_calls_do_not_lengthen_the_reverse_state(
+    sensealg: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.encoder = nn.Linear(2, 2), nn.Linear(100, 100)
+
+        def f(self, t: Tensor, u: Tensor) -> Tensor:
+            return self.net(u)
+
+    sizes: list[int] = []
+    original = Reverse.start
+
+    def start(self: Reverse, bar: Tensor, u: Tensor) -> Tensor:
+        z = original(self, bar, u)
+        sizes.append(len(z))
+        return z
+
+    monkeypatch.setattr(Reverse, "start", start)
+    model = Model()
+    sol = solve(ODEProblem(model.f, torch.ones(2), (0.0, 1.0)), Tsit5(), sensealg=sensealg)
+    sol.u[-1].sum().backward()
+    assert max(sizes) <= 2 + 2 + 6
+    assert model.net.weight.grad is not None and model.net.weight.grad.abs().max() > 0
+    assert model.encoder.weight.grad is not None and not model.encoder.weight.grad.any()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
 from diffsolve.engines.torch_engine import OnStop, Saving, Settings, Trajectory, integrate
-from diffsolve.problems.capture import refuse_unknown_leaves
+from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import SolveError, Stats
@@ -97,13 +97,17 @@ def _unused(t: Any, u: Any) -> Any:  # a bound method here would keep the field 
     raise NotImplementedError
 
 
+class _UsedLater(Exception):
+    """``f`` uses a parameter that it did not use at the start."""
+
+
 class Reverse(VectorField, ABC):
     """Right-hand side of the reverse problem over ``z = [lambda, ..., mu]``.
 
     Parameters
     ----------
     field, params
-        Forward right-hand side, and the tensors its vector-Jacobian products are taken by.
+        Forward right-hand side, and those of its parameters that gradients are taken by.
     extra
         Entries of the reverse state between ``lambda`` and ``mu``.
     """
@@ -116,6 +120,7 @@ class Reverse(VectorField, ABC):
         super().__init__(_unused, None, StateStructure(z))
         self.breaks = field.breaks
         self.params = params
+        self.others = {id(p) for p in field.params} - {id(p) for p in params}
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         self.nf += 1
@@ -134,7 +139,10 @@ class Reverse(VectorField, ABC):
             u = u.detach().requires_grad_()
             du = self.field(t, u)
         if du.requires_grad:
-            refuse_unknown_leaves([du], [u, *self.params])
+            leaves = reached_leaves([du])
+            if not self.others.isdisjoint(leaves):
+                raise _UsedLater
+            refuse_unknown_leaves(leaves, [u, *self.params])
             grads = torch.autograd.grad(du, [u, *self.params], bar, allow_unused=True)
         else:
             grads = (None,) * (1 + len(self.params))
@@ -213,8 +221,34 @@ def _solve_reverse(
     sensealg: ContinuousAdjoint, carrier: Carrier, saved: Tensor, bars: Tensor, stats: Stats
 ) -> list[Tensor]:
     """Gradients by the flat initial state and by each parameter."""
-    job, times = carrier.job, carrier.trajectory.t
+    job = carrier.job
     field, params = job.field.for_vjp()
+    # parameters that f can reach but does not call would only make the reverse state longer
+    active = [i for i, p in enumerate(job.field.params) if id(p) in job.field.used]
+    try:
+        found = _solve_for(
+            sensealg, carrier, saved, bars, stats, field, [params[i] for i in active]
+        )
+    except _UsedLater:
+        active = list(range(len(params)))
+        found = _solve_for(sensealg, carrier, saved, bars, stats, field, params)
+    grads = [torch.zeros_like(p) for p in params]
+    for i, g in zip(active, found[1:], strict=True):
+        grads[i] = g
+    return [found[0], *grads]
+
+
+def _solve_for(
+    sensealg: ContinuousAdjoint,
+    carrier: Carrier,
+    saved: Tensor,
+    bars: Tensor,
+    stats: Stats,
+    field: VectorField,
+    params: list[Tensor],
+) -> list[Tensor]:
+    """The same by some of the parameters."""
+    job, times = carrier.job, carrier.trajectory.t
     reverse = sensealg.reverse(job, carrier.kept, field, params)
     at_time = {t: i for i, t in enumerate(times)}
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from diffsolve.adjoints.sensealg import Job, add_up
 from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.autocast import Autocasting
-from diffsolve.problems.capture import refuse_unknown_leaves
+from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.vector_field import VectorField, rounding_error
 from diffsolve.solvers.norms import measure
 
@@ -136,7 +136,7 @@ class ParallelSweep:
             _log.debug("f cannot be batched over steps, going step by step: %s", error)
             self.enabled = False
             return None
-        refuse_unknown_leaves([y for y in outputs if y.requires_grad], [u, *self.params])
+        refuse_unknown_leaves(reached_leaves(outputs), [u, *self.params])
         self.extra_nf += (self.field.nf - calls) * (steps - 1)
         u_new, values, *estimates = outputs
         if not float(rounding_error(u_new, torch.stack([*states[1:], end]))) <= 1:

@@ -11,7 +11,7 @@ from diffsolve.adjoints.parallel import ParallelSweep
 from diffsolve.adjoints.sensealg import Job, add_up
 from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.torch_engine import Record
-from diffsolve.problems.capture import refuse_unknown_leaves
+from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.vector_field import CHANGED, rounding_error
 from diffsolve.solvers.norms import measure
 
@@ -140,7 +140,7 @@ class Sweep:
             return [None] * len(leaves)
         outputs, bars = zip(*pulled, strict=True)
         # at every step: each may take another branch of f
-        refuse_unknown_leaves(outputs, [*leaves, *self.params])
+        refuse_unknown_leaves(reached_leaves(outputs), [*leaves, *self.params])
         grads = torch.autograd.grad(outputs, [*leaves, *self.params], bars, allow_unused=True)
         add_up(self.dparams, grads[len(leaves) :])
         return list(grads[: len(leaves)])

@@ -72,7 +72,8 @@ class Probe(TorchFunctionMode):
         out = func(*args, **kwargs)
         # results are kept alive, so that no identity is used twice
         for x in _tensors_in((out,)):
-            self.work += x.numel() * (args[0].shape[-1] if func in _PRODUCTS else 1)
+            length = args[0].shape[-1] if func in _PRODUCTS and args else 1
+            self.work += x.numel() * length
             if id(x) not in self._foreign:
                 self._known[id(x)] = x
         return out
@@ -197,27 +198,36 @@ def _filled(cell: Any) -> bool:
     return True
 
 
-def refuse_unknown_leaves(outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-    """Refuse a graph that leads to a leaf which gets no gradient otherwise.
-
-    Raises
-    ------
-    RuntimeError
-        If the graph of ``outputs`` ends in a tensor that is not among ``known``.
-    """
-    of_known = {id(x) for x in known}
+def reached_leaves(outputs: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Leaves that the graph of ``outputs`` leads to, by identity."""
+    found: dict[int, Tensor] = {}
     pending = [y.grad_fn for y in outputs if y.grad_fn is not None]
     seen = set(pending)
     while pending:
         node = pending.pop()
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in of_known:
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        following = [n for n, _ in node.next_functions if n is not None and n not in seen]
+        seen.update(following)
+        pending += following
+    return found
+
+
+def refuse_unknown_leaves(leaves: dict[int, Tensor], known: Sequence[Tensor]) -> None:
+    """Refuse a graph that leads to a leaf which gets no gradient otherwise.
+
+    Raises
+    ------
+    RuntimeError
+        If one of the ``leaves`` of a graph is not among ``known``.
+    """
+    of_known = {id(x) for x in known}
+    for key, leaf in leaves.items():
+        if key not in of_known:
             raise RuntimeError(
                 f"f depends on a tensor of shape {tuple(leaf.shape)} in a way that would lose its "
                 "gradient: it was not found when the solve began, or it is used through one "
                 "computed from it inside a custom autograd function or another solve. Pass it in "
                 "p, or use DiscreteAdjoint(tape=True)."
             )
-        following = [n for n, _ in node.next_functions if n is not None and n not in seen]
-        seen.update(following)
-        pending += following

@@ -55,6 +55,9 @@ class VectorField:
     params
         Every tensor with ``requires_grad`` that ``f`` depends on: leaves of ``p``, parameters of
         modules, captured tensors. Filled by ``discover``.
+    used
+        Identities of those that the first evaluation used. The others may belong to parts of a
+        model that ``f`` never calls, or to a later branch of it.
     nf
         Evaluations so far.
     work
@@ -70,6 +73,7 @@ class VectorField:
         self.p = p
         self.structure = structure
         self.params: list[Tensor] = []
+        self.used: set[int] = set()
         self.nf = 0
         self.work = 0
         self.scratch: dict[Any, Any] = {}
@@ -223,6 +227,7 @@ class VectorField:
             found = [*leaves, *probe.foreign, *kept]
             unique = {id(x): x for x in found if x.requires_grad}
             self.params = list(unique.values())
+            self.used = {id(x) for x in probe.foreign}
             self.work = probe.work
             wanted = u0.requires_grad or bool(self.params)
             if wanted and probe.saw_no_grad and not flat.requires_grad:
