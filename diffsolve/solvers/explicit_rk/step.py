@@ -195,10 +195,11 @@ class _Workspace:
             if i == self.stiff_stage:
                 g_stiff = g
             write(times[i - 1], g, f_rows[i])
-        error, error_low = (
-            None if b is None else torch.mv(self.k_columns, b)
-            for b in (self.error_weights, self.low_weights)
-        )
+        error = error_low = None
+        if self.error_weights is not None:
+            error = torch.mv(self.k_columns, self.error_weights)
+        if self.low_weights is not None:
+            error_low = torch.mv(self.k_columns, self.low_weights)
         last = rows[-1]
         return Step(
             RKState(g, last.clone()),
