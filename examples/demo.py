@@ -23,7 +23,7 @@ from diffsolve import BacksolveAdjoint, DiscreteAdjoint, InterpolatingAdjoint, S
 from diffsolve.nn import NeuralODE
 
 SEED = 0
-FIT_ITERATIONS, STUDY_ITERATIONS = 200, 400
+FIT_ITERATIONS, STUDY_ITERATIONS = 160, 400
 SENSEALGS: tuple[Sensealg, ...] = (DiscreteAdjoint(), BacksolveAdjoint(), InterpolatingAdjoint())
 
 

@@ -23,6 +23,8 @@ _PRODUCTS = {
     Tensor.mm,
     Tensor.mv,
 }
+_internals: Any = torch._C
+_LEAF = _internals._functions.AccumulateGrad  # the node of a graph that stands for a leaf
 _PLAIN = (str, bytes, int, float, complex, type(None), np.ndarray)  # hold no tensors
 _MOST_ITEMS = 10_000  # longer containers are data
 _DEPTH = 8  # how far to look into closures, containers and bound objects
@@ -201,16 +203,16 @@ def _filled(cell: Any) -> bool:
 def reached_leaves(outputs: Sequence[Tensor]) -> dict[int, Tensor]:
     """Leaves that the graph of ``outputs`` leads to, by identity."""
     found: dict[int, Tensor] = {}
-    pending = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found[id(leaf)] = leaf
-        following = [n for n, _ in node.next_functions if n is not None and n not in seen]
-        seen.update(following)
-        pending += following
+    nodes: list[Any] = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen = set(nodes)
+    for node in nodes:  # grows on the way
+        if isinstance(node, _LEAF):
+            found[id(node.variable)] = node.variable
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
     return found
 
 
