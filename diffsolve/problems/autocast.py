@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,4 +41,6 @@ def under_current_autocast(
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context for the solver's own arithmetic, which keeps its precision."""
-    return torch.autocast(device.type, enabled=False)
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
