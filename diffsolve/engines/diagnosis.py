@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import detached
 from diffsolve.solution import ReturnCode
 from diffsolve.solvers.norms import Estimates
 
@@ -25,8 +26,8 @@ def explain(
 ) -> str:
     """A message for a solve that stopped at ``t`` with a next step of size ``h``."""
     size = float(torch.linalg.vector_norm(state.detach(), ord=math.inf))
-    error = math.nan if estimates is None else float(estimates.error)
-    stiffness = math.nan if estimates is None else float(estimates.stiffness)
+    error = math.nan if estimates is None else float(detached(estimates.error))
+    stiffness = math.nan if estimates is None else float(detached(estimates.stiffness))
     where = f"at t = {t:.8g} (of {t1:.8g}) with step size {h:.3g}"
     facts = f"max|u| = {size:.3g}, error estimate {error:.3g}, stiffness estimate {stiffness:.3g}"
     stiff = math.isfinite(stiffness) and stiffness * abs(t1 - t) > 1e4
