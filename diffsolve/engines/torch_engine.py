@@ -189,7 +189,7 @@ class _Loop:
             self.result.dense = DenseOutput(_plain(t0), self.direction, u0)
 
     def run(self, du0: Tensor | None) -> Trajectory:
-        bar = _progress_bar(self.t0, self.t1) if self.settings.progress else None
+        bar = progress_bar(self.t0, self.t1) if self.settings.progress else None
         self.t, self.h = self.t0, math.nan
         try:
             self._start(du0)
@@ -395,7 +395,7 @@ class _Loop:
         )
 
 
-def _progress_bar(t0: Any, t1: Any) -> Any:
+def progress_bar(t0: Any, t1: Any) -> Any:
     from tqdm.auto import tqdm
 
     layout = "{l_bar}{bar}| t {n:.4g}/{total:.4g} [{elapsed}<{remaining}]"

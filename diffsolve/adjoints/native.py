@@ -1,0 +1,193 @@
+"""Sensealgs on the native engine: the same reverse passes, in machine code.
+
+Each autograd function here stands beside its sibling for the torch engine, and hands over to the
+kernels what that one does with tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, first_order
+from diffsolve.engines.native.engine import Memory, Wanted
+from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.reverse import Path, ReverseProblem, solve_reverse, sweep, take_states
+from diffsolve.solution import ReturnCode, SolveError, Stats
+from diffsolve.solvers.kernels import layout as L
+
+if TYPE_CHECKING:
+    from diffsolve.adjoints.continuous import ContinuousAdjoint
+
+
+def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
+    """Gradients of the parameters from those of the flat ones; zero for what ``f`` never uses."""
+    native: Any = job.native
+    found: dict[int, Tensor] = {}
+    for x, (offset, count) in zip(native.tensors, native.compiled.blocks, strict=True):
+        if x.requires_grad:
+            part = flat[offset : offset + count].view(x.shape)
+            found[id(x)] = found[id(x)] + part if id(x) in found else part
+    return [found[id(p)] if id(p) in found else torch.zeros_like(p) for p in params]
+
+
+# -- discrete ------------------------------------------------------------------------------------
+
+
+def run_discrete(job: Job, checkpoints: int | None) -> Outputs:
+    """Integrate; the outputs' gradient is the compiled sweep through the steps."""
+    carrier = Carrier(job, checkpoints)
+    outputs: Any = _NativeDiscrete.apply(carrier, job.u0, *job.params)
+    return Outputs(carrier.trajectory, *outputs)
+
+
+class _NativeDiscrete(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Carrier, u0: Tensor, *params: Tensor) -> Any:
+        job = carrier.job
+        wanted = Wanted(job.save_times, True, True, carrier.kept, job.dense)
+        found = carrier.trajectory = job.run_native(u0.detach(), wanted)
+        ctx.carrier, ctx.memory = carrier, found.memory
+        ctx.native = job.native
+        ctx.set_materialize_grads(False)
+        ctx.counts = 1 + len(params)
+        # autograd frees the states after backward, and sees a parameter changed in place
+        ctx.save_for_backward(u0, *params, take_states(found.memory))
+        return found.u, found.error, found.error_norm, found.stiffness
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        ctx.inputs = u0, *params = saved[: ctx.counts]
+        started = time.perf_counter()
+        job, native = ctx.carrier.job, ctx.native
+        stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
+        swept = sweep(ctx.memory, saved[ctx.counts], cotangents, native.active)
+        u_bar, of_saved, times = swept.u_bar, cotangents[0], job.save_times
+        first = job.t0 if times is None or not len(times) else times[0]
+        if of_saved is not None and len(of_saved) and first == job.t0:
+            u_bar = u_bar + of_saved[0]
+        stats.nf, stats.naccept = swept.nf, int(ctx.memory.integers[L.ACCEPTED])
+        stats.kernel_s = swept.kernel_s
+        grads = gradients(job, params, swept.p_bar)
+        stats.wall_s = time.perf_counter() - started
+        return None, u_bar, *grads
+
+
+# -- continuous ----------------------------------------------------------------------------------
+
+
+def run_continuous(sensealg: ContinuousAdjoint, job: Job) -> Outputs:
+    """Integrate; the outputs' gradient is a compiled solve of the adjoint equation."""
+    carrier = Carrier(job)
+    u: Any = _NativeContinuous.apply(sensealg, carrier, job.u0, *job.params)
+    found = carrier.trajectory
+    return Outputs(found, u, found.error, found.error_norm, found.stiffness)
+
+
+class _NativeContinuous(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, sensealg: ContinuousAdjoint, carrier: Carrier, u0: Tensor, *params: Tensor
+    ) -> Tensor:
+        job = carrier.job
+        along, checkpoints = sensealg.along_path, sensealg.checkpoints
+        kept = along and checkpoints is not None
+        dense = job.dense or (along and checkpoints is None)
+        wanted = Wanted(job.save_times, True, kept, checkpoints, dense, along and not kept)
+        found = carrier.trajectory = job.run_native(u0.detach(), wanted)
+        ctx.sensealg, ctx.carrier, ctx.native = sensealg, carrier, job.native
+        ctx.memory, ctx.times = found.memory, [float(t) for t in found.t]
+        ctx.counts = 1 + len(params)
+        path = ()
+        if along:
+            memory = found.memory
+            path = (take_states(memory) if kept else memory.held[L.DENSE],)
+            if not job.dense:
+                memory.held.pop(L.DENSE, None)
+                found.dense = None
+        ctx.save_for_backward(u0, *params, found.u, *path)
+        return found.u.clone()
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, bars: Tensor) -> Any:
+        saved_tensors = ctx.saved_tensors  # raises if a parameter was changed in place
+        ctx.inputs = u0, *params = saved_tensors[: ctx.counts]
+        saved, *path = saved_tensors[ctx.counts :]
+        started = time.perf_counter()
+        job = ctx.carrier.job
+        stats = job.stats.adjoint = Stats(engine=job.stats.engine)
+        size = float(bars.abs().max()) if bars.numel() else 0.0
+        if not size < float("inf"):
+            raise RuntimeError("the cotangent of the saved states is NaN or Inf: check the loss")
+        if size == 0:
+            grads = [torch.zeros_like(x) for x in (u0, *params)]
+        else:
+            # the equation is linear: tolerances then mean the same for every loss
+            flat = _reverse(ctx, saved, (bars / size).contiguous(), path, stats)
+            grads = [flat[0] * size, *gradients(job, params, flat[1] * size)]
+        stats.wall_s = time.perf_counter() - started
+        return None, None, *grads
+
+
+def _reverse(
+    ctx: Any, saved: Tensor, bars: Tensor, kept: Sequence[Tensor], stats: Stats
+) -> tuple[Tensor, Tensor]:
+    """Gradients by the flat initial state and by the flat parameters."""
+    sensealg, job, times = ctx.sensealg, ctx.carrier.job, ctx.times
+    native: NativeField = ctx.native
+    memory: Memory = ctx.memory
+    compiled, active, n = native.compiled, native.active, len(bars[0])
+    entries = compiled.active_entries(active)
+    along = sensealg.along_path
+    alg = sensealg.alg or job.alg
+    extra = 0 if along else n
+    z = torch.zeros(n + extra + len(entries), dtype=bars.dtype)
+    z[:n] = bars[-1]
+    if not along:
+        z[n : 2 * n] = saved[-1]
+    worst = 0.0
+    if times[-1] != job.t0:
+        reset = not along and sensealg.checkpointing
+        problem = ReverseProblem(
+            field=(compiled.interpolating if along else compiled.backsolve)(active),
+            z=z,
+            blocks=[n, n + extra, len(z)],
+            settings=_settings(sensealg, job, n, len(z), times),
+            path=Path(memory, kept[0], sensealg.checkpoints is None) if along else None,
+            saved=saved if reset else None,
+        )
+        row = {t: i for i, t in enumerate(times)}
+        forward = job.settings.tolerance
+        found = solve_reverse(
+            native,
+            alg,
+            problem,
+            times[-1],
+            job.t0,
+            lambda t: row.get(t, -1),
+            bars,
+            (forward.rtol, forward.atol),
+            job.field.breaks,
+        )
+        stats.alg, stats.nf, stats.kernel_s = alg.name, found.nf, found.kernel_s
+        stats.naccept, stats.nreject = found.naccept, found.nreject
+        if found.status != L.DONE:
+            sensealg.raise_failure(
+                SolveError, found.message, _code(found.status), found.t, found.h
+            )
+        z, worst = found.z, found.worst
+    if not along and times[-1] != job.t0:
+        sensealg.check_reconstruction(job, z[n : 2 * n], ctx.inputs[0].detach(), worst)
+    if times[0] == job.t0 and times[-1] != job.t0:
+        z[:n] += bars[0]
+    flat = torch.zeros(compiled.n_params, dtype=bars.dtype)
+    flat[entries] = z[n + extra :]
+    return z[:n], flat

@@ -1,0 +1,85 @@
+"""Numba's machine code of the kernels as LLVM IR, self-contained: it needs neither Numba nor Python.
+
+Done once on a machine, and kept in the cache on disk with the compiled right-hand sides; after
+that the kernels load in milliseconds, and Numba is not imported at all.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+from numba import cfunc, types
+
+from diffsolve.engines.native.loop import advance, read
+from diffsolve.engines.native.sweep import replay, sweep
+
+_KERNELS = {"advance": advance, "sweep": sweep, "read": read, "replay": replay}
+_ARGUMENTS = (types.CPointer(types.int64), types.CPointer(types.float64))
+#: What is left for the linker: the mathematical library and the compiler's own helpers.
+_OUTSIDE = re.compile(
+    r"llvm\.|mem(cpy|set|move)$|(pow|exp|log|sqrt|atan|hypot|nextafter|tan|fmod)f?$"
+)
+
+
+def kernel_ir(name: str, single: bool) -> str:
+    """IR of ``int64 {name}(int64*, double*)``; the placeholder stands for the function's name.
+
+    Parameters
+    ----------
+    name
+        ``"advance"``, ``"sweep"``, ``"read"`` or ``"replay"``.
+    single
+        Whether states are float32 rather than float64.
+    """
+    kernel, like = _KERNELS[name], np.float32(0.0) if single else np.float64(0.0)
+
+    def entry(integers: Any, reals: Any) -> Any:
+        return kernel(integers, reals, like)
+
+    optimise = numba.config.OPT
+    numba.config.OPT = type(optimise)(0)  # type: ignore[attr-defined]  # done below, and once
+    try:
+        compiled = cfunc(types.int64(*_ARGUMENTS), error_model="numpy", _nrt=False)(entry)
+    finally:
+        numba.config.OPT = optimise  # type: ignore[attr-defined]
+    wrapper = compiled.native_name
+    inner = wrapper.removeprefix("cfunc.")
+    module = llvm.parse_assembly(compiled.inspect_llvm())
+    module.link_in(llvm.parse_assembly(_plain_call(inner)))
+    for function in module.functions:
+        if not function.is_declaration and function.name != "plain_kernel":
+            function.linkage = llvm.Linkage.internal
+    for variable in module.global_variables:
+        if not variable.is_declaration:
+            variable.linkage = llvm.Linkage.internal
+    _drop_unused(module)
+    strange = [f.name for f in module.functions if f.is_declaration and not _OUTSIDE.match(f.name)]
+    if strange:
+        raise RuntimeError(f"the kernel {name} needs {strange} of Numba at run time")
+    return str(module).replace("plain_kernel", "{name}")
+
+
+def _plain_call(inner: str) -> str:
+    """A function without Numba's conventions: no exceptions, the result returned."""
+    return f'''
+declare i32 @"{inner}"(ptr, ptr, ptr, ptr)
+define i64 @plain_kernel(ptr %integers, ptr %reals) {{
+  %result = alloca i64
+  %problem = alloca ptr
+  %status = call i32 @"{inner}"(ptr %result, ptr %problem, ptr %integers, ptr %reals)
+  %value = load i64, ptr %result
+  ret i64 %value
+}}
+'''
+
+
+def _drop_unused(module: Any) -> None:
+    """Inline, and drop what nothing calls: Numba's wrappers and error paths."""
+    target = llvm.Target.from_default_triple().create_target_machine(opt=2)
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    builder = llvm.create_pass_builder(target, options)
+    builder.getModulePassManager().run(module, builder)

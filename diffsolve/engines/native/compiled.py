@@ -1,0 +1,229 @@
+"""A right-hand side as machine code, with every function of it that the kernels call.
+
+All are made from the expressions of one trace, when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.native.derivative import vjp
+from diffsolve.engines.native.expression import Node, Pool, needed, substitute
+from diffsolve.engines.native.llvm import FIELD, Code, Output, Signature, compile_function
+from diffsolve.solvers.explicit_rk.step import stiffness_stage
+from diffsolve.solvers.explicit_rk.tableau import Stages
+
+_VJP = Signature(("t",), ("u", "p", "w", "u_bar", "p_bar"))
+_STEP = Signature(("h",), ("times", "u", "k", "p", "new", "stiff", "error", "low"))
+_STEP_VJP = Signature(
+    ("h",),
+    (
+        *("times", "u", "k", "p"),
+        *("k_bar", "new_bar", "stiff_bar", "error_bar", "low_bar"),
+        *("bar", "p_bar"),
+    ),
+)
+#: A derivative of more operations than this takes seconds to compile.
+_MOST_IN_DERIVATIVE = 60_000
+#: From so many on, the code is compiled with less care, so that it takes a second and not three.
+_LARGE = 6_000
+#: A whole step is made one function where it has no more operations than this.
+_MOST_IN_STEP = 3_000
+
+
+class Compiled:
+    """The functions of a right-hand side.
+
+    Parameters
+    ----------
+    pool, n, outputs
+        What it computes: of inputs ``("t", 0)``, ``("u", i)`` and ``("p", j)``, ``n`` outputs.
+    blocks
+        First entry and length of each tensor among the flat parameters.
+    single
+        Whether the state is float32 rather than float64.
+
+    Attributes
+    ----------
+    n, n_params
+        Numbers in the state, and in all that ``f`` uses besides.
+    size
+        Operations of one evaluation.
+    compile_s
+        Seconds spent on tracing and compiling so far.
+    """
+
+    def __init__(
+        self, pool: Pool, outputs: list[Node], blocks: Sequence[tuple[int, int]], single: bool
+    ):
+        self.single = single
+        self.n = len(outputs)
+        self.n_params = sum(count for _, count in blocks)
+        self.size = len(needed(outputs))
+        self.blocks = tuple(blocks)
+        self.compile_s = 0.0
+        self._outputs, self._pool = outputs, pool
+        self._codes: dict[Any, Code | None] = {}
+        self._lock = threading.RLock()
+        pool.most = 4 * _MOST_IN_DERIVATIVE
+
+    def _code(self, key: Any, make: Callable[[], tuple[Signature, list[Output]] | None]) -> int:
+        """Address of a function; 0 if ``make`` says that there is none."""
+        code = self._codes.get(key, self)
+        if code is self:
+            with self._lock:
+                if key not in self._codes:
+                    started = time.perf_counter()
+                    self._codes[key] = self._compiled(make())
+                    self.compile_s += time.perf_counter() - started
+            code = self._codes[key]
+        return 0 if code is None else code.address  # type: ignore[union-attr]
+
+    def _compiled(self, made: tuple[Signature, list[Output]] | None) -> Code | None:
+        if made is None:
+            return None
+        signature, outputs = made
+        size = len(needed([y.node for y in outputs]))
+        if size > _MOST_IN_DERIVATIVE:
+            raise Declined(f"its derivative is too large: {size:,} scalar operations")
+        return compile_function(signature, outputs, self.single, 2 if size < _LARGE else 1)
+
+    # -- the right-hand side and its products ----------------------------------------------------
+
+    def field(self) -> int:
+        """``f(t, u, p, out)``."""
+        return self._code(
+            "field",
+            lambda: (FIELD, [Output("out", i, y) for i, y in enumerate(self._outputs)]),
+        )
+
+    def vjp(self, active: tuple[bool, ...]) -> int:
+        """``vjp(t, u, p, w, u_bar, p_bar)``; of the parameters only the active blocks."""
+        return self._code(("vjp", active), lambda: (_VJP, self._vjp_outputs(active)))
+
+    def _products(
+        self, active: tuple[bool, ...], w: Sequence[Node]
+    ) -> tuple[list[Node], dict[int, Node]]:
+        """``J^T w``, and for entries of the parameters those of ``f_p^T w`` that are not zero."""
+        pool, wanted = self._pool, self.active_entries(active)
+        wrt = [*pool.inputs("u", self.n), *[pool.input("p", i) for i in wanted]]
+        found = vjp(self._outputs, w, wrt)
+        by_state = [pool.const(0.0) if x is None else x for x in found[: self.n]]
+        by_entry = zip(wanted, found[self.n :], strict=True)
+        return by_state, {i: x for i, x in by_entry if x is not None}
+
+    def active_entries(self, active: tuple[bool, ...]) -> list[int]:
+        """Positions in the flat parameters of the blocks that are differentiated."""
+        blocks = zip(self.blocks, active, strict=True)
+        return [i for (offset, count), on in blocks if on for i in range(offset, offset + count)]
+
+    def _vjp_outputs(self, active: tuple[bool, ...]) -> list[Output]:
+        w = list(self._pool.inputs("w", self.n))
+        by_state, by_entry = self._products(active, w)
+        outputs = [Output("u_bar", i, x) for i, x in enumerate(by_state)]
+        return outputs + [Output("p_bar", i, x, add=True) for i, x in by_entry.items()]
+
+    def backsolve(self, active: tuple[bool, ...]) -> int:
+        """Right-hand side of ``[lambda, u, mu]``, backward in time."""
+        return self._code(("backsolve", active), lambda: self._adjoint(active, True))
+
+    def interpolating(self, active: tuple[bool, ...]) -> int:
+        """Right-hand side of ``[lambda, mu]``; ``u`` is read behind the parameters."""
+        return self._code(("interpolating", active), lambda: self._adjoint(active, False))
+
+    def _adjoint(self, active: tuple[bool, ...], with_state: bool) -> tuple[Signature, list[Output]]:
+        pool, n = self._pool, self.n
+        bars = list(pool.inputs("w", n))
+        by_state, by_entry = self._products(active, bars)
+        values = [-x for x in by_state]
+        if with_state:
+            values += self._outputs
+        zero = pool.const(0.0)
+        values += [-by_entry[i] if i in by_entry else zero for i in self.active_entries(active)]
+        # the reverse state is what f calls u
+        target = Pool(pool.dtype, pool.most)
+        table = {("w", i): target.input("u", i) for i in range(n)}
+        for i in range(n):
+            place = ("u", n + i) if with_state else ("p", self.n_params + i)
+            table["u", i] = target.input(*place)
+        found = substitute(values, table, target)
+        return FIELD, [Output("out", i, x) for i, x in enumerate(found)]
+
+    # -- whole steps -----------------------------------------------------------------------------
+
+    def step(self, stages: Stages) -> int:
+        """A step of this method as one function, or 0 where that would be too long."""
+        return self._code(("step", stages), lambda: self._step_function(stages))
+
+    def step_vjp(self, stages: Stages, active: tuple[bool, ...]) -> int:
+        """Its reverse, or 0."""
+        return self._code(
+            ("step_vjp", stages, active), lambda: self._step_vjp_function(stages, active)
+        )
+
+    def _fits(self, stages: Stages) -> bool:
+        return (self.size + stages.n * self.n) * stages.n <= _MOST_IN_STEP
+
+    def _step_nodes(self, stages: Stages) -> tuple[Pool, dict[str, list[Node]]]:
+        """Rows of results of a step: the stages from the second on, and what ``_STEP`` lists."""
+        pool, n = Pool(self._pool.dtype, 20 * _MOST_IN_STEP), self.n
+        h = pool.input("h", 0)
+        u = list(pool.inputs("u", n))
+        k = [list(pool.inputs("k", n))]
+
+        def combined(weights: np.ndarray, base: list[Node] | None) -> list[Node]:
+            used = [(w, row) for w, row in zip(weights, k, strict=False) if w != 0]
+            sums = [h * pool.sum([float(w) * row[m] for w, row in used]) for m in range(n)]
+            return sums if base is None else [x + y for x, y in zip(base, sums, strict=True)]
+
+        g, stiff = u, u
+        for i in range(1, stages.n):
+            g = combined(stages.a[i], u)
+            if i == stiffness_stage(stages):
+                stiff = g
+            table = {("u", m): g[m] for m in range(n)}
+            table["t", 0] = pool.input("times", i)
+            k.append(substitute(self._outputs, table, pool))
+        results = {"new": g, "stiff": stiff, "k": [x for row in k[1:] for x in row]}
+        for name, weights in (("error", stages.b_error), ("low", stages.b_error_low)):
+            if weights is not None:
+                results[name] = combined(weights, None)
+        return pool, results
+
+    def _step_function(self, stages: Stages) -> tuple[Signature, list[Output]] | None:
+        if not self._fits(stages):
+            return None
+        _, results = self._step_nodes(stages)
+        shift = {"k": self.n}
+        return _STEP, [
+            Output(block, i + shift.get(block, 0), x)
+            for block, row in results.items()
+            for i, x in enumerate(row)
+        ]
+
+    def _step_vjp_function(
+        self, stages: Stages, active: tuple[bool, ...]
+    ) -> tuple[Signature, list[Output]] | None:
+        if not self._fits(stages):
+            return None
+        pool, results = self._step_nodes(stages)
+        n = self.n
+        outputs, bars = [], []
+        for block, row in results.items():
+            shift = n if block == "k" else 0
+            outputs += row
+            bars += [pool.input(f"{block}_bar", i + shift) for i in range(len(row))]
+        places = [("bar", "u", range(n)), ("k_bar", "k", range(n))]
+        places.append(("p_bar", "p", self.active_entries(active)))
+        wrt = [pool.input(block, i) for _, block, entries in places for i in entries]
+        targets = [(bar, i) for bar, _, entries in places for i in entries]
+        found = zip(targets, vjp(outputs, bars, wrt), strict=True)
+        return _STEP_VJP, [
+            Output(block, i, x, add=True) for (block, i), x in found if x is not None
+        ]

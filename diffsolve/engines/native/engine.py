@@ -1,0 +1,394 @@
+"""Running the kernels: memory for a solve, calls of the compiled loop, and what comes out."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsolve.engines.diagnosis import explain
+from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.kernels import Kernel, kernel
+from diffsolve.engines.native.method import Method, address, method_of, set_controller
+from diffsolve.engines.torch_engine import Settings, progress_bar
+from diffsolve.solution import ReturnCode
+from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.norms import Estimates
+
+_CODES = {
+    L.DONE: ReturnCode.SUCCESS,
+    L.MAX_ITERS: ReturnCode.MAX_ITERS,
+    L.DT_LESS_THAN_MIN: ReturnCode.DT_LESS_THAN_MIN,
+    L.UNSTABLE: ReturnCode.UNSTABLE,
+}
+_FIRST_ROOM = 256  # steps; doubled when they are not enough
+_ROOM_IN_NUMBERS = 1_000_000  # for large states: less to begin with
+_WORK_A_CALL = 1e8  # operations before a kernel returns to Python: a fraction of a second
+_NO_BREAKS = np.zeros(1)
+
+
+def refuse(alg: Algorithm, settings: Settings) -> None:
+    """Say why a solve cannot run as machine code, whatever its right-hand side.
+
+    Raises
+    ------
+    Declined
+        With the reason.
+    """
+    method_of(alg)
+    if settings.tolerance.norm is not None:
+        raise Declined("it has a norm of its own")
+    if settings.h_on_tape:
+        raise Declined("through_step_size=True differentiates the step sizes on the tape")
+    set_controller(settings.controller, np.zeros(L.N_INTEGERS, np.int64), np.zeros(L.N_REALS))
+
+
+def evaluate(native: NativeField, t: float, u: Tensor) -> Tensor:
+    """``f(t, u)`` by the compiled function."""
+    compiled = native.compiled
+    number = ctypes.c_float if compiled.single else ctypes.c_double
+    pointer = ctypes.c_void_p
+    function = ctypes.CFUNCTYPE(None, number, pointer, pointer, pointer)(compiled.field())
+    u = u.detach().contiguous()
+    out = torch.empty_like(u)
+    function(t, u.data_ptr(), native.params.data_ptr(), out.data_ptr())
+    return out
+
+
+@dataclass
+class Wanted:
+    """What to keep of a solve.
+
+    Attributes
+    ----------
+    times
+        Ordered times to save; None: every step.
+    steps
+        Whether to note the steps and their estimates.
+    states
+        Whether to keep what the reverse sweep needs; ``checkpoints``: of that many steps.
+    dense
+        Whether to keep the stages; ``complete``: with the extra ones of the interpolant.
+    """
+
+    times: Sequence[float] | np.ndarray | None = None
+    steps: bool = True
+    states: bool = False
+    checkpoints: int | None = None
+    dense: bool = False
+    complete: bool = False
+
+
+class Memory:
+    """The two arrays of a kernel, and every array that they point to.
+
+    Parameters
+    ----------
+    native, alg
+        Right-hand side and method.
+    field
+        Address of what is integrated; default: the right-hand side.
+    n
+        Size of the state.
+    params
+        Flat parameters that ``field`` is given.
+    """
+
+    def __init__(
+        self,
+        native: NativeField,
+        alg: Algorithm,
+        settings: Settings,
+        n: int,
+        params: Tensor,
+        breaks: Sequence[float],
+        field: int | None = None,
+    ):
+        self.native = native
+        self.method: Method = method_of(alg)
+        self.n = n
+        self.dtype = torch.float32 if native.compiled.single else torch.float64
+        self.item = 4 if native.compiled.single else 8
+        self.integers = integers = self.method.integers.copy()
+        self.reals = reals = np.zeros(L.N_REALS)
+        self.held: dict[int, Any] = {}
+        self.arguments = address(integers), address(reals)
+        integers[L.N] = n
+        integers[L.FIELD] = native.compiled.field() if field is None else field
+        if field is None:
+            integers[L.FUSED] = native.compiled.step(self.method.stages)
+        self.hold(L.PARAMS, params)
+        if breaks:
+            self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
+            integers[L.N_BREAKS] = len(breaks)
+        rows = L.W_STAGES + 2 * self.method.rows + L.W_BARS
+        self.hold(L.WORK, torch.empty(rows * n + self.method.rows, dtype=self.dtype))
+        self._set(settings)
+        set_controller(settings.controller, integers, reals)
+
+    def hold(self, slot: int, array: Any) -> None:
+        """Keep an array alive, and note its address."""
+        self.held[slot] = array
+        place = array.data_ptr() if isinstance(array, Tensor) else address(array)
+        self.integers[slot] = place
+
+    def _set(self, settings: Settings) -> None:
+        integers, reals = self.integers, self.reals
+        tolerance = settings.tolerance
+        self.tolerance(L.RTOL, L.RTOL_STRIDE, tolerance.rtol)
+        self.tolerance(L.ATOL, L.ATOL_STRIDE, tolerance.atol)
+        self.blocks([self.n])
+        integers[L.ADAPTIVE] = settings.adaptive
+        integers[L.MAXITERS] = settings.maxiters
+        cost = (self.native.compiled.size + 10 * self.n) * self.method.n
+        most = 50 if settings.progress else 1_000_000
+        integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
+        reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
+        reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
+
+    def tolerance(self, slot: int, stride: int, values: Tensor) -> None:
+        self.hold(slot, np.atleast_1d(values.numpy().astype(np.float64)))
+        self.integers[stride] = 1 if values.dim() else 0
+
+    def blocks(self, ends: Sequence[int]) -> None:
+        """Parts of the state whose norms are taken one by one."""
+        self.hold(L.BLOCK_ENDS, np.asarray(ends, dtype=np.int64))
+        self.integers[L.N_BLOCKS] = len(ends)
+
+    def span(self, t0: float, t1: float, stops: Sequence[float]) -> None:
+        reals, integers = self.reals, self.integers
+        reals[L.T] = reals[L.ANCHOR] = t0
+        reals[L.T_LOW], reals[L.T_HIGH] = min(t0, t1), max(t0, t1)
+        reals[L.DIRECTION] = 1.0 if t1 >= t0 else -1.0
+        self.hold(L.STOPS, np.asarray([*stops, t1], dtype=np.float64))
+        integers[L.N_STOPS] = len(stops) + 1
+
+    def start(self, u: Tensor) -> None:
+        """Put the state at the start where the kernel goes on from."""
+        self.held[L.WORK][: self.n] = u
+
+    def state(self) -> Tensor:
+        return self.held[L.WORK][: self.n].clone()
+
+    def want(self, wanted: Wanted) -> None:
+        """Room for what is to be kept."""
+        integers, n, rows = self.integers, self.n, self.method.rows
+        times = wanted.times
+        each = (2 if wanted.states else 0) * n + ((rows + 1) * n if wanted.dense else 0) + n
+        room = max(8, min(_FIRST_ROOM, _ROOM_IN_NUMBERS // each))
+        if times is None:
+            integers[L.N_SAVES], integers[L.SAVE_ROOM] = -1, room
+        else:
+            saves = np.asarray(times, dtype=np.float64)
+            self.hold(L.SAVES, saves)
+            integers[L.N_SAVES] = integers[L.SAVE_ROOM] = len(saves)
+        self.hold(L.OUT_U, torch.empty(int(integers[L.SAVE_ROOM]), n, dtype=self.dtype))
+        if not wanted.steps:
+            return
+        integers[L.STEP_ROOM] = room
+        shapes: list[tuple[int, tuple[int, ...], torch.dtype]] = [
+            (L.STEP_T, (), torch.float64),
+            (L.STEP_H, (), torch.float64),
+            (L.ERROR, (), self.dtype),
+            (L.ERROR_NORM, (), self.dtype),
+            (L.STIFFNESS, (), self.dtype),
+        ]
+        if wanted.states:
+            shapes.append((L.MARKS, (4,), torch.int64))
+            integers[L.STRIDE] = 1
+            kept = room if wanted.checkpoints is None else wanted.checkpoints
+            integers[L.STATE_ROOM] = kept
+            integers[L.THINNING] = wanted.checkpoints is not None
+            self.hold(L.STATES, torch.empty(kept, 2, n, dtype=self.dtype))
+        if wanted.dense:
+            shapes.append((L.DENSE, (rows + 1, n), self.dtype))
+            shapes.append((L.COMPLETE, (), torch.int64))
+            integers[L.ALWAYS_COMPLETE] = wanted.complete
+        for slot, shape, dtype in shapes:
+            self.hold(slot, torch.empty(room, *shape, dtype=dtype))
+
+    def make_room(self) -> None:
+        """Twice as much, for what is full."""
+        integers = self.integers
+        if integers[L.STEP_T] and integers[L.ACCEPTED] >= integers[L.STEP_ROOM]:
+            integers[L.STEP_ROOM] *= 2
+            slots = [L.STEP_T, L.STEP_H, L.ERROR, L.ERROR_NORM, L.STIFFNESS]
+            for slot in (*slots, L.MARKS, L.DENSE, L.COMPLETE):
+                if slot in self.held:
+                    self._double(slot)
+        if integers[L.N_SAVES] < 0 and integers[L.SAVED] >= integers[L.SAVE_ROOM]:
+            integers[L.SAVE_ROOM] *= 2
+            self._double(L.OUT_U)
+        if L.STATES in self.held and not integers[L.THINNING]:
+            if integers[L.ACCEPTED] // integers[L.STRIDE] >= integers[L.STATE_ROOM]:
+                integers[L.STATE_ROOM] *= 2
+                self._double(L.STATES)
+
+    def _double(self, slot: int) -> None:
+        old = self.held[slot]
+        new = torch.empty(2 * len(old), *old.shape[1:], dtype=old.dtype)
+        new[: len(old)] = old
+        self.hold(slot, new)
+
+    def run(self, function: Kernel, bar: Any = None) -> int:
+        """Call a kernel until it is done; returns how it ended."""
+        integers, reals = self.integers, self.reals
+        here, there = self.arguments
+        while True:
+            before = reals[L.T]
+            status = function(here, there)
+            if bar is not None:
+                bar.update(abs(reals[L.T] - before))
+            if status == L.NEED_ROOM:
+                self.make_room()
+            elif status != L.GO_ON:
+                return status
+
+
+@dataclass
+class NativeTrajectory:
+    """What a native solve gives back; as ``torch_engine.Trajectory``, with tensors for lists."""
+
+    t: Sequence[float]
+    u: Tensor
+    step_t: Tensor
+    step_h: Tensor
+    error: Tensor
+    error_norm: Tensor
+    stiffness: Tensor
+    nf: int
+    nreject: int
+    final: Tensor
+    final_t: float
+    final_h: float
+    retcode: ReturnCode
+    kernel_s: float
+    message: str = ""
+    dense: NativeDense | None = None
+    memory: Memory | None = field(default=None, repr=False)
+
+    @property
+    def naccept(self) -> int:
+        return len(self.step_t)
+
+
+def integrate(
+    native: NativeField,
+    alg: Algorithm,
+    u0: Tensor,
+    t0: float,
+    t1: float,
+    settings: Settings,
+    wanted: Wanted,
+    breaks: Sequence[float] = (),
+) -> NativeTrajectory:
+    """Integrate from ``t0`` to ``t1`` in machine code.
+
+    Returns
+    -------
+    NativeTrajectory
+        With the partial result and the reason where the solve failed.
+    """
+    memory = Memory(native, alg, settings, len(u0), native.params, breaks)
+    memory.span(t0, t1, settings.tstops)
+    memory.want(wanted)
+    memory.start(u0)
+    function = kernel("advance", native.compiled.single)
+    bar = progress_bar(t0, t1) if settings.progress else None
+    started = time.perf_counter()
+    try:
+        status = memory.run(function, bar)
+    finally:
+        if bar is not None:
+            bar.close()
+    kernel_s = time.perf_counter() - started
+    integers, reals, held = memory.integers, memory.reals, memory.held
+    count, saved = int(integers[L.ACCEPTED]), int(integers[L.SAVED])
+    step_t, step_h = held[L.STEP_T][:count], held[L.STEP_H][:count]
+    if wanted.times is None:
+        ends = [*step_t.tolist(), float(reals[L.T])]
+        times: Sequence[float] = ends[:saved]
+    else:
+        times = wanted.times if saved == len(wanted.times) else wanted.times[:saved]  # type: ignore[assignment]
+    final = memory.state()
+    found = NativeTrajectory(
+        t=times,
+        u=held[L.OUT_U][:saved],
+        step_t=step_t,
+        step_h=step_h,
+        error=held[L.ERROR][:count],
+        error_norm=held[L.ERROR_NORM][:count],
+        stiffness=held[L.STIFFNESS][:count],
+        nf=int(integers[L.NF]),
+        nreject=int(integers[L.REJECTED]),
+        final=final,
+        final_t=float(reals[L.T]),
+        final_h=float(reals[L.LAST_H]) if integers[L.ATTEMPTS] else math.nan,
+        retcode=_CODES[status],
+        kernel_s=kernel_s,
+        memory=memory,
+    )
+    if status != L.DONE:
+        found.message = message_of(status, memory, alg, settings, t1, final)
+    if wanted.dense:
+        found.dense = NativeDense(memory, t0, u0)
+    return found
+
+
+def message_of(
+    status: int, memory: Memory, alg: Algorithm, settings: Settings, t1: float, state: Tensor
+) -> str:
+    reals = memory.reals
+    last = None
+    if memory.integers[L.ATTEMPTS]:
+        last = Estimates(float(reals[L.LAST_ERROR]), 0.0, float(reals[L.LAST_STIFFNESS]))
+    return explain(
+        _CODES[status],
+        t=float(reals[L.T]),
+        h=float(reals[L.SIZE]),
+        t1=t1,
+        alg=alg.name,
+        estimates=last,
+        dtmin=settings.dtmin,
+        maxiters=settings.maxiters,
+        state=state,
+    )
+
+
+class NativeDense:
+    """Continuous extension of a native solve; as ``DenseOutput``."""
+
+    def __init__(self, memory: Memory, t0: float, u0: Tensor):
+        self._memory = memory
+        self.direction = float(memory.reals[L.DIRECTION])
+        self.u0 = u0
+        self.ends = [self.direction * t0, self.direction * float(memory.reals[L.T])]
+
+    def __call__(self, times: Sequence[float], derivative: int = 0) -> Tensor:
+        """States ``(m, N)`` at times in any order."""
+        memory = self._memory
+        low, high = self.ends
+        for t in times:
+            if not low <= self.direction * t <= high:
+                ends = sorted((self.direction * low, self.direction * high))
+                raise ValueError(f"t = {t} is outside of the solved interval {ends}")
+        out = torch.empty(len(times), memory.n, dtype=memory.dtype)
+        integers = memory.integers
+        if not integers[L.ACCEPTED]:  # an empty span: every time is t0
+            return self.u0.expand_as(out) if not derivative else torch.zeros_like(out)
+        memory.hold(L.READ, np.asarray(times, dtype=np.float64))
+        memory.hold(L.READ_OUT, out)
+        integers[L.N_READ], integers[L.DERIVATIVE] = len(times), derivative
+        before = integers[L.NF]
+        memory.run(kernel("read", memory.native.compiled.single))
+        integers[L.NF] = before
+        return out

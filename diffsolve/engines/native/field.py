@@ -1,0 +1,202 @@
+"""From a right-hand side to its machine code: traces are kept, and checked before they are used."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from diffsolve.engines.native.compiled import Compiled
+from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.native.expression import content
+from diffsolve.engines.native.fingerprint import Fingerprint
+from diffsolve.engines.native.trace import Lifted, trace
+from diffsolve.problems.autocast import Autocasting
+from diffsolve.problems.capture import reachable_tensors
+from diffsolve.problems.vector_field import VectorField
+
+_MOST_KEPT = 64  # compiled right-hand sides that nothing else holds on to
+_lock = threading.RLock()
+_by_function: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+_by_content: OrderedDict[Any, Compiled] = OrderedDict()
+
+
+@dataclass
+class _Entry:
+    """What is remembered of a function: its machine code, or why there is none."""
+
+    fingerprint: Fingerprint
+    compiled: Compiled | None
+    declined: str
+    inputs: list[Lifted]
+    constants: list[tuple[Tensor, int]]
+    detached: str | None
+    reachable: list[Tensor] | None = None
+
+    def still_holds(self, f: Any) -> bool:
+        return self.fingerprint.still_holds(f) and all(
+            x.is_inference() or x._version == version for x, version in self.constants
+        )
+
+
+class NativeField:
+    """The machine code of a right-hand side with the tensors of one solve.
+
+    Attributes
+    ----------
+    compiled
+        Its functions.
+    tensors
+        What it uses besides ``t`` and ``u``, one tensor a block of the flat parameters.
+    params
+        Those numbers, flat, as they were when the solve began.
+    """
+
+    def __init__(self, entry: _Entry, leaves: list[Any], compile_s: float):
+        assert entry.compiled is not None
+        self.compiled = entry.compiled
+        self.compile_s = compile_s
+        self._entry = entry
+        self.tensors: list[Tensor] = [
+            x.tensor if x.tensor is not None else leaves[x.p_position or 0] for x in entry.inputs
+        ]
+        flat = [x.detach().reshape(-1) for x in self.tensors]
+        self.params = flat[0].clone() if len(flat) == 1 else torch.cat(flat) if flat else _NOTHING
+
+    @property
+    def active(self) -> tuple[bool, ...]:
+        """Which of the tensors require a gradient."""
+        return tuple([x.requires_grad for x in self.tensors])
+
+    def differentiable(self, f: Any, leaves: list[Any]) -> list[Tensor]:
+        """Every tensor with ``requires_grad`` that ``f`` uses, or could use.
+
+        Raises
+        ------
+        Declined
+            If ``f`` keeps gradients from flowing somewhere.
+        """
+        entry = self._entry
+        if entry.reachable is None:
+            entry.reachable = [x for x in reachable_tensors(f) if x.is_leaf]
+        given = [x for x in leaves if isinstance(x, Tensor)]
+        found = {id(x): x for x in (*given, *self.tensors, *entry.reachable) if x.requires_grad}
+        if found and entry.detached is not None:
+            raise Declined(f"it switches gradients off by {entry.detached}")
+        return list(found.values())
+
+
+_NOTHING = torch.empty(0, dtype=torch.float64)
+
+
+def find(field: VectorField, t0: float, u0: Tensor, guard: bool) -> NativeField:
+    """The machine code of a right-hand side, made where it is not known yet.
+
+    Parameters
+    ----------
+    field, t0, u0
+        Right-hand side and flat state at the start.
+    guard
+        Whether to compare with one evaluation of ``f`` by torch, and trace again where they
+        differ.
+
+    Raises
+    ------
+    Declined
+        If it cannot be compiled.
+    """
+    f, p = field.f, field.p
+    if isinstance(f, Autocasting):
+        raise Declined("autocast is active")
+    leaves = [p] if isinstance(p, Tensor) else pytree.tree_leaves(p)
+    owner, key = _key(field, leaves)
+    compile_s = 0.0
+    with _lock:
+        known = _known(owner)
+        entry = known.get(key)
+        if entry is not None and not entry.still_holds(f):
+            entry = None
+        fresh = entry is None
+        if entry is None:
+            started = time.perf_counter()
+            entry = known[key] = _traced(field, t0, u0)
+            compile_s = time.perf_counter() - started
+    if entry.compiled is None:
+        raise Declined(entry.declined)
+    if guard and not fresh and not _agrees(field, NativeField(entry, leaves, 0.0), t0, u0):
+        with _lock:
+            started = time.perf_counter()
+            entry = known[key] = _traced(field, t0, u0)
+            compile_s = time.perf_counter() - started
+        if entry.compiled is None:
+            raise Declined(entry.declined)
+    return NativeField(entry, leaves, compile_s)
+
+
+def _known(owner: Any) -> dict[Any, Any]:
+    """What is remembered of a function; nothing where no weak reference to it can be made."""
+    try:
+        return _by_function.setdefault(owner, {})
+    except TypeError:
+        return {}
+
+
+def _key(field: VectorField, leaves: list[Any]) -> tuple[Any, Any]:
+    f, structure = field.f, field.structure
+    owner, part = getattr(f, "__self__", f), getattr(f, "__func__", None)
+    state = (structure.dtype, *structure.shapes, None if structure.is_tensor else structure.spec)
+    parts: list[Any] = [part, state, torch.is_inference_mode_enabled()]
+    if isinstance(field.p, Tensor):
+        parts.append(True)
+    elif field.p is not None:
+        parts.append(pytree.tree_structure(field.p))
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            parts.append((type(leaf), leaf if getattr(leaf, "__hash__", None) else repr(leaf)))
+        elif leaf.dtype is structure.dtype:
+            parts += (leaf.shape, type(leaf), leaf.device)
+        else:  # taken as it is: the trace keeps it, so that its identity stays taken
+            parts += (id(leaf), leaf._version, leaf.requires_grad)
+    return owner, tuple(parts)
+
+
+def _traced(field: VectorField, t0: float, u0: Tensor) -> _Entry:
+    fingerprint = Fingerprint(field.f)
+    try:
+        found = trace(field.f, field.structure, field.p, t0, u0)
+    except Declined as reason:
+        return _Entry(fingerprint, None, str(reason), [], [], None)
+    except Exception as error:  # f's own, which the torch engine reports as it is
+        return _Entry(fingerprint, None, f"f raised {type(error).__name__}: {error}", [], [], None)
+    blocks = tuple((x.offset, x.count) for x in found.inputs)
+    single = field.structure.dtype is torch.float32
+    graph = (single, blocks, content(found.outputs))
+    compiled = _by_content.get(graph)
+    if compiled is None:
+        compiled = _by_content[graph] = Compiled(found.pool, found.outputs, blocks, single)
+        if len(_by_content) > _MOST_KEPT:
+            _by_content.popitem(last=False)
+    else:
+        _by_content.move_to_end(graph)
+    return _Entry(fingerprint, compiled, "", found.inputs, found.constants, found.detached)
+
+
+def _agrees(field: VectorField, native: NativeField, t0: float, u0: Tensor) -> bool:
+    """Whether the compiled function gives what ``f`` gives now."""
+    from diffsolve.engines.native.engine import evaluate
+
+    t = field.time(t0)
+    with torch.no_grad():
+        eager = field.structure.ravel(field.f(t, field.structure.unravel(u0), *field._args))
+        if eager.shape != u0.shape or eager.dtype is not u0.dtype:
+            return False
+        ours = evaluate(native, float(t), u0)
+        same = torch.equal(ours, eager)
+        return same or bool(field.rounding_error(ours, eager) <= 1)

@@ -1,0 +1,120 @@
+"""What a function depends on besides its arguments, in a form that is compared quickly.
+
+It notices that a variable of a closure, a global or an attribute is another object than before, or
+another number. What it cannot see (deep inside of other objects) is left to the comparison of
+values with an eager evaluation.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DEPTH = 4
+_MOST_ITEMS = 100
+_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_KINDS = (types.ModuleType, types.BuiltinFunctionType, type)
+
+
+class Fingerprint:
+    """State of a function's surroundings; ``still_holds`` tells whether they are the same."""
+
+    __slots__ = ("_items", "_kept", "_references")
+
+    def __init__(self, f: Any):
+        self._items: list[Any] = []
+        self._kept: list[Tensor] = []  # so that no identity is used twice
+        self._references: list[Any] = []
+        _visit(f, self._items, self._note, _DEPTH)
+
+    def _note(self, x: Any) -> None:
+        if isinstance(x, Tensor):
+            self._kept.append(x)
+        else:
+            self._references.append(weakref.ref(x))
+
+    def still_holds(self, f: Any) -> bool:
+        items: list[Any] = []
+        _visit(f, items, None, _DEPTH)
+        return items == self._items and all(r() is not None for r in self._references)
+
+
+def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
+    kind = type(x)
+    if kind in _PLAIN:
+        items.append((kind, x))
+    elif kind is types.FunctionType:
+        _visit_function(x, items, note, depth)
+    elif isinstance(x, Tensor):
+        items.append(id(x))
+        if note is not None:
+            note(x)
+    elif kind in _KINDS or isinstance(x, _KINDS):
+        items.append(id(x))  # these live as long as the process
+    elif depth <= 0:
+        _identify(x, items, note)
+    elif isinstance(x, torch.nn.Module):
+        for module in x.modules():
+            _identify(module, items, note)
+            _visit_items(module._parameters.values(), items, note, depth - 1)
+            _visit_items(module._buffers.values(), items, note, depth - 1)
+            plain = [v for k, v in vars(module).items() if k[0] != "_"]
+            _visit_items(plain, items, note, depth - 1)
+    elif kind in (list, tuple, dict):
+        items.append(len(x))
+        if len(x) <= _MOST_ITEMS:
+            _visit_items(x.values() if kind is dict else x, items, note, depth - 1)
+    elif kind is types.MethodType:
+        _visit(x.__func__, items, note, depth)
+        _visit(x.__self__, items, note, depth)
+    elif kind is functools.partial:
+        _visit(x.func, items, note, depth)
+        _visit_items([*x.args, *x.keywords.values()], items, note, depth - 1)
+    else:
+        _identify(x, items, note)
+        _visit_items(getattr(x, "__dict__", {}).values(), items, note, depth - 1)
+
+
+def _visit_items(xs: Any, items: list[Any], note: Any, depth: int) -> None:
+    for x in xs:
+        _visit(x, items, note, depth)
+
+
+def _visit_function(f: Any, items: list[Any], note: Any, depth: int) -> None:
+    items.append(id(f.__code__))
+    _identify(f, items, note)
+    if depth <= 0 or (f.__module__ or "").startswith("torch."):
+        return
+    for cell in f.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+        _visit(content, items, note, depth - 1)
+    _visit_items(f.__defaults__ or (), items, note, depth - 1)
+    names = f.__globals__
+    for name in _named(f.__code__):
+        if name in names:
+            _visit(names[name], items, note, depth - 2)
+
+
+@functools.lru_cache(maxsize=1000)
+def _named(code: Any) -> tuple[str, ...]:
+    """Names that a function's code, and that of functions inside of it, looks up."""
+    inner = [_named(c) for c in code.co_consts if inspect.iscode(c)]
+    return tuple({*code.co_names, *(name for names in inner for name in names)})
+
+
+def _identify(x: Any, items: list[Any], note: Any) -> None:
+    try:
+        if note is not None:
+            note(x)
+        items.append(id(x))
+    except TypeError:  # no weak reference can be made of it: its identity would prove nothing
+        items.append(type(x))

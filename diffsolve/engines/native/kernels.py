@@ -1,0 +1,53 @@
+"""The compiled kernels: built once on a machine, then loaded from disk."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import diffsolve
+from diffsolve.engines.native import llvm
+
+_log = logging.getLogger("diffsolve")
+_ROOT = Path(diffsolve.__file__).parent
+#: What the kernels are made of: they are built again where one of these was changed.
+_SOURCES = (
+    "solvers/kernels/layout.py",
+    "solvers/kernels/memory.py",
+    "solvers/kernels/norms.py",
+    "solvers/explicit_rk/kernel.py",
+    "engines/native/loop.py",
+    "engines/native/sweep.py",
+    "engines/native/build.py",
+)
+Kernel = Callable[[int, int], int]
+
+
+@functools.cache
+def _source() -> str:
+    return "\n".join((_ROOT / name).read_text() for name in _SOURCES)
+
+
+@functools.cache
+def kernel(name: str, single: bool) -> Kernel:
+    """The kernel ``"advance"``, ``"sweep"``, ``"read"`` or ``"replay"``, for float32 states or float64 ones.
+
+    It is called with the addresses of the two arrays of ``solvers/kernels/layout.py``, runs
+    without Python's lock, and returns one of the codes that are listed there.
+    """
+    with llvm.lock:
+        code = llvm.cached_code(f"{name} {single}\n{_source()}", lambda: _build(name, single))
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    function = prototype(code.address)
+    function.code = code  # type: ignore[attr-defined]  # loaded as long as the function lives
+    return function
+
+
+def _build(name: str, single: bool) -> str:
+    _log.warning("diffsolve: building its kernel %r, once on this machine (some seconds)", name)
+    from diffsolve.engines.native.build import kernel_ir
+
+    return kernel_ir(name, single)

@@ -1,0 +1,353 @@
+"""From expressions to machine code: LLVM IR, object files, and a cache of them on disk."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+import struct
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffsolve.engines.native.expression import COMPARE, Node, needed
+
+#: Raised by one whenever the generated code changes for the same graph.
+_FORMAT = 1
+_CHECKSUM = 32  # bytes of it before each object file
+lock = threading.RLock()
+_serial = itertools.count()  # a library's name is not free again when it is unloaded
+
+
+@dataclass(frozen=True)
+class Output:
+    """A place that a compiled function writes.
+
+    Attributes
+    ----------
+    block, index
+        Where: an entry of an array that is among the function's arguments.
+    node
+        What.
+    add
+        Whether to add to what is there.
+    """
+
+    block: str
+    index: int
+    node: Node
+    add: bool = False
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Arguments of a compiled function, in order: numbers by value, then arrays by address."""
+
+    scalars: tuple[str, ...]
+    arrays: tuple[str, ...]
+
+
+#: ``f(t, u, p, out)``.
+FIELD = Signature(("t",), ("u", "p", "out"))
+
+_INTRINSIC = {
+    "abs": "fabs",
+    "floor": "floor",
+    "ceil": "ceil",
+    "trunc": "trunc",
+    "round": "roundeven",
+    "sqrt": "sqrt",
+    "pow": "pow",
+}
+_LIBM = {
+    op: op
+    for op in ["exp", "expm1", "log", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "atan2"]
+}
+_ARITHMETIC = {
+    "add": "fadd contract",
+    "sub": "fsub contract",
+    "mul": "fmul contract",
+    "div": "fdiv",
+    "fmod": "frem",
+}
+_ORDERED = {"lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge", "eq": "oeq", "ne": "une"}
+
+
+class _Emitter:
+    """Text of one function."""
+
+    def __init__(self, kind: str, signature: Signature):
+        self.kind = kind  # LLVM's name of the number type
+        self.suffix = "f64" if kind == "double" else "f32"
+        self.signature = signature
+        self.lines: list[str] = []
+        self.names: dict[int, str] = {}
+        self.declared: dict[str, str] = {}
+        self.count = 0
+
+    def fresh(self, text: str) -> str:
+        self.count += 1
+        name = f"%v{self.count}"
+        self.lines.append(f"{name} = {text}")
+        return name
+
+    def call(self, op: str, args: Sequence[str]) -> str:
+        if op in _INTRINSIC:
+            name = f"llvm.{_INTRINSIC[op]}.{self.suffix}"
+        else:
+            name = _LIBM[op] + ("" if self.kind == "double" else "f")
+        self.declared[name] = ", ".join([self.kind] * len(args))
+        passed = ", ".join(f"{self.kind} {a}" for a in args)
+        return self.fresh(f"call {self.kind} @{name}({passed})")
+
+    def address(self, block: str, index: int) -> str:
+        return self.fresh(f"getelementptr inbounds {self.kind}, ptr %{block}, i64 {index}")
+
+    def larger(self, a: str, b: str, predicate: str) -> str:
+        """The one of two that wins, or a NaN among them."""
+        kind = self.kind
+        wins = self.fresh(f"fcmp {predicate} {kind} {a}, {b}")
+        is_nan = self.fresh(f"fcmp uno {kind} {a}, {a}")
+        first = self.fresh(f"or i1 {wins}, {is_nan}")
+        return self.fresh(f"select i1 {first}, {kind} {a}, {kind} {b}")
+
+    def emit(self, node: Node) -> str:
+        kind, op = self.kind, node.op
+        if op == "const":
+            if isinstance(node.data, bool):
+                return "true" if node.data else "false"
+            return number(node.data)
+        if op == "input":
+            block, i = node.data
+            if block in self.signature.scalars:
+                return f"%{block}"
+            return self.fresh(f"load {kind}, ptr {self.address(block, i)}")
+        args = [self.names[a.index] for a in node.args]
+        if op in _ARITHMETIC:
+            return self.fresh(f"{_ARITHMETIC[op]} {kind} {args[0]}, {args[1]}")
+        if op == "held":
+            return args[0]
+        if op == "neg":
+            return self.fresh(f"fneg {kind} {args[0]}")
+        if op in COMPARE:
+            return self.fresh(f"fcmp {_ORDERED[op]} {kind} {args[0]}, {args[1]}")
+        if op in ("and", "or", "xor"):
+            return self.fresh(f"{op} i1 {args[0]}, {args[1]}")
+        if op == "not":
+            return self.fresh(f"xor i1 {args[0]}, true")
+        if op == "where":
+            return self.fresh(f"select i1 {args[0]}, {kind} {args[1]}, {kind} {args[2]}")
+        if op in ("max", "min", "largest", "smallest"):
+            predicate = "ogt" if op in ("max", "largest") else "olt"
+            return functools.reduce(lambda a, b: self.larger(a, b, predicate), args)
+        one, zero = number(1.0), number(0.0)
+        if op == "sign":
+            up = self.fresh(f"fcmp ogt {kind} {args[0]}, {zero}")
+            down = self.fresh(f"fcmp olt {kind} {args[0]}, {zero}")
+            inner = self.fresh(f"select i1 {down}, {kind} {number(-1.0)}, {kind} {zero}")
+            return self.fresh(f"select i1 {up}, {kind} {one}, {kind} {inner}")
+        if op == "sigmoid":
+            minus = self.fresh(f"fneg {kind} {args[0]}")
+            below = self.fresh(f"fadd {kind} {self.call('exp', [minus])}, {one}")
+            return self.fresh(f"fdiv {kind} {one}, {below}")
+        return self.call(op, args)
+
+    def function(self, name: str, outputs: Sequence[Output]) -> str:
+        kind = self.kind
+        ends: dict[int, list[Output]] = {}
+        for out in outputs:
+            ends.setdefault(out.node.index, []).append(out)
+        for node in needed([out.node for out in outputs]):
+            value = self.names[node.index] = self.emit(node)
+            for out in ends.get(node.index, ()):
+                place = self.address(out.block, out.index)
+                stored = value
+                if out.add:
+                    before = self.fresh(f"load {kind}, ptr {place}")
+                    stored = self.fresh(f"fadd {kind} {before}, {value}")
+                self.lines.append(f"store {kind} {stored}, ptr {place}")
+        scalars = [f"{kind} %{s}" for s in self.signature.scalars]
+        arrays = [f"ptr noalias %{a}" for a in self.signature.arrays]
+        body = "\n".join(self.lines)
+        head = f"define void @{name}({', '.join(scalars + arrays)}) #0 {{"
+        declared = "\n".join(
+            f"declare {kind} @{f}({types}) #1" for f, types in sorted(self.declared.items())
+        )
+        return (
+            f"{head}\n{body}\nret void\n}}\n{declared}\n"
+            "attributes #0 = { nounwind }\n"
+            "attributes #1 = { nounwind willreturn memory(none) }\n"
+        )
+
+
+def number(x: float) -> str:
+    """A constant in LLVM's exact notation, which for both types is that of doubles."""
+    return f"0x{struct.unpack('<Q', struct.pack('<d', x))[0]:016X}"
+
+
+def function_ir(name: str, signature: Signature, outputs: Sequence[Output], single: bool) -> str:
+    """IR of a function that computes the outputs; arrays it is given must not overlap.
+
+    Parameters
+    ----------
+    single
+        Whether numbers are float32 rather than float64.
+    """
+    return _Emitter("float" if single else "double", signature).function(name, outputs)
+
+
+# -- compiling -----------------------------------------------------------------------------------
+
+
+class _Machine:
+    """The processor at hand, as LLVM sees it; made when code is first compiled."""
+
+    def __init__(self) -> None:
+        import llvmlite
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        self.llvm = llvm
+        self.cpu = llvm.get_host_cpu_name()
+        self.features = llvm.get_host_cpu_features().flatten()
+        self.target = llvm.Target.from_default_triple()
+        self.jit = llvm.create_lljit_compiler(self.target_machine(2))
+        version = ".".join(map(str, llvm.llvm_version_info))
+        self.identity = f"{_FORMAT} {llvmlite.__version__} {version} {self.cpu} {self.features}"
+
+    def target_machine(self, level: int) -> Any:
+        return self.target.create_target_machine(
+            cpu=self.cpu, features=self.features, opt=level, reloc="pic", jit=True
+        )
+
+
+@functools.cache
+def machine() -> Any:
+    return _Machine()
+
+
+class Code:
+    """Machine code that is loaded as long as this object lives; ``address`` is callable."""
+
+    def __init__(self, name: str, object_file: bytes):
+        self.name = name
+        llvm = machine().llvm
+        with lock:
+            builder = llvm.JITLibraryBuilder().add_object_img(object_file)
+            builder = builder.export_symbol(name).add_current_process()
+            self._tracker = builder.link(machine().jit, f"{name}_{next(_serial)}")
+        self.address = int(self._tracker[name])
+        weakref.finalize(self, _unload, self._tracker)
+
+
+def _unload(tracker: Any) -> None:
+    with lock:
+        tracker.close()
+
+
+def compile_function(
+    signature: Signature, outputs: Sequence[Output], single: bool, level: int = 2
+) -> Code:
+    """Machine code of a function of the outputs, from the disk where it was compiled before."""
+    text = function_ir("{name}", signature, outputs, single)
+    return compile_ir(text, level, passes=len(text) < 400_000)
+
+
+def compile_ir(text: str, level: int = 2, passes: bool = False) -> Code:
+    """Machine code of IR in which the function's name stands as ``{name}``."""
+    return cached_code(f"{level} {passes}\n{text}", lambda: text, level, passes)
+
+
+def cached_code(
+    content: str, make_ir: Callable[[], str], level: int = 2, passes: bool = False
+) -> Code:
+    """Machine code that was compiled before from the same ``content``, or else from ``make_ir()``."""
+    key = hashlib.sha256(f"{machine().identity}\n{content}".encode()).hexdigest()
+    name = f"diffsolve_{key[:24]}"
+    found = _read(key)
+    if found is None:
+        found = _compiled(make_ir().replace("{name}", name, 1), level, passes)
+        _write(key, found)
+    return Code(name, found)
+
+
+def _compiled(text: str, level: int, passes: bool) -> bytes:
+    llvm = machine().llvm
+    with lock:
+        module = llvm.parse_assembly(text)
+        module.verify()
+        tm = machine().target_machine(level)
+        if passes:
+            options = llvm.create_pipeline_tuning_options(speed_level=1)
+            options.slp_vectorization = False  # takes seconds on long straight code, for nothing
+            options.loop_vectorization = False
+            builder = llvm.create_pass_builder(tm, options)
+            builder.getModulePassManager().run(module, builder)
+        return tm.emit_object(module)
+
+
+# -- the cache on disk ---------------------------------------------------------------------------
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Where compiled code is kept, or None where that cannot be written.
+
+    ``DIFFSOLVE_CACHE_DIR`` if it is set, else the user's folder for caches. Only its owner may
+    write there, because what lies there is run.
+    """
+    given = os.environ.get("DIFFSOLVE_CACHE_DIR")
+    if given:
+        folder = Path(given)
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "diffsolve" / "cache"
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches" / "diffsolve"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffsolve"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK) or not _is_private(folder):
+            return None
+    except (OSError, RuntimeError):
+        return None
+    return folder
+
+
+def _is_private(folder: Path) -> bool:
+    if not hasattr(os, "getuid"):
+        return True
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _read(key: str) -> bytes | None:
+    folder = cache_folder()
+    if folder is None:
+        return None
+    try:
+        data = (folder / key).read_bytes()
+    except OSError:
+        return None
+    body = data[_CHECKSUM:]
+    return body if hashlib.sha256(body).digest() == data[:_CHECKSUM] else None
+
+
+def _write(key: str, body: bytes) -> None:
+    folder = cache_folder()
+    if folder is None:
+        return
+    try:
+        handle, path = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(body).digest() + body)
+        os.replace(path, folder / key)  # at once: another process may read
+    except OSError:
+        return

@@ -1,0 +1,430 @@
+"""The adaptive loop in machine code: ``engines/torch_engine.py``, decision by decision.
+
+Needs Numba, which is imported only to build this once on a machine. All of the loop's memory is
+in the two arrays of ``layout``, so that it can return to Python after any step: to let signals be
+handled, to make room, or because it is done.
+"""
+
+from __future__ import annotations
+
+import math
+
+from diffsolve.solvers.explicit_rk.kernel import (
+    add_extra_stages,
+    field_at,
+    interpolate,
+    marks_of,
+    row,
+    stage,
+    take_step,
+)
+from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.kernels.memory import inlined, integers, reals, size_of, ulp, view
+from diffsolve.solvers.kernels.norms import add_scaled, copy, distance, scaled_norm
+
+_STRETCH = 1.01  # as in the torch engine
+_ROUNDING = 1 + 1e-8
+
+
+@inlined
+def save(I, source, like):
+    n = I[L.N]
+    copy(n, source, I[L.OUT_U] + I[L.SAVED] * n * size_of(like), like)
+    I[L.SAVED] += 1
+
+
+@inlined
+def outside_path(I, R, t, h):
+    """Whether a step needs the forward solution where it is not at hand."""
+    if I[L.PATH] == 0:
+        return False
+    low, high = (t, t + h) if h > 0 else (t + h, t)
+    low = R[L.T_LOW] if low < R[L.T_LOW] else low
+    high = R[L.T_HIGH] if high > R[L.T_HIGH] else high
+    return low < R[L.WINDOW_LOW] or high > R[L.WINDOW_HIGH]
+
+
+@inlined
+def initial_step(I, R, like):
+    """Size of the first step, as in ``solvers/initial_step.py``; -1 where the path must be made."""
+    n, t, direction = I[L.N], R[L.T], R[L.DIRECTION]
+    u, du, g = row(I, L.W_U, like), row(I, L.W_DU, like), row(I, L.W_NEW, like)
+    f1 = row(I, L.W_TEMP, like)
+    dtmax = abs(reals(I[L.STOPS])[I[L.N_STOPS] - 1] - t)
+    dtmax = R[L.DTMAX] if R[L.DTMAX] < dtmax else dtmax
+    d0, d1 = scaled_norm(I, u, u, u, like), scaled_norm(I, du, u, u, like)
+    if not d1 < math.inf:
+        return math.nan
+    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * (d0 / d1)
+    h0 = dtmax if dtmax < h0 else h0
+    h = direction * h0
+    if outside_path(I, R, t, h):
+        R[L.LAST_H] = h
+        return -1.0
+    copy(n, u, g, like)
+    add_scaled(n, h, du, g, like)
+    field_at(I, R, t + h, t, t + h, g, f1, like)
+    add_scaled(n, -1.0, du, f1, like)
+    d2 = scaled_norm(I, f1, u, u, like) / h0
+    largest = d2 if not d2 < d1 else d1
+    if not largest < math.inf:
+        return h0 * 1e-3
+    if largest <= 1e-15:
+        h1 = h0 * 1e-3 if h0 * 1e-3 > 1e-6 else 1e-6
+    else:
+        h1 = (0.01 / largest) ** (1 / I[L.ORDER])
+    h1 = 100 * h0 if 100 * h0 < h1 else h1
+    return dtmax if dtmax < h1 else h1
+
+
+@inlined
+def restart(I, R, like):
+    """``W_DU`` just after the time at hand, on the side of the step to come."""
+    t = R[L.T]
+    end = t + R[L.DIRECTION]
+    field_at(I, R, t, t, end, row(I, L.W_U, like), row(I, L.W_DU, like), like)
+    I[L.RESTARTED] = 1
+
+
+@inlined
+def begin(I, R, like):
+    _n, t = I[L.N], R[L.T]
+    if outside_path(I, R, t, 0.0):
+        R[L.LAST_H] = 0.0
+        return L.NEED_PATH
+    restart(I, R, like)
+    times = reals(I[L.SAVES])
+    if I[L.N_SAVES] < 0 or (I[L.N_SAVES] > 0 and times[0] == t):
+        save(I, row(I, L.W_U, like), like)
+    if reals(I[L.STOPS])[I[L.N_STOPS] - 1] == t:
+        I[L.STOP] = I[L.N_STOPS]
+        return L.GO_ON
+    if math.isnan(R[L.SIZE]):
+        size = initial_step(I, R, like)
+        if size < 0:
+            I[L.SAVED] = 0
+            return L.NEED_PATH
+        R[L.SIZE] = size
+    if not R[L.SIZE] < math.inf:
+        return L.UNSTABLE
+    if I[L.ADAPTIVE] != 0 and R[L.SIZE] < R[L.DTMIN]:
+        R[L.SIZE] = R[L.DTMIN]
+    return L.GO_ON
+
+
+@inlined
+def measure(I, R, like):
+    """Scaled error (returned), its norm and the stiffness of the step in the work space."""
+    n = I[L.N]
+    u, new = row(I, L.W_U, like), row(I, L.W_NEW, like)
+    last, stiff = stage(I, I[L.STAGES] - 1, like), stage(I, I[L.STIFF_STAGE], like)
+    numerator = distance(n, last, stiff, like)
+    denominator = distance(n, new, row(I, L.W_STIFF, like), like)
+    error, norm = 0.0, 0.0
+    if I[L.B_ERROR] == 0:
+        if not distance(n, new, 0, like) < math.inf:
+            error = math.nan
+    else:
+        norm = distance(n, row(I, L.W_ERROR, like), 0, like) / math.sqrt(n)
+        error = scaled_norm(I, row(I, L.W_ERROR, like), u, new, like)
+        if I[L.B_LOW] != 0:
+            low = scaled_norm(I, row(I, L.W_LOW, like), u, new, like)
+            if error > 0:
+                error = error * error / math.hypot(error, 0.1 * low)
+    stiffness = numerator / denominator if denominator > 0 else 0.0
+    if not numerator + denominator < math.inf:
+        error, stiffness = math.nan, math.nan
+    R[L.LAST_ERROR], R[L.LAST_STIFFNESS] = error, stiffness
+    return error, norm, stiffness
+
+
+@inlined
+def pid(R, error):
+    x = error ** -R[L.BETA1] * R[L.MEMORY1] ** -R[L.BETA2] * R[L.MEMORY2] ** -R[L.BETA3]
+    return 1 + math.atan(x - 1)
+
+
+@inlined
+def limited(factor, low, high):
+    factor = high if high < factor else factor
+    return low if factor < low else factor
+
+
+@inlined
+def propose(I, R, error, count):
+    """Acceptance and the factor of the step size; ``count``: whether the memory may change."""
+    kind, safety, smallest = I[L.CONTROLLER], R[L.SAFETY], R[L.FACTOR_MIN]
+    if not error < math.inf:
+        return False, smallest
+    if error > 1:
+        factor = error ** -R[L.BETA1]
+        if kind == L.PID:
+            plain = error ** -R[L.BETA_PLAIN]
+            factor = pid(R, error)
+            factor = plain if plain < factor else factor
+        return False, limited(safety * factor, smallest, 1.0)
+    limit = 1.0 if I[L.REJECTIONS] > 0 else R[L.FACTOR_MAX]
+    if error == 0:
+        return True, limit
+    factor = error ** -R[L.BETA1]
+    if kind == L.PI:
+        if I[L.HAS_MEMORY] == 0:
+            factor = error ** -(R[L.BETA1] + 0.75 * R[L.BETA2])
+        else:
+            factor *= R[L.MEMORY1] ** R[L.BETA2]
+    elif kind == L.PID:
+        factor = pid(R, error)
+    if count and kind != L.INTEGRAL:
+        I[L.HAS_MEMORY] = 1
+        R[L.MEMORY2] = R[L.MEMORY1]
+        R[L.MEMORY1] = error if error > 1e-4 else 1e-4
+    return True, limited(safety * factor, smallest, limit)
+
+
+@inlined
+def fit(I, R):
+    """Size of the next step, and whether it lands on the next stop."""
+    size = R[L.DTMAX] if R[L.DTMAX] < R[L.SIZE] else R[L.SIZE]
+    stop = reals(I[L.STOPS])[I[L.STOP]]
+    remaining = R[L.DIRECTION] * (stop - R[L.T])
+    if remaining > 2 * size:
+        return size, False
+    if I[L.ADAPTIVE] == 0:
+        lands = remaining <= size * _ROUNDING
+        return remaining if lands else size, lands
+    if remaining <= size * _STRETCH and remaining <= R[L.DTMAX] * _ROUNDING:
+        return remaining, True
+    if remaining >= 2 * R[L.DTMIN]:
+        return remaining / 2, False
+    return size, False
+
+
+@inlined
+def keep_state(I, like):
+    """Note the state that the step starts from, if it is one of those that are kept."""
+    index, n, size = I[L.ACCEPTED], I[L.N], size_of(like)
+    if I[L.STRIDE] == 0 or index % I[L.STRIDE] != 0:
+        return
+    if index // I[L.STRIDE] >= I[L.STATE_ROOM]:  # room is made before, unless it is to be thinned
+        I[L.STRIDE] *= 2
+        for i in range(1, (I[L.STATE_ROOM] + 1) // 2):
+            place = I[L.STATES] + 2 * i * n * size
+            copy(2 * n, I[L.STATES] + 4 * i * n * size, place, like)
+        if index % I[L.STRIDE] != 0:
+            return
+    place = I[L.STATES] + 2 * (index // I[L.STRIDE]) * n * size
+    copy(n, row(I, L.W_U, like), place, like)
+    copy(n, row(I, L.W_DU, like), place + n * size, like)
+
+
+@inlined
+def save_within(I, R, t, h, end, like):
+    """Save what lies in the step; returns the first index, how many inside, the one at the end."""
+    first, n, size = I[L.SAVED], I[L.N], size_of(like)
+    rows = I[L.STAGES] + I[L.EXTRA]
+    complete = I[L.EXTRA] == 0
+    if I[L.ALWAYS_COMPLETE] != 0 and not complete:
+        add_extra_stages(I, R, t, h, like)
+        complete = True
+    if I[L.N_SAVES] < 0:
+        save(I, row(I, L.W_NEW, like), like)
+        return first, 0, first, complete
+    times, direction = reals(I[L.SAVES]), R[L.DIRECTION]
+    inside, end_save = 0, -1
+    while I[L.SAVED] < I[L.N_SAVES] and direction * times[I[L.SAVED]] <= direction * end:
+        at = times[I[L.SAVED]]
+        if at == end:
+            end_save = I[L.SAVED]
+            save(I, row(I, L.W_NEW, like), like)
+            break
+        if not complete:
+            add_extra_stages(I, R, t, h, like)
+            complete = True
+        out = I[L.OUT_U] + I[L.SAVED] * n * size
+        base = row(I, L.W_BASE, like)  # the state right before the stages, as in a dense record
+        copy(n, row(I, L.W_U, like), base, like)
+        interpolate(n, rows, I[L.DEGREE], I[L.POLY], (at - t) / h, h, 0, base, out, like)
+        I[L.SAVED] += 1
+        inside += 1
+    return first, inside, end_save, complete
+
+
+@inlined
+def accept(I, R, h, lands, error, norm, stiffness, like):
+    n, index, start, size = I[L.N], I[L.ACCEPTED], R[L.T], size_of(like)
+    I[L.SINCE] += 1
+    if lands:
+        t_new = reals(I[L.STOPS])[I[L.STOP]]
+    elif I[L.ADAPTIVE] != 0:
+        t_new = start + h
+    else:  # counted from the last stop, so that rounding does not add up
+        t_new = R[L.ANCHOR] + I[L.SINCE] * h
+    keep_state(I, like)
+    first, inside, end_save, complete = save_within(I, R, start, h, t_new, like)
+    if I[L.MARKS] != 0:
+        marks = marks_of(I, index)
+        marks[L.MARK_RESTART] = I[L.RESTARTED]
+        marks[L.MARK_FIRST_SAVE] = first
+        marks[L.MARK_INSIDE] = inside
+        marks[L.MARK_END_SAVE] = end_save
+    if I[L.DENSE] != 0:
+        rows = I[L.STAGES] + I[L.EXTRA]
+        place = I[L.DENSE] + index * (rows + 1) * n * size
+        copy(n, row(I, L.W_U, like), place, like)
+        count = rows if complete else I[L.STAGES]
+        copy(count * n, stage(I, 0, like), place + n * size, like)
+        integers(I[L.COMPLETE])[index] = 1 if complete else 0
+    if I[L.STEP_T] != 0:
+        reals(I[L.STEP_T])[index] = start
+        reals(I[L.STEP_H])[index] = h
+        view(I[L.ERROR], like)[index] = error
+        view(I[L.ERROR_NORM], like)[index] = norm
+        view(I[L.STIFFNESS], like)[index] = stiffness
+    I[L.ACCEPTED] = index + 1
+    R[L.T] = t_new
+    copy(n, row(I, L.W_NEW, like), row(I, L.W_U, like), like)
+    copy(n, stage(I, I[L.STAGES] - 1, like), row(I, L.W_DU, like), like)
+    I[L.REJECTIONS], I[L.NOT_FINITE], I[L.RESTARTED] = 0, 0, 0
+    if lands:
+        R[L.ANCHOR], I[L.SINCE] = t_new, 0
+        I[L.STOP] += 1
+        if I[L.STOP] < I[L.N_STOPS]:
+            jump(I, R, I[L.STOP] - 1, like)
+            restart(I, R, like)
+
+
+@inlined
+def jump(I, R, stop, like):
+    """Change the reverse state at a saved time."""
+    if I[L.JUMPS] == 0:
+        return
+    index, n, size = integers(I[L.JUMPS])[stop], I[L.PRIMAL_N], size_of(like)
+    if index < 0:
+        return
+    u = row(I, L.W_U, like)
+    add_scaled(n, 1.0, I[L.BARS] + index * n * size, u, like)
+    if I[L.RESET] != 0:
+        true = I[L.RESET] + index * n * size
+        compare(I, R, u + n * size, true, like)
+        copy(n, true, u + n * size, like)
+
+
+@inlined
+def compare(I, R, reached, true, like):
+    """Note by how many tolerances a reconstructed state is off."""
+    n = I[L.PRIMAL_N]
+    x, y = view(reached, like), view(true, like)
+    rtol = reals(I[L.FORWARD_RTOL])
+    atol = reals(I[L.FORWARD_ATOL])
+    total = 0.0
+    for m in range(n):
+        scale = rtol[m * I[L.FORWARD_RTOL_STRIDE]] * abs(float(y[m]))
+        q = (float(x[m]) - float(y[m])) / (atol[m * I[L.FORWARD_ATOL_STRIDE]] + scale)
+        total += q * q
+    off = math.sqrt(total / n)
+    if not off <= R[L.WORST]:
+        R[L.WORST] = off
+
+
+@inlined
+def attempt(I, R, like):
+    """One attempted step, accepted or not."""
+    adaptive, t = I[L.ADAPTIVE] != 0, R[L.T]
+    size, lands = fit(I, R)
+    h = R[L.DIRECTION] * size
+    floor = 4 * ulp(t)
+    if adaptive and R[L.DTMIN] > floor:
+        floor = R[L.DTMIN]
+    if not lands and R[L.SIZE] < floor:
+        return L.UNSTABLE if I[L.NOT_FINITE] != 0 else L.DT_LESS_THAN_MIN
+    if I[L.ATTEMPTS] >= I[L.MAXITERS]:
+        return L.MAX_ITERS
+    if outside_path(I, R, t, h):
+        R[L.LAST_H] = h
+        return L.NEED_PATH
+    I[L.ATTEMPTS] += 1
+    R[L.LAST_H] = h
+    take_step(I, R, t, h, like)
+    error, norm, stiffness = measure(I, R, like)
+    accepted, factor = error < math.inf, 1.0
+    if adaptive:
+        # one cut short by a stop has an error of no account
+        accepted, factor = propose(I, R, error, not (lands and size < R[L.SIZE]))
+    if accepted:
+        accept(I, R, h, lands, error, norm, stiffness, like)
+    else:
+        I[L.REJECTED] += 1
+        I[L.REJECTIONS] += 1
+        I[L.NOT_FINITE] = 0 if error < math.inf else 1
+        if not adaptive:
+            return L.UNSTABLE
+    if not adaptive:
+        R[L.SIZE] = R[L.DT]
+    elif accepted and lands:
+        before = R[L.DTMAX] if R[L.DTMAX] < R[L.SIZE] else R[L.SIZE]
+        R[L.SIZE] = size * factor if size * factor > before else before
+    else:
+        R[L.SIZE] = size * factor
+    return L.GO_ON
+
+
+@inlined
+def no_room(I):
+    if I[L.STEP_T] != 0 and I[L.ACCEPTED] >= I[L.STEP_ROOM]:
+        return True
+    if I[L.N_SAVES] < 0 and I[L.SAVED] >= I[L.SAVE_ROOM]:
+        return True
+    kept = I[L.STRIDE] != 0 and I[L.ACCEPTED] % I[L.STRIDE] == 0
+    full = kept and I[L.ACCEPTED] // I[L.STRIDE] >= I[L.STATE_ROOM]
+    return full and I[L.THINNING] == 0
+
+
+@inlined
+def advance(I, R, like):
+    """Integrate until the end, a failure, or a reason to return to Python for a moment."""
+    if I[L.BEGUN] == 0:
+        status = begin(I, R, like)
+        if status != L.GO_ON:
+            return status
+        I[L.BEGUN] = 1
+    for _ in range(I[L.CHUNK]):
+        if I[L.STOP] >= I[L.N_STOPS]:
+            return L.DONE
+        if no_room(I):
+            return L.NEED_ROOM
+        status = attempt(I, R, like)
+        if status != L.GO_ON:
+            return status
+    return L.DONE if I[L.STOP] >= I[L.N_STOPS] else L.GO_ON
+
+
+@inlined
+def read(I, R, like):
+    """Continuous extension of a solution at ``READ``, times inside of it."""
+    count, n, size = I[L.N_READ], I[L.N], size_of(like)
+    steps, rows, direction = I[L.ACCEPTED], I[L.STAGES] + I[L.EXTRA], R[L.DIRECTION]
+    times, starts, sizes = reals(I[L.READ]), reals(I[L.STEP_T]), reals(I[L.STEP_H])
+    complete = integers(I[L.COMPLETE])
+    for i in range(count):
+        t = times[i]
+        first, last = 0, steps  # the last step that starts before t
+        while last - first > 1:
+            middle = (first + last) // 2
+            if direction * starts[middle] < direction * t:
+                first = middle
+            else:
+                last = middle
+        end = starts[first + 1] if first + 1 < steps else R[L.T]
+        theta = (t - starts[first]) / (end - starts[first])
+        dense = I[L.DENSE] + first * (rows + 1) * n * size
+        if complete[first] == 0:
+            copy(n, dense, row(I, L.W_U, like), like)
+            copy(I[L.STAGES] * n, dense + n * size, stage(I, 0, like), like)
+            add_extra_stages(I, R, starts[first], sizes[first], like)
+            copy(rows * n, stage(I, 0, like), dense + n * size, like)
+            complete[first] = 1
+        out = I[L.READ_OUT] + i * n * size
+        interpolate(
+            n, rows, I[L.DEGREE], I[L.POLY], theta, sizes[first], I[L.DERIVATIVE], dense, out, like
+        )
+    return L.DONE

@@ -1,0 +1,251 @@
+"""Reverse passes in machine code: the sweep through recorded steps, and adjoint equations."""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsolve.engines.native.engine import Memory, message_of
+from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.kernels import kernel
+from diffsolve.engines.torch_engine import Settings
+from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.kernels import layout as L
+
+_RECORDS = (L.STEP_T, L.STEP_H, L.MARKS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL, L.BLOCK_ENDS)
+
+
+@dataclass
+class Swept:
+    """Cotangents of the initial state and of the flat parameters, and the work done."""
+
+    u_bar: Tensor
+    p_bar: Tensor
+    nf: int
+    kernel_s: float
+
+
+def take_states(memory: Memory) -> Tensor:
+    """The states of a forward solve, for autograd to keep; ``sweep`` is given them back."""
+    return memory.held.pop(L.STATES)
+
+
+def _copied(memory: Memory, states: Tensor) -> Memory:
+    """The records of a forward solve with a work space of their own: passes may run at once."""
+    copy = object.__new__(Memory)
+    copy.__dict__.update(memory.__dict__)
+    copy.integers, copy.reals = memory.integers.copy(), memory.reals.copy()
+    copy.arguments = tuple(x.__array_interface__["data"][0] for x in (copy.integers, copy.reals))  # type: ignore[assignment]
+    copy.held = {slot: memory.held[slot] for slot in (*_RECORDS, L.PARAMS) if slot in memory.held}
+    copy.hold(L.WORK, torch.empty_like(memory.held[L.WORK]))
+    copy.hold(L.STATES, states)
+    copy.integers[L.NF] = 0
+    return copy
+
+
+def sweep(
+    forward: Memory, states: Tensor, cotangents: Sequence[Tensor | None], active: tuple[bool, ...]
+) -> Swept:
+    """Pull cotangents of the saved states and of the estimates back to the start.
+
+    Parameters
+    ----------
+    forward, states
+        Of the forward solve.
+    cotangents
+        Of the saved states ``(T, N)`` and of ``error, error_norm, stiffness`` ``(n,)``.
+    active
+        Which tensors of the parameters are differentiated.
+    """
+    memory, compiled = _copied(forward, states), forward.native.compiled
+    integers, n, dtype = memory.integers, memory.n, memory.dtype
+    integers[L.VJP] = compiled.vjp(active)
+    integers[L.FUSED_VJP] = compiled.step_vjp(memory.method.stages, active)
+    integers[L.SWEPT] = integers[L.ACCEPTED]
+    memory.hold(L.STATE_BAR, torch.zeros(2, n, dtype=dtype))
+    memory.hold(L.P_BAR, torch.zeros(compiled.n_params, dtype=dtype))
+    slots = (L.SAVED_BARS, L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS)
+    for slot, bar in zip(slots, cotangents, strict=True):
+        if bar is not None and bar.numel():
+            memory.hold(slot, bar.detach().to(dtype).contiguous())
+    if integers[L.STRIDE] > 1:
+        memory.hold(L.SEGMENT, torch.empty(int(integers[L.STRIDE]), 2, n, dtype=dtype))
+    function = kernel("sweep", compiled.single)
+    started = time.perf_counter()
+    memory.run(function)
+    kernel_s = time.perf_counter() - started
+    return Swept(
+        memory.held[L.STATE_BAR][0], memory.held[L.P_BAR], int(integers[L.NF]), kernel_s
+    )
+
+
+class Path:
+    """The forward solution for an adjoint equation: all of its stages, or a window of them.
+
+    Parameters
+    ----------
+    forward
+        Memory of the forward solve.
+    kept
+        Its dense records, or with checkpoints the states that were kept.
+    whole
+        Whether ``kept`` are dense records.
+    """
+
+    def __init__(self, forward: Memory, kept: Tensor, whole: bool):
+        self.forward, self.kept, self.whole = forward, kept, whole
+        count = int(forward.integers[L.ACCEPTED])
+        self.direction = float(forward.reals[L.DIRECTION])
+        self.starts = forward.held[L.STEP_T][:count].numpy()
+        self.sizes = forward.held[L.STEP_H][:count].numpy()
+        self.end = float(forward.reals[L.T])
+
+    def give(self, memory: Memory, low: float, high: float) -> None:
+        """Show the kernel a part of the path that holds the times between ``low`` and ``high``."""
+        first, last = 0, len(self.starts)
+        dense = self.kept
+        if not self.whole:
+            oriented = self.direction * self.starts
+            a, b = sorted((self.direction * low, self.direction * high))
+            stride = int(self.forward.integers[L.STRIDE])
+            first = max(bisect_left(oriented, a) - 1, 0) // stride * stride
+            last = max(bisect_right(oriented, b), first + 1)
+            dense = self._remade(first, last)
+        starts = np.ascontiguousarray(self.starts[first:last])
+        memory.hold(L.PATH, dense)
+        memory.hold(L.PATH_T, starts)
+        memory.hold(L.PATH_H, np.ascontiguousarray(self.sizes[first:last]))
+        integers, reals = memory.integers, memory.reals
+        integers[L.PATH_STEPS] = last - first
+        end = self.end if last == len(self.starts) else float(self.starts[last])
+        reals[L.PATH_END] = end
+        reals[L.WINDOW_LOW], reals[L.WINDOW_HIGH] = sorted((float(starts[0]), end))
+        method = self.forward.method
+        integers[L.PRIMAL_N] = self.forward.n
+        integers[L.PATH_ROWS] = method.rows
+        integers[L.PATH_DEGREE] = method.integers[L.DEGREE]
+        integers[L.PATH_POLY] = method.integers[L.POLY]
+        self.method = method  # its arrays must live
+
+    def _remade(self, first: int, last: int) -> Tensor:
+        memory = _copied(self.forward, self.kept)
+        rows = memory.method.rows + 1
+        dense = torch.empty(last - first, rows, memory.n, dtype=memory.dtype)
+        memory.hold(L.DENSE, dense)
+        memory.integers[L.SWEPT], memory.integers[L.CHUNK] = first, last - first
+        memory.run(kernel("replay", memory.native.compiled.single))
+        return dense
+
+
+@dataclass
+class ReverseProblem:
+    """An adjoint equation, ready to be solved backward in time.
+
+    Attributes
+    ----------
+    field
+        Address of its right-hand side over ``z``.
+    z
+        Its state at the last saved time.
+    blocks
+        Ends of the parts of ``z``.
+    rtol, atol
+        Tolerances, 0-d or one for each entry of ``z``.
+    path
+        The forward solution, where it is read from there.
+    saved
+        Forward states ``(T, N)`` to which the reconstruction is set, where it is.
+    """
+
+    field: int
+    z: Tensor
+    blocks: list[int]
+    settings: Settings
+    path: Path | None = None
+    saved: Tensor | None = None
+
+
+@dataclass
+class ReverseResult:
+    z: Tensor
+    worst: float
+    nf: int
+    naccept: int
+    nreject: int
+    status: int
+    message: str
+    t: float
+    h: float
+    kernel_s: float
+
+
+def solve_reverse(
+    native: NativeField,
+    alg: Algorithm,
+    problem: ReverseProblem,
+    start: float,
+    end: float,
+    jumps: Callable[[float], int],
+    bars: Tensor,
+    forward_tolerance: tuple[Tensor, Tensor],
+    breaks: Sequence[float],
+) -> ReverseResult:
+    """Solve an adjoint equation from ``start`` back to ``end``.
+
+    Parameters
+    ----------
+    jumps
+        Row of ``bars`` to add at a stop, or -1.
+    """
+    n = len(bars[0])
+    params = torch.cat([native.params, torch.zeros(n, dtype=bars.dtype)])
+    memory = Memory(
+        native, alg, problem.settings, len(problem.z), params, breaks, field=problem.field
+    )
+    integers, reals = memory.integers, memory.reals
+    stops = problem.settings.tstops
+    memory.span(start, end, stops)
+    memory.blocks(problem.blocks)
+    integers[L.PRIMAL_N] = n
+    memory.hold(L.BARS, bars)
+    memory.hold(L.JUMPS, np.asarray([*map(jumps, stops), -1], dtype=np.int64))
+    if problem.saved is not None:
+        memory.hold(L.RESET, problem.saved.detach().contiguous())
+        memory.tolerance(L.FORWARD_RTOL, L.FORWARD_RTOL_STRIDE, forward_tolerance[0])
+        memory.tolerance(L.FORWARD_ATOL, L.FORWARD_ATOL_STRIDE, forward_tolerance[1])
+    if problem.path is not None:
+        integers[L.PATH_OUT] = integers[L.PARAMS] + len(native.params) * memory.item
+        problem.path.give(memory, start, start)
+    memory.start(problem.z)
+    function = kernel("advance", native.compiled.single)
+    started = time.perf_counter()
+    status = memory.run(function)
+    while status == L.NEED_PATH and problem.path is not None:
+        low, high = sorted((float(reals[L.T]), float(reals[L.T] + reals[L.LAST_H])))
+        low, high = max(low, reals[L.T_LOW]), min(high, reals[L.T_HIGH])
+        problem.path.give(memory, low, high)
+        status = memory.run(function)
+    kernel_s = time.perf_counter() - started
+    z = memory.state()
+    message = ""
+    if status != L.DONE:
+        message = message_of(status, memory, alg, problem.settings, end, z)
+    return ReverseResult(
+        z=z,
+        worst=float(reals[L.WORST]),
+        nf=int(integers[L.NF]),
+        naccept=int(integers[L.ACCEPTED]),
+        nreject=int(integers[L.REJECTED]),
+        status=status,
+        message=message,
+        t=float(reals[L.T]),
+        h=float(reals[L.LAST_H]) if integers[L.ATTEMPTS] else math.nan,
+        kernel_s=kernel_s,
+    )

@@ -1,0 +1,194 @@
+"""The memory that Python and the compiled kernels share.
+
+A kernel has two arguments: an array of integers (sizes, counters, addresses) and an array of
+float64 numbers. The names below are positions in them. Everything that a solve must remember from
+one call of a kernel to the next lies there, so that a kernel can return to Python at any step.
+"""
+
+from __future__ import annotations
+
+_integers: list[str] = []
+_reals: list[str] = []
+
+
+def _integer(name: str) -> int:
+    _integers.append(name)
+    return len(_integers) - 1
+
+
+def _real(name: str) -> int:
+    _reals.append(name)
+    return len(_reals) - 1
+
+
+# -- the right-hand side -------------------------------------------------------------------------
+N = _integer("N")  # size of the state
+FIELD = _integer("FIELD")  # f(t, u, p, out)
+PARAMS = _integer("PARAMS")  # the flat parameters that it is given
+FUSED = _integer("FUSED")  # a whole step of this method as one function, or 0
+N_BREAKS = _integer("N_BREAKS")
+BREAKS = _integer("BREAKS")  # float64, increasing
+
+# -- the method ----------------------------------------------------------------------------------
+STAGES = _integer("STAGES")  # the derivative at the new point included
+EXTRA = _integer("EXTRA")  # stages that only the interpolant needs
+DEGREE = _integer("DEGREE")
+STIFF_STAGE = _integer("STIFF_STAGE")
+A = _integer("A")  # float64 (STAGES, STAGES)
+C = _integer("C")
+B_ERROR = _integer("B_ERROR")  # 0: no estimate
+B_LOW = _integer("B_LOW")  # 0: no second estimate
+POLY = _integer("POLY")  # float64 (STAGES + EXTRA, DEGREE)
+A_EXTRA = _integer("A_EXTRA")  # float64 (EXTRA, STAGES + EXTRA)
+C_EXTRA = _integer("C_EXTRA")
+ORDER = _integer("ORDER")
+
+# -- the error and the step size -----------------------------------------------------------------
+RTOL = _integer("RTOL")  # float64, RTOL_STRIDE 0: one number for all
+RTOL_STRIDE = _integer("RTOL_STRIDE")
+ATOL = _integer("ATOL")
+ATOL_STRIDE = _integer("ATOL_STRIDE")
+N_BLOCKS = _integer("N_BLOCKS")  # the norm is the largest of the blocks' norms
+BLOCK_ENDS = _integer("BLOCK_ENDS")
+CONTROLLER = _integer("CONTROLLER")  # INTEGRAL, PI or PID
+HAS_MEMORY = _integer("HAS_MEMORY")
+ADAPTIVE = _integer("ADAPTIVE")
+MAXITERS = _integer("MAXITERS")
+
+# -- where it must land, and what it saves -------------------------------------------------------
+N_STOPS = _integer("N_STOPS")
+STOPS = _integer("STOPS")  # float64, the end of the span is the last
+STOP = _integer("STOP")
+N_SAVES = _integer("N_SAVES")  # -1: every step
+SAVES = _integer("SAVES")
+SAVED = _integer("SAVED")
+SAVE_ROOM = _integer("SAVE_ROOM")  # rows of OUT_U
+OUT_U = _integer("OUT_U")
+
+# -- what it records of its steps ----------------------------------------------------------------
+STEP_ROOM = _integer("STEP_ROOM")
+ACCEPTED = _integer("ACCEPTED")
+STEP_T = _integer("STEP_T")  # float64
+STEP_H = _integer("STEP_H")
+ERROR = _integer("ERROR")
+ERROR_NORM = _integer("ERROR_NORM")
+STIFFNESS = _integer("STIFFNESS")
+MARKS = _integer("MARKS")  # integers (STEP_ROOM, 4): see below; 0: not wanted
+STATES = _integer("STATES")  # (STATE_ROOM, 2, N): u and du at the start of each STRIDE-th step
+STATE_ROOM = _integer("STATE_ROOM")
+STRIDE = _integer("STRIDE")  # 0: no states
+THINNING = _integer("THINNING")  # whether to drop every second state when there is no room
+DENSE = _integer("DENSE")  # (STEP_ROOM, 1 + STAGES + EXTRA, N): u and the stages; 0: none
+COMPLETE = _integer("COMPLETE")  # integers (STEP_ROOM): whether the extra stages are there
+ALWAYS_COMPLETE = _integer("ALWAYS_COMPLETE")
+
+# -- a reverse solve of an adjoint equation ------------------------------------------------------
+JUMPS = _integer("JUMPS")  # integers (N_STOPS): row of BARS to add to the state there, or -1
+BARS = _integer("BARS")  # (rows, PRIMAL_N)
+PRIMAL_N = _integer("PRIMAL_N")
+FORWARD_RTOL = _integer("FORWARD_RTOL")  # float64, to judge a reconstructed state by
+FORWARD_RTOL_STRIDE = _integer("FORWARD_RTOL_STRIDE")
+FORWARD_ATOL = _integer("FORWARD_ATOL")
+FORWARD_ATOL_STRIDE = _integer("FORWARD_ATOL_STRIDE")
+RESET = _integer("RESET")  # rows of the primal state to set it to at each jump, or 0
+PATH = _integer("PATH")  # dense records of the forward solve, or 0
+PATH_STEPS = _integer("PATH_STEPS")
+PATH_T = _integer("PATH_T")
+PATH_H = _integer("PATH_H")
+PATH_ROWS = _integer("PATH_ROWS")  # stages and extra stages
+PATH_DEGREE = _integer("PATH_DEGREE")
+PATH_POLY = _integer("PATH_POLY")
+PATH_OUT = _integer("PATH_OUT")  # where f reads the primal state: behind the parameters
+
+# -- the loop ------------------------------------------------------------------------------------
+WORK = _integer("WORK")
+CHUNK = _integer("CHUNK")  # attempted steps before it returns to Python
+BEGUN = _integer("BEGUN")
+NF = _integer("NF")
+ATTEMPTS = _integer("ATTEMPTS")
+REJECTED = _integer("REJECTED")
+REJECTIONS = _integer("REJECTIONS")  # in a row
+NOT_FINITE = _integer("NOT_FINITE")
+RESTARTED = _integer("RESTARTED")
+SINCE = _integer("SINCE")
+
+# -- the reverse sweep of the discrete adjoint ---------------------------------------------------
+VJP = _integer("VJP")  # vjp(t, u, p, w, u_bar, p_bar): u_bar is written, p_bar added to
+FUSED_VJP = _integer("FUSED_VJP")
+P_BAR = _integer("P_BAR")
+STATE_BAR = _integer("STATE_BAR")  # (2, N): cotangents of u and du after the step at hand
+SAVED_BARS = _integer("SAVED_BARS")  # (saves, N), or 0
+ERROR_BARS = _integer("ERROR_BARS")  # (steps), or 0
+ERROR_NORM_BARS = _integer("ERROR_NORM_BARS")
+STIFFNESS_BARS = _integer("STIFFNESS_BARS")
+SEGMENT = _integer("SEGMENT")  # states made again between two that were kept
+SWEPT = _integer("SWEPT")  # steps that are still to be swept
+
+# -- the times at which a solution is read -------------------------------------------------------
+N_READ = _integer("N_READ")
+READ = _integer("READ")
+DERIVATIVE = _integer("DERIVATIVE")
+READ_OUT = _integer("READ_OUT")
+
+T = _real("T")
+T_START = _real("T_START")
+SIZE = _real("SIZE")  # of the next step; NaN: to be guessed
+DIRECTION = _real("DIRECTION")
+DT = _real("DT")
+DTMIN = _real("DTMIN")
+DTMAX = _real("DTMAX")
+ANCHOR = _real("ANCHOR")  # the last stop
+SAFETY = _real("SAFETY")
+FACTOR_MIN = _real("FACTOR_MIN")
+FACTOR_MAX = _real("FACTOR_MAX")
+BETA1 = _real("BETA1")
+BETA2 = _real("BETA2")
+BETA3 = _real("BETA3")
+BETA_PLAIN = _real("BETA_PLAIN")  # PID: exponent of integral control, for rejected steps
+MEMORY1 = _real("MEMORY1")
+MEMORY2 = _real("MEMORY2")
+LAST_H = _real("LAST_H")
+LAST_ERROR = _real("LAST_ERROR")
+LAST_STIFFNESS = _real("LAST_STIFFNESS")
+WORST = _real("WORST")  # distance of a reconstructed state from the true one, in tolerances
+T_LOW = _real("T_LOW")  # the span of the forward solve
+T_HIGH = _real("T_HIGH")
+WINDOW_LOW = _real("WINDOW_LOW")  # the part of it that PATH holds
+WINDOW_HIGH = _real("WINDOW_HIGH")
+PATH_END = _real("PATH_END")
+
+N_INTEGERS = len(_integers)
+N_REALS = len(_reals)
+
+# columns of MARKS
+MARK_RESTART = 0
+MARK_FIRST_SAVE = 1
+MARK_INSIDE = 2  # saves strictly inside the step
+MARK_END_SAVE = 3  # the save at its end, or -1
+
+# kinds of controllers
+INTEGRAL = 0
+PI = 1
+PID = 2
+
+# what a kernel returns
+DONE = 0
+GO_ON = 1  # nothing is wrong: call it again
+NEED_ROOM = 2
+NEED_PATH = 3
+MAX_ITERS = 4
+DT_LESS_THAN_MIN = 5
+UNSTABLE = 6
+
+# rows of N numbers at the start of WORK; the stages follow
+W_U = 0
+W_DU = 1
+W_NEW = 2
+W_STIFF = 3
+W_ERROR = 4
+W_LOW = 5
+W_TEMP = 6
+W_BASE = 7  # right before the stages
+W_STAGES = 8
+# and behind the stages, their times and their cotangents, the rows of the reverse sweep
+W_BARS = 6

@@ -1,0 +1,154 @@
+"""Raw memory, calls by address and times, for kernels that Numba compiles.
+
+Arrays are addresses; ``like`` is a zero of the type of the state, which tells Numba the type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from diffsolve.solvers.kernels import layout as L
+
+inlined = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)
+
+_nextafter = types.ExternalFunction("nextafter", types.float64(types.float64, types.float64))
+_nextafterf = types.ExternalFunction("nextafterf", types.float32(types.float32, types.float32))
+
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    """The address as a pointer to numbers of the type of ``like``."""
+    pointer = types.CPointer(like)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return pointer(address, like), codegen
+
+
+@intrinsic
+def cast(typingctx: Any, x: Any, like: Any) -> Any:
+    """A float64 number in the type of ``like``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.cast(builder, args[0], types.float64, signature.return_type)
+
+    return like(types.float64, like), codegen
+
+
+@intrinsic
+def size_of(typingctx: Any, like: Any) -> Any:
+    """Bytes of a number, known when the kernel is compiled."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(types.int64, like.bitwidth // 8)
+
+    return types.int64(like), codegen
+
+
+@intrinsic
+def is_single(typingctx: Any, like: Any) -> Any:
+    """Whether numbers are float32, known when the kernel is compiled."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_constant(types.boolean, like == types.float32)
+
+    return types.boolean(like), codegen
+
+
+@inlined
+def view(address, like):
+    """Numbers at an address, of the type of ``like``; ``reals`` and ``integers`` likewise."""
+    return _pointer(address, like)
+
+
+@inlined
+def reals(address):
+    return _pointer(address, 0.0)
+
+
+@inlined
+def integers(address):
+    return _pointer(address, 0)
+
+
+def _caller(scalars: int, arrays: int) -> Any:
+    """An intrinsic ``call(address, *scalars, *array_addresses)`` of a void function."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        numbers = list(args[1 : 1 + scalars])
+        pointers = [builder.inttoptr(x, cgutils.voidptr_t) for x in args[1 + scalars :]]
+        kinds = [x.type for x in numbers] + [cgutils.voidptr_t] * arrays
+        kind = ir.FunctionType(ir.VoidType(), kinds)
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(function, [*numbers, *pointers])
+        return context.get_dummy_value()
+
+    return codegen
+
+
+@intrinsic
+def call_field(typingctx, address, t, u, p, out):
+    """``f(t, u, p, out)``."""
+    return types.void(address, t, u, p, out), _caller(1, 3)
+
+
+@intrinsic
+def call_vjp(typingctx, address, t, u, p, w, u_bar, p_bar):
+    """``vjp(t, u, p, w, u_bar, p_bar)``."""
+    return types.void(address, t, u, p, w, u_bar, p_bar), _caller(1, 5)
+
+
+@intrinsic
+def call_step(typingctx, address, h, times, u, k, p, new, stiff, error, low):
+    """``step(h, times, u, k, p, new, stiff, error, low)``."""
+    return types.void(address, h, times, u, k, p, new, stiff, error, low), _caller(1, 8)
+
+
+@intrinsic
+def call_step_vjp(
+    typingctx, address, h, times, u, k, p, k_bar, new_bar, stiff_bar, error_bar, low_bar, bar, p_bar
+):
+    """Reverse of ``step``; added to: ``bar`` of ``u``, row 0 of ``k_bar``, and ``p_bar``."""
+    arguments = (h, times, u, k, p, k_bar, new_bar, stiff_bar, error_bar, low_bar, bar, p_bar)
+    return types.void(address, *arguments), _caller(1, 11)
+
+
+@inlined
+def ulp(x):
+    """Distance to the next number."""
+    x = abs(x)
+    return _nextafter(x, np.inf) - x
+
+
+@inlined
+def _next(t, towards, like):
+    if is_single(like):
+        return float(_nextafterf(np.float32(t), np.float32(towards)))
+    return _nextafter(t, towards)
+
+
+@inlined
+def beside_breaks(I, value, start, end, like):
+    """A time of a step from ``start`` to ``end``, moved off a break at either end, inward."""
+    count = I[L.N_BREAKS]
+    if count == 0:
+        return value
+    breaks = reals(I[L.BREAKS])
+    near = 8 * ulp(abs(start) if abs(start) > abs(end) else abs(end))
+    for side in range(2):
+        edge = start if side == 0 else end
+        other = end if side == 0 else start
+        i = 0
+        while i < count and breaks[i] < edge - near:
+            i += 1
+        if i < count and breaks[i] <= edge + near and abs(value - breaks[i]) <= near:
+            inward = np.inf if other > edge else -np.inf
+            value = _next(breaks[i], inward, like)
+    return value
