@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import warnings
 
@@ -136,9 +137,10 @@ class TestTransforms:
 
 
 @each()
-def test_backward_twice_gives_the_same(sensealg):
+@pytest.mark.parametrize("alg", [Tsit5(), Vern7()], ids=repr)  # Vern7's dense output adds stages
+def test_backward_twice_gives_the_same(sensealg, alg):
     u0, p = leaf([1.0, 1.0]), leaf([1.5, 1.0, 3.0, 1.0])
-    loss = (short_solve(u0, p, sensealg=sensealg) ** 2).sum()
+    loss = (short_solve(u0, p, alg=alg, sensealg=sensealg) ** 2).sum()
     first = torch.autograd.grad(loss, (u0, p), retain_graph=True)
     second = torch.autograd.grad(loss, (u0, p))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -180,6 +182,54 @@ def test_gradient_is_linear_in_the_loss(sensealg):
     # a power of two: then every operation rounds alike
     torch.testing.assert_close(gradient(2.0**-30) * 2**30, gradient(1.0), rtol=1e-13, atol=0)
     torch.testing.assert_close(gradient(1e-8) * 1e8, gradient(1.0), rtol=1e-7, atol=0)
+
+
+# -- what a graph keeps ---------------------------------------------------------------------------
+
+
+def states_alive(n):
+    """Memory of all tensors that are alive, in states of ``n`` numbers."""
+    gc.collect()
+    found = (x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor)
+    return sum({x.data_ptr(): x.nbytes() for x in found}.values()) / (8 * n)
+
+
+@each([*STEPWISE, *CONTINUOUS])
+def test_backward_frees_what_it_needed(sensealg):
+    n, steps, kept = 5000, 40, 20  # kept: the problem, gradients, work space
+    before = states_alive(n)
+    u0 = torch.ones(n, dtype=DOUBLE, requires_grad=True)
+
+    def solved(dense):
+        prob = ODEProblem(lambda t, u: -u, u0, (0.0, 1.0))
+        options = {"dt": 1 / steps, "adaptive": False, "saveat": [1.0], "dense": dense}
+        return solve(prob, Vern7(), sensealg=sensealg, **options)  # adds stages in backward
+
+    u = solved(False).u
+    if sensealg == InterpolatingAdjoint():
+        assert states_alive(n) - before > 7 * steps
+    u.sum().backward()
+    assert states_alive(n) - before < kept
+    del u
+
+    sol = solved(True)
+    expected = sol(0.51)
+    sol.u.sum().backward()
+    assert torch.equal(sol(0.51), expected)  # what the user asked for stays
+    assert states_alive(n) - before > 7 * steps
+    u = sol.u
+    del sol
+    assert u.requires_grad
+    assert states_alive(n) - before < kept
+
+
+@each()
+def test_second_backward_without_retain_graph_is_refused(sensealg):
+    u0, p = leaf([1.0, 1.0]), leaf([1.5, 1.0, 3.0, 1.0])
+    loss = (short_solve(u0, p, sensealg=sensealg) ** 2).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 # -- the reverse solve --------------------------------------------------------------------------

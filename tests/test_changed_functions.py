@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +23,12 @@ from diffsolve import (
     solve,
 )
 from diffsolve.adjoints.continuous import Reverse
+from diffsolve.problems.capture import Substitute
+from diffsolve.problems.vector_field import VectorField
 
 F64 = torch.float64
-REVERSE = [
-    DiscreteAdjoint(),
-    DiscreteAdjoint(checkpoints=3),
-    BacksolveAdjoint(),
-    InterpolatingAdjoint(),
-]
+STEPWISE = [DiscreteAdjoint(), DiscreteAdjoint(checkpoints=3)]
+REVERSE = [*STEPWISE, BacksolveAdjoint(), InterpolatingAdjoint()]
 
 
 def ones(n: int = 1) -> Tensor:
@@ -219,3 +218,99 @@ def test_parameters_that_f_never_calls_do_not_lengthen_the_reverse_state(
     assert max(sizes) <= 2 + 2 + 6
     assert model.net.weight.grad is not None and model.net.weight.grad.abs().max() > 0
     assert model.encoder.weight.grad is not None and not model.encoder.weight.grad.any()
+
+
+# -- what is no change of f -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@pytest.mark.parametrize("sensealg", STEPWISE, ids=str)
+@pytest.mark.parametrize("size", [1, 64])  # in batches of steps, and step by step
+@pytest.mark.parametrize(
+    ("slope", "start", "end", "gradient"),
+    [
+        (lambda t: -3 * t**2, 1.0, 1.0, -1.0),
+        (lambda t: -torch.ones_like(t), 1.0, 1.0, -1.0),
+        (lambda t: torch.cos(t), 0.0, math.pi, 0.0),
+    ],
+    ids=["cubic", "linear", "sine"],
+)
+def test_state_that_passes_through_zero_is_no_change(
+    slope: Any, start: float, end: float, gradient: float, size: int, sensealg: Any, dtype: Any
+) -> None:
+    for alg, options in [(Tsit5(), {}), (Vern7(), {}), (RK4(), {"dt": end / 16})]:
+        p = torch.ones((), dtype=dtype, requires_grad=True)
+        u0 = torch.full((size,), start, dtype=dtype)
+        prob = ODEProblem(lambda t, u, p: p * slope(t).expand_as(u), u0, (0.0, end), p)
+        solve(prob, alg, sensealg=sensealg, **options).u[-1].mean().backward()
+        assert p.grad is not None and p.grad.item() == pytest.approx(gradient, abs=1e-3)
+
+
+def test_change_where_the_state_has_become_small_is_refused() -> None:
+    late = 20.0
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return -torch.where(t > 1.8, late, 20.0) * u
+
+    sol = solve(ODEProblem(f, ones(), (0.0, 2.0)), RK4(), dt=0.02)  # 2e-16 at t = 1.8
+    late = 30.0
+    with pytest.raises(RuntimeError, match="other values now"):
+        sol.u[-1].sum().backward()
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sensealg", STEPWISE, ids=str)
+def test_rounding_of_lower_precision_is_no_change(sensealg: Any, low: torch.dtype) -> None:
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        a = torch.randn(4, 4)
+        layer.weight.copy_(-torch.eye(4) - 0.1 * a @ a.T)
+        layer.bias.copy_(3 * torch.randn(4))
+    # towards equilibrium the terms of f cancel, and what rounding leaves of them is all there is
+    u0 = torch.randn(400, 4)
+    with torch.autocast("cpu", low):
+        prob = ODEProblem(lambda t, u: layer(u), u0, (0.0, 10.0))
+        sol = solve(prob, Tsit5(), sensealg=sensealg, dt=0.1, adaptive=False)
+    sol.u[-1].mean().backward()
+    # u(10) = -W^-1 b, but for the rounding of f
+    (expected,) = torch.autograd.grad(
+        -torch.linalg.solve(layer.weight, layer.bias).mean(), layer.bias
+    )
+    torch.testing.assert_close(layer.bias.grad, expected, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_allowance_for_lower_precision_is_for_f_only(low: torch.dtype) -> None:
+    prob = ODEProblem(lambda t, u: -u, torch.ones(3), (0.0, 1.0))
+    with torch.autocast("cpu", low):
+        lower = VectorField.of(prob)
+    substituted = VectorField(Substitute(lower.f, {}), None, lower.structure)
+    known = torch.ones(2, 3)
+    computed = known * (1 + 4 * torch.finfo(low).eps)
+    assert (VectorField.of(prob).rounding_error(computed, known) > 1).all()
+    for field in (lower, substituted):
+        assert (field.rounding_error(computed, known) < 1).all()
+        summands = torch.ones(2), torch.tensor([1.0, 0.01])  # of the states, of h f
+        assert (field.rounding_error(computed, known, summands) > 1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("sensealg", STEPWISE, ids=str)
+@pytest.mark.parametrize("size", [4, 64])
+def test_dropout_is_refused_under_autocast(sensealg: Any, size: int) -> None:
+    net = nn.Sequential(nn.Linear(size, 64), nn.Tanh(), nn.Dropout(0.1), nn.Linear(64, size))
+    prob = ODEProblem(lambda t, u: net(u), torch.randn(size), (0.0, 1.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        sol = solve(prob, Tsit5(), sensealg=sensealg, dt=0.02, adaptive=False)
+    with pytest.raises(RuntimeError, match="random numbers"):
+        sol.u[-1].sum().backward()
+
+
+@pytest.mark.parametrize("sensealg", REVERSE, ids=str)
+def test_layer_that_changes_itself_is_refused_until_eval(sensealg: Any) -> None:
+    layer = nn.Linear(32, 32, dtype=F64)
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(layer), nn.Tanh())
+    prob = ODEProblem(lambda t, u: net(u), torch.randn(32, dtype=F64), (0.0, 1.0))
+    with pytest.raises(RuntimeError, match=r"call \.eval\(\)"):
+        solve(prob, Tsit5(), sensealg=sensealg).u[-1].sum().backward()
+    net.eval()
+    solve(prob, Tsit5(), sensealg=sensealg).u[-1].sum().backward()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.continuous import ContinuousAdjoint, Reverse
+from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore, Reverse
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.engines.torch_engine import Trajectory
 from diffsolve.problems.vector_field import VectorField
@@ -51,8 +51,8 @@ class BacksolveAdjoint(ContinuousAdjoint):
     #: Warn above this multiple of the tolerance (in the scaled norm).
     warn_above: ClassVar[float] = 1000.0
 
-    def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, Any]:
-        return job.run(u0), u0
+    def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
+        return job.run(u0), [u0], lambda tensors: tensors[0]
 
     def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
         return _BacksolveReverse(self, job, kept, field, params)

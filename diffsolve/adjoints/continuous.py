@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import SolveError, Stats
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.norms import Tolerance, rms
+
+Restore = Callable[[Sequence[Tensor]], Any]
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,18 @@ class ContinuousAdjoint(Sensealg):
         return settings
 
     @abstractmethod
-    def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, Any]:
-        """Integrate; returns also what the reverse pass needs."""
+    def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
+        """Integrate; returns also tensors for autograd to save, and what makes ``kept`` of them."""
 
     @abstractmethod
     def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
-        """The reverse problem."""
+        """The reverse problem, from what the reverse pass needs of the forward one."""
 
     def run(self, job: Job) -> Outputs:
         carrier = Carrier(job)
         u: Any = _Continuous.apply(self, carrier, job.u0, *job.field.params)
-        return Outputs(carrier.trajectory, u, *job.estimates(carrier.trajectory))
+        trajectory = carrier.handed_over()
+        return Outputs(trajectory, u, *job.estimates(trajectory))
 
     def reverse_settings(self, job: Job, tolerance: Tolerance, stops: Sequence[float]) -> Settings:
         forward = job.settings
@@ -188,16 +191,20 @@ class _Continuous(torch.autograd.Function):
     def forward(
         ctx: Any, sensealg: ContinuousAdjoint, carrier: Carrier, u0: Tensor, *params: Tensor
     ) -> Tensor:
-        carrier.trajectory, carrier.kept = sensealg.forward(carrier.job, u0.detach())
+        carrier.trajectory, tensors, restore = sensealg.forward(carrier.job, u0.detach())
         saved = carrier.job.stacked(carrier.trajectory.u)
-        ctx.sensealg, ctx.carrier = sensealg, carrier
-        ctx.save_for_backward(saved, u0, *params)
+        ctx.sensealg, ctx.carrier, ctx.restore = sensealg, carrier, restore
+        ctx.times = carrier.trajectory.t
+        # autograd frees them after backward, and sees a parameter changed in place
+        ctx.counts = 2 + len(params)
+        ctx.save_for_backward(saved, u0, *params, *tensors)
         return saved
 
     @staticmethod
     @first_order
     def backward(ctx: Any, bars: Tensor) -> Any:
-        saved, u0, *params = ctx.saved_tensors  # raises if a parameter was changed in place
+        tensors = ctx.saved_tensors
+        saved, u0, *params = tensors[: ctx.counts]
         ctx.inputs = (u0, *params)
         started = time.perf_counter()
         job = ctx.carrier.job
@@ -211,27 +218,36 @@ class _Continuous(torch.autograd.Function):
             grads = [torch.zeros_like(x) for x in (u0, *params)]
         else:
             # the equation is linear: tolerances then mean the same for every loss
-            grads = _solve_reverse(ctx.sensealg, ctx.carrier, saved, bars / size, stats)
+            forward = _Forward(job, ctx.restore(tensors[ctx.counts :]), ctx.times, saved)
+            grads = _solve_reverse(ctx.sensealg, forward, bars / size, stats)
             grads = [g * size for g in grads]
         stats.wall_s = time.perf_counter() - started
         return (None, None, *grads)
 
 
+@dataclass
+class _Forward:
+    """What the reverse pass knows of the forward one: besides ``kept``, the saved values."""
+
+    job: Job
+    kept: Any
+    times: Sequence[float]
+    saved: Tensor
+
+
 def _solve_reverse(
-    sensealg: ContinuousAdjoint, carrier: Carrier, saved: Tensor, bars: Tensor, stats: Stats
+    sensealg: ContinuousAdjoint, forward: _Forward, bars: Tensor, stats: Stats
 ) -> list[Tensor]:
     """Gradients by the flat initial state and by each parameter."""
-    job = carrier.job
+    job = forward.job
     field, params = job.field.for_vjp()
     # parameters that f can reach but does not call would only make the reverse state longer
     active = [i for i, p in enumerate(job.field.params) if id(p) in job.field.used]
     try:
-        found = _solve_for(
-            sensealg, carrier, saved, bars, stats, field, [params[i] for i in active]
-        )
+        found = _solve_for(sensealg, forward, bars, stats, field, [params[i] for i in active])
     except _UsedLater:
         active = list(range(len(params)))
-        found = _solve_for(sensealg, carrier, saved, bars, stats, field, params)
+        found = _solve_for(sensealg, forward, bars, stats, field, params)
     grads = [torch.zeros_like(p) for p in params]
     for i, g in zip(active, found[1:], strict=True):
         grads[i] = g
@@ -240,16 +256,15 @@ def _solve_reverse(
 
 def _solve_for(
     sensealg: ContinuousAdjoint,
-    carrier: Carrier,
-    saved: Tensor,
+    forward: _Forward,
     bars: Tensor,
     stats: Stats,
     field: VectorField,
     params: list[Tensor],
 ) -> list[Tensor]:
     """The same by some of the parameters."""
-    job, times = carrier.job, carrier.trajectory.t
-    reverse = sensealg.reverse(job, carrier.kept, field, params)
+    job, times, saved = forward.job, forward.times, forward.saved
+    reverse = sensealg.reverse(job, forward.kept, field, params)
     at_time = {t: i for i, t in enumerate(times)}
 
     def on_stop(t: float, z: Tensor) -> Tensor:

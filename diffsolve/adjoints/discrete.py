@@ -70,7 +70,7 @@ class DiscreteAdjoint(Sensealg):
             return self._run_on_tape(job)
         carrier = Carrier(job, StepTape(self.checkpoints))
         outputs: Any = _Discrete.apply(carrier, job.u0, *job.field.params)
-        return Outputs(carrier.trajectory, *outputs)
+        return Outputs(carrier.handed_over(), *outputs)
 
     def _run_on_tape(self, job: Job) -> Outputs:
         t0, t1 = job.t0, job.t1
@@ -107,7 +107,7 @@ class _Discrete(torch.autograd.Function):
     def forward(ctx: Any, carrier: Carrier, u0: Tensor, *params: Tensor) -> Any:
         job, tape = carrier.job, carrier.kept
         carrier.trajectory = job.run(u0.detach(), tape)
-        ctx.carrier = carrier
+        ctx.carrier, ctx.final = carrier, carrier.trajectory.final
         ctx.set_materialize_grads(False)
         # autograd frees the states after backward, and sees a parameter changed in place
         ctx.counts = 1 + len(params)
@@ -122,7 +122,7 @@ class _Discrete(torch.autograd.Function):
         started = time.perf_counter()
         job, tape = ctx.carrier.job, ctx.carrier.kept.loaded(saved[ctx.counts :])
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
-        sweep = Sweep(job, cotangents, ctx.carrier.trajectory.final)
+        sweep = Sweep(job, cotangents, ctx.final)
         du0, dparams = sweep.run(tape)
         stats.nf, stats.naccept = sweep.nf, len(tape.records)
         stats.wall_s = time.perf_counter() - started

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.continuous import ContinuousAdjoint, Reverse
+from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore, Reverse
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.torch_engine import Trajectory
@@ -25,9 +25,9 @@ class _Path(Protocol):
 class InterpolatingAdjoint(ContinuousAdjoint):
     """Solve the adjoint equation backward along the forward solution's continuous extension.
 
-    Stable where backsolve is not. Memory: the stages of every forward step, or with
-    ``checkpoints`` a few states and the stages of one segment, at the price of a second forward
-    solve. The gradient's error follows the tolerances and the interpolant's order.
+    Stable where backsolve is not. Memory until backward: the stages of every forward step, or with
+    ``checkpoints`` a few states; those then need the stages of two segments during backward, and a
+    second forward solve. The gradient's error follows the tolerances and the interpolant's order.
 
     Parameters
     ----------
@@ -53,13 +53,18 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         super().__post_init__()
         check_checkpoints(self.checkpoints)
 
-    def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, Any]:
+    def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
         if self.checkpoints is None:
             trajectory = job.run(u0, dense=True)
-            return trajectory, trajectory.dense
+            assert trajectory.dense is not None
+            tensors, restore = trajectory.dense.parts()
+            if not job.dense:
+                trajectory.dense = None
+            return trajectory, tensors, restore
         tape = StepTape(self.checkpoints)
         trajectory = job.run(u0, recorder=tape)
-        return trajectory, _Segments(job, tape, trajectory.final_t)
+        end = trajectory.final_t
+        return trajectory, tape.unload(), lambda x: _Segments(job, tape.loaded(x), end)
 
     def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
         return _InterpolatingReverse(kept, job, field, params)

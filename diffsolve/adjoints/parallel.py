@@ -29,9 +29,9 @@ from torch import Tensor
 
 from diffsolve.adjoints.sensealg import Job, add_up
 from diffsolve.engines.torch_engine import Record
-from diffsolve.problems.autocast import Autocasting
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
-from diffsolve.problems.vector_field import VectorField, rounding_error
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import summands
 from diffsolve.solvers.norms import measure
 
 # Measured on a CPU: a call of f with its reverse pass costs about 100 us beyond its arithmetic,
@@ -81,7 +81,9 @@ class ParallelSweep:
         """Number and size of the independent rows of the state."""
         structure = self.field.structure
         shape = structure.shapes[0]
-        if structure.is_tensor and len(shape) > 1 and not _is_coupled(self.job.field.f):
+        has_rows = structure.is_tensor and len(shape) > 1
+        # lower precision is too coarse to tell that rows are independent
+        if has_rows and not self.field.low_eps and not _is_coupled(self.job.field.f):
             return math.prod(shape[:-1]), shape[-1]
         return 1, structure.size
 
@@ -138,8 +140,10 @@ class ParallelSweep:
             return None
         refuse_unknown_leaves(reached_leaves(outputs), [u, *self.params])
         self.extra_nf += (self.field.nf - calls) * (steps - 1)
-        u_new, values, *estimates = outputs
-        if not float(rounding_error(u_new, torch.stack([*states[1:], end]))) <= 1:
+        u_new, of_u, of_f, values, *estimates = outputs
+        known = torch.stack([*states[1:], end])
+        off = self.field.rounding_error(u_new, known, (of_u, of_f))
+        if not bool((off <= 1).all()):
             _log.debug("f gives other values in a batch, going step by step")
             self.enabled = False
             return None
@@ -164,7 +168,7 @@ class ParallelSweep:
         return bars[0], grads
 
     def _run_again(self, records: list[Record], u: Tensor) -> tuple[Tensor, ...]:
-        """New states ``(m, N)``, values inside the steps ``(m, most, N)``, three estimates."""
+        """New states ``(m, N)``, their summands, values ``(m, most, N)`` inside, estimates."""
         alg, field, tolerance = self.job.alg, self.field, self.job.settings.tolerance
         most = max(len(r.thetas) for r in records) if self.of_saved is not None else 0
         thetas = [[*r.thetas, *[0.0] * (most - len(r.thetas))] for r in records] if most else []
@@ -175,13 +179,15 @@ class ParallelSweep:
 
         def one_step(time: Tensor, theta: Tensor, u: Tensor) -> tuple[Tensor, ...]:
             t, h = time.unbind()
-            step = alg.step(field, t, h, alg.init(field, t, u))
+            state = alg.init(field, t, u)
+            step = alg.step(field, t, h, state)
+            reached = step.state[0], *summands(state, h)
             values = step.interpolant(theta) if most else u[None][:0]
             if not wanted:
-                return step.state[0], values, *(u.new_zeros(3).unbind())
+                return *reached, values, *(u.new_zeros(3).unbind())
             e = measure(step, u, tolerance, on_tape=True)
             found = (torch.as_tensor(x) for x in (e.error, e.error_norm, e.stiffness))
-            return step.state[0], values, *found
+            return *reached, values, *found
 
         with torch.enable_grad():
             return torch.vmap(one_step)(times, theta, u)
@@ -244,7 +250,6 @@ def _same_products(assumed: Tensor, true: Tensor | None, after: Tensor) -> bool:
 
 def _identity(f: Any) -> Any:
     """What stands for ``f`` from solve to solve: a bound method is made anew each time."""
-    f = f.f if isinstance(f, Autocasting) else f
     return getattr(f, "__self__", f)
 
 

@@ -129,7 +129,7 @@ class Carrier:
     job
         The solve.
     trajectory
-        What the engine gave back, for the outputs.
+        What the engine gave back, until it is handed over.
     kept
         What the reverse pass needs besides.
     """
@@ -138,6 +138,11 @@ class Carrier:
         self.job = job
         self.trajectory: Any = None
         self.kept = kept
+
+    def handed_over(self) -> Trajectory:
+        """The trajectory, for the outputs alone: a graph must not keep it, and dense output."""
+        trajectory, self.trajectory = self.trajectory, None
+        return trajectory
 
 
 def add_up(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:

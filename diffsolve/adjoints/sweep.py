@@ -12,7 +12,8 @@ from diffsolve.adjoints.sensealg import Job, add_up
 from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
-from diffsolve.problems.vector_field import CHANGED, rounding_error
+from diffsolve.problems.vector_field import CHANGED
+from diffsolve.solvers.algorithm import summands
 from diffsolve.solvers.norms import measure
 
 StateBar = list[Tensor | None]
@@ -37,8 +38,8 @@ class Sweep:
         self.of_saved = cotangents[0]
         self.of_estimates = cotangents[1:]
         self.field, self.params = job.field.for_vjp()
-        self._after = final  # the state that the step at hand must lead to
-        self._off = torch.zeros((), device=final.device)  # by how much steps missed that, at most
+        self.final = final
+        self._expect(final)
         self.dparams: list[Tensor | None] = [None] * len(self.params)
         self.parallel = ParallelSweep(job, self.field, self.params, cotangents)
 
@@ -54,7 +55,7 @@ class Sweep:
             state_bar = state_bar or [None] * len(states[0])
             state_bar = self._through_segment(begin, records, states, state_bar)
             self._after = states[0][0]
-        if not float(self._off) <= 1:
+        if not float(self._off) <= 1 and not (self.field.low_eps and self._repeats(tape)):
             raise RuntimeError(CHANGED)
         u_bar = state_bar[0] if state_bar else None
         u_bar = torch.zeros_like(job.u0) if u_bar is None else u_bar
@@ -97,7 +98,7 @@ class Sweep:
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in state]
             step = self.job.alg.step(self.field, record.t, record.h, tuple(leaves))
-            self._compare(step.state[0], state[0])
+            self._compare(step.state[0], state, record.h)
             pulled += [
                 (y, bar) for y, bar in zip(step.state, state_bar, strict=True) if bar is not None
             ]
@@ -127,11 +128,30 @@ class Sweep:
         (u_bar,) = self._pull(pulled, [u])
         return [u_bar, *[None] * (len(state) - 1)]
 
-    def _compare(self, reached: Tensor, start: Tensor) -> None:
+    def _repeats(self, tape: StepTape) -> bool:
+        """Whether the steps, run just as they were in the solve, lead where they led.
+
+        Under autograd they round in another way, and what an ``f`` in lower precision makes of
+        that can be as large as the work of random numbers, where its terms cancel.
+        """
+        self._expect(self.final)
+        alg, field = self.job.alg, self.field
+        with torch.no_grad():
+            for _, records, states in tape.backward(alg, field):
+                for record, state in zip(reversed(records), reversed(states), strict=True):
+                    step = alg.step(field, record.t, record.h, state)
+                    self._compare(step.state[0], state, record.h)
+        return float(self._off) <= 1
+
+    def _expect(self, final: Tensor) -> None:
+        self._after = final  # the state that the step at hand must lead to
+        self._off = torch.zeros((), device=final.device)  # by how much steps missed that, at most
+
+    def _compare(self, reached: Tensor, state: tuple[Tensor, ...], h: float) -> None:
         """Note whether a step leads where it led; read at the end, to wait for no device."""
-        off = rounding_error(reached, self._after)
+        off = self.field.rounding_error(reached, self._after, summands(state, h))
         self._off = torch.maximum(self._off, off.to(self._off))
-        self._after = start
+        self._after = state[0]
 
     def _pull(self, pulled: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> StateBar:
         """Cotangents of the leaves; those of the parameters are summed up."""

@@ -15,17 +15,22 @@ class Autocasting:
     """``f`` under the autocast that was on when the solve began, its result in the state's dtype.
 
     The reverse pass calls it as well: it differentiates what was computed forward.
+
+    Attributes
+    ----------
+    f, dtype
+        The function, and the lower precision inside of it.
     """
 
     def __init__(self, f: Callable[..., Any], device: str, state_dtype: torch.dtype):
         self.f = f
         self._device = device
-        self._dtype = torch.get_autocast_dtype(device)
+        self.dtype = torch.get_autocast_dtype(device)
         self._state_dtype = state_dtype
 
     def __call__(self, *args: Any) -> Any:
         # without its cache: that holds casts of parameters for as long as the outermost autocast
-        with torch.autocast(self._device, self._dtype, cache_enabled=False):
+        with torch.autocast(self._device, self.dtype, cache_enabled=False):
             du = self.f(*args)
         return pytree.tree_map_only(Tensor, lambda x: x.to(self._state_dtype), du)
 

@@ -112,12 +112,12 @@ class Substitute:
     """
 
     def __init__(self, f: Callable[..., Any], table: dict[int, tuple[Tensor, Tensor]]):
-        self._f = f
+        self.f = f
         self._table = table
 
     def __call__(self, *args: Any) -> Any:
         with _Swap(self._table):
-            return self._f(*args)
+            return self.f(*args)
 
 
 def reachable_tensors(f: Any) -> list[Tensor]:

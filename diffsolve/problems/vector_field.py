@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.problems.autocast import under_current_autocast
+from diffsolve.problems.autocast import Autocasting, under_current_autocast
 from diffsolve.problems.capture import Probe, Substitute, reachable_tensors
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.structure import StateStructure, detached
@@ -27,18 +27,10 @@ from diffsolve.problems.structure import StateStructure, detached
 _START = np.zeros(1)
 CHANGED = (
     "f gives other values now than when the problem was solved, so that its gradient would be of "
-    "another solution: f draws random numbers, or a variable or buffer that it uses was changed "
-    "in between. Keep it fixed until backward, or use DiscreteAdjoint(tape=True)."
+    "another solution: f draws random numbers, a layer of it changes itself in training mode, as "
+    "spectral_norm does (call .eval()), or a variable or buffer that it uses was changed in "
+    "between. Keep it fixed until backward, or use DiscreteAdjoint(tape=True)."
 )
-
-
-def rounding_error(computed: Tensor, known: Tensor) -> Tensor:
-    """Distance of values computed again from the known ones, in units of what rounding explains."""
-    known, computed = known.detach(), computed.detach()
-    double = known.dtype.to_real() == torch.float64
-    allowed = (1e5 if double else 1e3) * torch.finfo(known.dtype).eps
-    tiny = torch.finfo(known.dtype).tiny
-    return (computed - known).abs().max() / (allowed * known.abs().max() + tiny)
 
 
 def _no_buffer() -> None:
@@ -66,6 +58,8 @@ class VectorField:
         Work space that steps keep between calls; one field serves one solve.
     breaks
         Times where ``f`` may jump, increasing: stages of a step stay on the step's side of them.
+    low_eps
+        Relative rounding inside ``f`` where autocast lowers its precision, else zero.
     """
 
     def __init__(self, f: Callable[..., Any], p: Any, structure: StateStructure):
@@ -78,6 +72,8 @@ class VectorField:
         self.work = 0
         self.scratch: dict[Any, Any] = {}
         self.breaks: tuple[float, ...] = ()
+        inner = f.f if isinstance(f, Substitute) else f
+        self.low_eps = torch.finfo(inner.dtype).eps if isinstance(inner, Autocasting) else 0.0
         self._shape = structure.shapes[0] if structure.is_tensor else None
         self._on_cpu = structure.device.type == "cpu"
         self._numpy_time = np.float32 if structure.time_dtype == torch.float32 else np.float64
@@ -259,8 +255,31 @@ class VectorField:
         """
         with torch.no_grad():
             du = self(self.after(t0, h_sign), u0)
-        if not float(rounding_error(du, du0)) <= 1:
+        if not float(self.rounding_error(du, du0)) <= 1:
             raise RuntimeError(CHANGED)
+
+    def rounding_error(
+        self, computed: Tensor, known: Tensor, summands: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Distance of values computed again from known ones, in units of what rounding explains.
+
+        Parameters
+        ----------
+        computed, known
+            Values ``(..., N)``; each row is judged by its largest entry.
+        summands
+            Largest entries ``(...)`` of the states and of the multiples of ``f`` that they are
+            sums of; None where they are values of ``f``.
+        """
+        known, computed = known.detach(), computed.detach()
+        largest = of_f = known.abs().amax(-1)
+        if summands is not None:
+            state, of_f = (x.detach() for x in summands)
+            largest = torch.maximum(torch.maximum(state, of_f), largest)
+        double = known.dtype.to_real() == torch.float64
+        allowed = (1e5 if double else 1e3) * torch.finfo(known.dtype).eps * largest
+        allowed = allowed + 8 * self.low_eps * of_f + torch.finfo(known.dtype).tiny
+        return (computed - known).abs().amax(-1) / allowed
 
     def for_vjp(self) -> tuple[VectorField, list[Tensor]]:
         """This field for vector-Jacobian products, and the tensors to take them by.

@@ -7,9 +7,11 @@ under autograd, so the discrete adjoint is written once for every method.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
@@ -25,6 +27,10 @@ class StepInterpolant(Protocol):
 
     def keep(self) -> StepInterpolant:
         """A version that stays valid after the next step."""
+        ...
+
+    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., StepInterpolant]]:
+        """Its tensors, and what makes a kept one of them again."""
         ...
 
 
@@ -53,6 +59,15 @@ class Step:
     stiffness: Tensor | tuple[Tensor, Tensor]
     interpolant: StepInterpolant
     error_low: Tensor | None = None
+
+
+def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
+    """Largest entries of what a step adds up: of ``u``, and of ``h`` times the derivatives.
+
+    A method that keeps no derivatives takes steps by which ``u`` changes about as much as it is.
+    """
+    u, *derivatives = (x.detach().abs().amax() for x in state)
+    return u, abs(h) * torch.stack(derivatives).amax() if derivatives else u
 
 
 class Algorithm(ABC):

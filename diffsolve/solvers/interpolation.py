@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -33,6 +34,21 @@ class DenseOutput:
     def append(self, t_end: float, interpolant: StepInterpolant) -> None:
         self.steps.append(interpolant.keep())
         self.ends.append(self.direction * t_end)
+
+    def parts(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], DenseOutput]]:
+        """The tensors of its steps, and what makes the same of them again."""
+        direction, u0, ends = self.direction, self.u0, self.ends
+        parts = [step.parts() for step in self.steps]
+        makers = [(len(tensors), make) for tensors, make in parts]
+
+        def again(tensors: Sequence[Tensor]) -> DenseOutput:
+            dense = DenseOutput(direction * ends[0], direction, u0)
+            rest = iter(tensors)
+            dense.steps = [make(*islice(rest, count)) for count, make in makers]
+            dense.ends = ends
+            return dense
+
+        return [x for tensors, _ in parts for x in tensors], again
 
     def locate(self, t: float) -> tuple[int, float]:
         """Index of the step that holds ``t`` (the earlier one at a joint), and theta in it.

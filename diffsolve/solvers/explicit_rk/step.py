@@ -6,13 +6,14 @@ and as pure operations, where autograd or a ``torch.func`` transform looks on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.problems.vector_field import VectorField, rounding_error
+from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.explicit_rk.tableau import Interpolant, Stages
 
@@ -42,9 +43,18 @@ class RKInterpolant:
         self.kept = False
 
     def keep(self) -> RKInterpolant:
-        kept = RKInterpolant(self.field, self.t, self.h, self.u, self.k.clone(), self.dense)
-        kept.complete, kept.kept = self.complete, True
-        return kept
+        (u, k), kept = self.parts()
+        return kept(u, k.clone())
+
+    def parts(self) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], RKInterpolant]]:
+        field, t, h, dense, complete = self.field, self.t, self.h, self.dense, self.complete
+
+        def kept(u: Tensor, k: Tensor) -> RKInterpolant:
+            made = RKInterpolant(field, t, h, u, k, dense)
+            made.complete, made.kept = complete, True
+            return made
+
+        return (self.u, self.k), kept
 
     def __call__(self, theta: Tensor, derivative: int = 0) -> Tensor:
         if not self.complete:
@@ -63,7 +73,7 @@ class RKInterpolant:
         k = list(self.k.unbind(0))
         if self.kept:  # f may have been trained since
             (start,) = self.field.times(self.t, self.h, _START)
-            if not float(rounding_error(self.field(start, self.u), k[0])) <= 1:
+            if not float(self.field.rounding_error(self.field(start, self.u), k[0])) <= 1:
                 raise RuntimeError(
                     "f has changed since the solve, and the dense output from t = "
                     f"{float(self.t):.8g} on still needs evaluations of it: call sol(t) before, "
@@ -127,7 +137,7 @@ def _recorded_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RK
     a = constant(field, stages.a) * scale
     times = field.times(t, h, stages.c)
     k, g = [du], u
-    stiff_stage = _stiffness_stage(stages)
+    stiff_stage = stiffness_stage(stages)
     g_stiff = u
     for i in range(1, stages.n):
         g = torch.addmv(u, torch.stack(k, 1), a[i, :i])
@@ -148,7 +158,7 @@ def _recorded_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RK
     )
 
 
-def _stiffness_stage(stages: Stages) -> int:
+def stiffness_stage(stages: Stages) -> int:
     """The last stage before the final one, preferably at the same time.
 
     Derivatives at equal times differ by the state alone, as in Shampine's estimate (Hairer,
@@ -165,7 +175,7 @@ class _Workspace:
         n, size = stages.n, field.structure.size
         self.stages = stages
         self.nodes = stages.c[1:]  # the derivative at the first is known
-        self.stiff_stage = _stiffness_stage(stages)
+        self.stiff_stage = stiffness_stage(stages)
         rows = [stages.a]
         if stages.b_error is not None:
             rows.append(stages.b_error[None])
