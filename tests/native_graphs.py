@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.engines.native.derivative import vjp
+from diffsolve.engines.native.derivative import second_order, vjp
 from diffsolve.engines.native.expression import Node
 from diffsolve.engines.native.llvm import FIELD, Output, Signature, compile_function
 from diffsolve.engines.native.trace import Trace, trace
@@ -19,6 +19,7 @@ from diffsolve.problems.structure import StateStructure
 
 F64 = torch.float64
 _PRODUCT = Signature(("t",), ("u", "p", "w", "out"))
+_CONTRACTION = Signature(("t",), ("u", "p", "v", "w", "out"))
 
 
 def traced(f: Callable[..., Any], u: Any, p: Any = None, t: float = 0.3) -> Trace:
@@ -81,3 +82,14 @@ def torch_pullback(
         for g, x in zip(grads, leaves, strict=True)
     ]
     return du.detach().numpy().reshape(-1), torch.cat(rows).numpy()
+
+
+def second_order_terms(tr: Trace, u: Tensor, p: Any, v: Tensor, w: Tensor) -> np.ndarray:
+    """Gradient of ``w^T J v`` by ``u`` and all lifted tensors, in one row."""
+    pool = tr.pool
+    bars = [pool.input("w", i) for i in range(len(tr.outputs))]
+    tangents = {x: pool.input("v", i) for i, x in enumerate(tr.u)}
+    wrt = [*tr.u, *[pool.input("p", k) for k in range(sum(x.count for x in tr.inputs))]]
+    nodes = second_order(tr.outputs, bars, tangents, wrt)
+    arrays = [x.numpy() for x in (v, w)]
+    return run(_CONTRACTION, nodes, 0.3, u.numpy(), entries(tr, p), *arrays)

@@ -58,7 +58,8 @@ for _name, _f in {
 
 @operation("log_sigmoid_forward")
 def _log_sigmoid_rule(pool: Pool, x: np.ndarray) -> list[Any]:
-    return [each(pool, lambda a: _log_sigmoid(pool, pool.number(a)), x), None]
+    values = each(pool, lambda a: _log_sigmoid(pool, pool.number(a)), x)
+    return [values, each(pool, lambda a: pool.unary("exp", -pool.unary("abs", a)), x)]
 
 
 @operation("softplus")

@@ -107,6 +107,14 @@ def _hardtanh(pool: Pool, grad: Any, x: Any, low: float, high: float) -> np.ndar
     return each(pool, one, grad, x)
 
 
+@operation("hardshrink_backward", "softshrink_backward")
+def _shrink(pool: Pool, grad: Any, x: Any, lambd: float) -> np.ndarray:
+    def one(g: Any, a: Any) -> Node:
+        return pool.where(pool.binary("le", pool.unary("abs", a), lambd), 0.0, g)
+
+    return each(pool, one, grad, x)
+
+
 @operation("hardsigmoid_backward")
 def _hardsigmoid(pool: Pool, grad: Any, x: Any) -> np.ndarray:
     def one(g: Any, a: Any) -> Node:

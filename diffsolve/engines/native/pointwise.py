@@ -275,8 +275,7 @@ def _copysign(pool: Pool, x: Any, y: Any) -> np.ndarray:
 @operation("heaviside")
 def _heaviside(pool: Pool, x: Any, y: Any) -> np.ndarray:
     def one(a: Any, b: Any) -> Node:
-        above = pool.where(pool.binary("gt", a, 0.0), 1.0, 0.0)
-        step = pool.where(pool.binary("ne", a, a), a, above)
+        step = pool.where(pool.binary("gt", a, 0.0), 1.0, 0.0)
         return pool.where(pool.binary("eq", a, 0.0), b, step)
 
     return each(pool, one, x, y)

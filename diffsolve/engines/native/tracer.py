@@ -229,14 +229,16 @@ class Tracer(TorchDispatchMode):
             return out
         arrays = self._arrays(func, rule, args, kwargs)
         out = func(*args, **kwargs)
-        outs = list(_tensors(out if isinstance(out, (list, tuple)) else (out,)))
+        outs = out if isinstance(out, (list, tuple)) else (out,)
         types = {x.dtype for x in _tensors((*args, *kwargs.values()))}
         for x, result in zip(outs, arrays, strict=True):
+            if not isinstance(x, Tensor):  # one that was not asked for
+                continue
             if result is None:
                 self._unknown[_memory(x)] = rule.name
             else:
                 self._write(rule, x, result, types)
-        self.keep(outs)
+        self.keep(_tensors(outs))
         return out
 
     def _arrays(self, func: Any, rule: Rule, args: tuple, kwargs: dict[str, Any]) -> Any:
