@@ -44,6 +44,8 @@ class Stats:
         What was chosen, also where the user left the choice open.
     wall_s
         Seconds.
+    kernel_s, compile_s
+        Seconds of them inside of the compiled loop, and for tracing and compiling (native engine).
     adjoint
         The same of the reverse pass, filled by ``backward``; None before.
     """
@@ -59,6 +61,8 @@ class Stats:
     alg: str = ""
     sensealg: str = ""
     wall_s: float = 0.0
+    kernel_s: float = 0.0
+    compile_s: float = 0.0
     adjoint: Stats | None = None
 
     def __str__(self) -> str:

@@ -14,6 +14,9 @@ from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.select import choose, refuse_moving_times, transforms_active
 from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
+from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, refuse
+from diffsolve.engines.native.field import find
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.structure import detached
@@ -98,7 +101,10 @@ def solve(
     save_everystep
         False without ``saveat``: save the two ends only.
     engine
-        ``"auto"`` or ``"torch"``.
+        ``"native"``: ``f`` is traced, differentiated and compiled, and the whole solve and its
+        reverse pass run as machine code; ``f`` itself runs once, and again when something that it
+        uses was replaced. ``"torch"``: any ``f``, dtype and device. ``"auto"``: native where that
+        is possible, after a comparison with one evaluation of ``f``; ``sol.stats.engine`` tells.
     progress
         Show a progress bar.
     throw
@@ -114,7 +120,8 @@ def solve(
     SolveError
         If the solve fails and ``throw`` is True. It carries the partial solution.
     TypeError, ValueError
-        If an argument is wrong, before any work.
+        If an argument is wrong, before any work; or with ``engine="native"``, if the solve cannot
+        run as machine code: the message says why.
 
     Examples
     --------
@@ -125,8 +132,8 @@ def solve(
     started = time.perf_counter()
     if not isinstance(prob, ODEProblem):
         raise TypeError(f"prob must be an ODEProblem, got {type(prob).__name__}")
-    if engine not in ("auto", "torch"):
-        raise ValueError(f'engine must be "auto" or "torch", got {engine!r}')
+    if engine not in ("auto", "torch", "native"):
+        raise ValueError(f'engine must be "auto", "torch" or "native", got {engine!r}')
     field = VectorField.of(prob)
     alg = _checked_algorithm(alg, prob, rtol, field)
     t0, t1 = (float(detached(t)) for t in prob.tspan)
@@ -149,10 +156,32 @@ def solve(
     transformed = transforms_active()
     recording = torch.is_grad_enabled() and not transformed
     u0 = field.structure.ravel(prob.u0)
-    with torch.set_grad_enabled(recording):
-        du0 = field.discover(t0, u0, direction, recording)
-    wanted = bool(field.params) or u0.requires_grad or saves.differentiable(prob.tspan)
-    sensealg = choose(sensealg, recording and wanted)
+    moving = u0.requires_grad or saves.differentiable(prob.tspan)
+    stats = Stats(engine="torch", alg=alg.name)
+    native, du0, asked = None, None, sensealg
+    if engine != "torch":
+        try:
+            if transformed:
+                raise Declined("a torch.func transform looks on")
+            refuse(alg, settings)
+            native = find(field, t0, u0, direction, guard=engine == "auto")
+            if recording:
+                field.params = native.differentiable(field, u0.requires_grad)
+            sensealg = choose(asked, recording and (moving or bool(field.params)))
+            if not isinstance(sensealg, NoAdjoint):
+                sensealg.compile(native, alg)
+            stats.engine, stats.compile_s = "native", native.compile_s()
+        except Declined as reason:
+            native = None
+            stats.engine = f"torch, because native declined: {reason}"
+    if native is None:
+        with torch.set_grad_enabled(recording):
+            du0 = field.discover(t0, u0, direction, recording)
+        if engine == "native":
+            why = stats.engine.partition(": ")[2]
+            raise ValueError(f'engine="native" cannot run this solve: {why}')
+        sensealg = choose(asked, recording and (moving or bool(field.params)))
+    assert sensealg is not None
     if transformed:
         refuse_moving_times([*([] if sensealg.handles_time else prob.tspan), saveat])
     if not sensealg.handles_time:
@@ -169,8 +198,10 @@ def solve(
         settings=sensealg.prepared(settings),
         save_times=saves.times,
         dense=saves.times is None if dense is None else dense,
-        stats=Stats(engine="torch", alg=alg.name, sensealg=repr(sensealg)),
+        native=native,
+        stats=stats,
     )
+    stats.sensealg = repr(sensealg)
     outputs = sensealg.run(job)
     solution = _wrap(job, sensealg, outputs, saves)
     job.stats.wall_s = time.perf_counter() - started
@@ -230,15 +261,17 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
     moving = saves.inside(times, job.span) if sensealg.handles_time else times
     u = attach_saved(u, moving, field, job.t0, job.t1)
     steps = Steps(
-        _stacked(trajectory.step_t),
-        _stacked(trajectory.step_h),
+        _as_column(trajectory.step_t),
+        _as_column(trajectory.step_h),
         outputs.error,
         outputs.error_norm,
         outputs.stiffness,
     )
     if u.requires_grad and not isinstance(sensealg, (NoAdjoint, DiscreteAdjoint)):
         steps = _refusing_gradients(steps, u, sensealg)
-    stats.nf, stats.naccept, stats.nreject = field.nf, trajectory.naccept, trajectory.nreject
+    native = isinstance(trajectory, NativeTrajectory)
+    stats.nf = trajectory.nf if native else field.nf
+    stats.naccept, stats.nreject = trajectory.naccept, trajectory.nreject
 
     return Solution(
         t=times,
@@ -253,7 +286,7 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
 
 
 def _dense_reader(
-    job: Job, sensealg: Sensealg, dense: DenseOutput | None, anchor: Tensor
+    job: Job, sensealg: Sensealg, dense: DenseOutput | NativeDense | None, anchor: Tensor
 ) -> Callable[[Any, int], Any] | None:
     """``sol(t)``; its values are on the tape where the whole solve is, and else say that not."""
     if dense is None:
@@ -282,7 +315,9 @@ def _dense_reader(
     return interpolate
 
 
-def _stacked(values: list[Any]) -> Tensor:
+def _as_column(values: Tensor | list[Any]) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
     if any(isinstance(x, Tensor) for x in values):
         return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in values])
     return torch.tensor(values, dtype=torch.float64)

@@ -6,6 +6,7 @@ References are those of the problem library, accurate to 1e-12; costs are compar
 from __future__ import annotations
 
 import math
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -271,16 +272,21 @@ def test_backward_in_time_returns_to_the_start(method: type, name: str) -> None:
 @pytest.mark.parametrize("method", [Tsit5, DP5, DP8, Vern7])
 def test_single_precision(method: type) -> None:
     reference = library.lotka_volterra.reference()
-    for tol in (1e-3, 1e-4, 1e-5):
-        prob = lotka(dtype=torch.float32)
-        sol = solve(prob, method(), rtol=tol, atol=tol, saveat=reference.t)
-        assert sol.u.dtype == torch.float32 and sol.t.dtype == F64
-        assert sol.t.tolist() == reference.t.tolist()
-        double = solve(lotka(), method(), rtol=tol, atol=tol, saveat=reference.t)
-        # rounding changes the steps a little, and with them the error at rough tolerances
-        assert units(sol.u, reference.u, tol) < 1.5 * units(double.u, reference.u, tol) + 10
-        # estimates near rounding cost some steps, but not many
-        assert sol.stats.naccept <= 1.15 * double.stats.naccept + 2
+    for decade in (1e-3, 1e-4, 1e-5):
+        errors = []
+        # where steps are large, the error scatters with the tolerance (DP8 in double precision:
+        # 1 to 60 units), so medians are compared
+        for tol in (decade * x for x in (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35)):
+            options = {"rtol": tol, "atol": tol, "saveat": reference.t}
+            sol = solve(lotka(dtype=torch.float32), method(), **options)
+            assert sol.u.dtype == torch.float32 and sol.t.dtype == F64
+            assert sol.t.tolist() == reference.t.tolist()
+            double = solve(lotka(), method(), **options)
+            errors.append([units(x.u, reference.u, tol) for x in (sol, double)])
+            # estimates near rounding cost some steps, but not many
+            assert sol.stats.naccept <= 1.15 * double.stats.naccept + 2
+        single_error, double_error = (median(column) for column in zip(*errors, strict=True))
+        assert single_error < 1.5 * double_error + 10
 
 
 @pytest.mark.parametrize("method", [Tsit5, DP8, Vern9])
@@ -341,7 +347,7 @@ def test_tolerance_of_each_leaf() -> None:
 
 def test_norm_of_ones_own() -> None:
     rms = clocks(norm=lambda e: e.square().mean().sqrt())
-    torch.testing.assert_close(rms.t, clocks().t, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(rms.t, clocks(engine="torch").t, rtol=1e-9, atol=1e-12)
     largest = clocks(norm=lambda e: e.abs().max())
     assert largest.stats.naccept > rms.stats.naccept
     assert bool((largest.steps.error <= 1).all())

@@ -228,7 +228,7 @@ def fresh(t, u, p):
 def test_f_may_reuse_a_buffer(alg):
     # steps are rejected after the stop, and begin again from a derivative that was kept
     p, u0 = torch.tensor(3.0, dtype=DOUBLE), torch.tensor([1.0, 0.0], dtype=DOUBLE)
-    options = {"tstops": [1.0], "rtol": 1e-6, "atol": 1e-6, "saveat": 0.3}
+    options = {"tstops": [1.0], "rtol": 1e-6, "atol": 1e-6, "saveat": 0.3, "engine": "torch"}
     ours = solve(
         ODEProblem(reusing(torch.zeros(2, dtype=DOUBLE)), u0, (0.0, 2.0), p), alg, **options
     )

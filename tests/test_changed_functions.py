@@ -1,7 +1,12 @@
-"""What must not pass in silence: an f that is another one in backward, hidden tensors, autocast."""
+"""What must not pass in silence: an f that is another one in backward, hidden tensors, autocast.
+
+All on the torch engine, whose reverse pass calls ``f`` again; the native engine goes back through
+the ``f`` that was solved (``test_native_engine.py``).
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import weakref
@@ -12,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import diffsolve
 from diffsolve import (
     RK4,
     BacksolveAdjoint,
@@ -20,13 +26,13 @@ from diffsolve import (
     ODEProblem,
     Tsit5,
     Vern7,
-    solve,
 )
 from diffsolve.adjoints.continuous import Reverse
 from diffsolve.problems.capture import Substitute
 from diffsolve.problems.vector_field import VectorField
 
 F64 = torch.float64
+solve = functools.partial(diffsolve.solve, engine="torch")
 STEPWISE = [DiscreteAdjoint(), DiscreteAdjoint(checkpoints=3)]
 REVERSE = [*STEPWISE, BacksolveAdjoint(), InterpolatingAdjoint()]
 

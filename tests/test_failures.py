@@ -447,6 +447,7 @@ def test_f_that_fills_one_buffer_again_and_again(method: type) -> None:
         return -50 * torch.cos(40 * t) * u
 
     options: dict[str, Any] = {"tstops": [0.2, 0.4, 0.6], "rtol": 1e-6, "atol": 1e-9}
+    options["engine"] = "torch"  # native would decline the one, and round the other differently
     with torch.no_grad():
         reused = solve(problem(into_buffer), method(), **options)
         expected = solve(problem(fresh), method(), **options)

@@ -59,7 +59,7 @@ def test_len_is_the_number_of_saved_times() -> None:
 def test_stats_print_on_one_line() -> None:
     text = str(solved().stats)
     assert "\n" not in text
-    assert "steps" in text and "rejected" in text and "ms (torch)" in text
+    assert "steps" in text and "rejected" in text and "ms (native)" in text
 
 
 def test_stats_name_what_was_chosen() -> None:
@@ -80,7 +80,7 @@ def test_stats_count_evaluations() -> None:
         calls += 1
         return -u
 
-    sol = solve(ODEProblem(f, torch.ones(1), (0.0, 1.0)), Tsit5(), saveat=0.1)
+    sol = solve(ODEProblem(f, torch.ones(1), (0.0, 1.0)), Tsit5(), saveat=0.1, engine="torch")
     assert sol.stats.nf == calls
     assert sol.stats.wall_s > 0
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore, Reverse
+from diffsolve.adjoints.reversal import in_tolerances
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.engines.torch_engine import Trajectory
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.norms import Tolerance, rms
+from diffsolve.solvers.norms import Tolerance
 
 
 class BacksolveWarning(UserWarning):
@@ -53,6 +54,18 @@ class BacksolveAdjoint(ContinuousAdjoint):
 
     def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
         return job.run(u0), [u0], lambda tensors: tensors[0]
+
+    def warn_of(self, worst: float) -> None:
+        """Warn where the reconstruction was off by more tolerances than is safe."""
+        if not worst <= self.warn_above:
+            warnings.warn(
+                f"BacksolveAdjoint reconstructed the solution backward in time with an error of "
+                f"{worst:.3g} tolerances (warned above {self.warn_above:g}): the "
+                "gradient is unreliable. Use DiscreteAdjoint() or InterpolatingAdjoint(), save "
+                "more times, or tighten the tolerances.",
+                BacksolveWarning,
+                stacklevel=3,
+            )
 
     def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
         return _BacksolveReverse(self, job, kept, field, params)
@@ -106,17 +119,8 @@ class _BacksolveReverse(Reverse):
 
     def finish(self, z: Tensor) -> None:
         self._compare(z, self.u0)
-        if not self.worst <= self.sensealg.warn_above:
-            warnings.warn(
-                f"BacksolveAdjoint reconstructed the solution backward in time with an error of "
-                f"{self.worst:.3g} tolerances (warned above {self.sensealg.warn_above:g}): the "
-                "gradient is unreliable. Use DiscreteAdjoint() or InterpolatingAdjoint(), save "
-                "more times, or tighten the tolerances.",
-                BacksolveWarning,
-                stacklevel=2,
-            )
+        self.sensealg.warn_of(self.worst)
 
     def _compare(self, z: Tensor, u: Tensor) -> None:
-        tolerance = self.job.settings.tolerance
-        off = (z[self.n : 2 * self.n] - u) / tolerance.scale(u.abs())
-        self.worst = max(self.worst, float(rms(off)))
+        off = in_tolerances(z[self.n : 2 * self.n], u, self.job.settings.tolerance)
+        self.worst = max(self.worst, off)

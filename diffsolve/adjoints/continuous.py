@@ -12,17 +12,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from diffsolve.adjoints.native import run_continuous
+from diffsolve.adjoints.reversal import reverse_failure, reverse_stops
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
+from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.method import method_of
 from diffsolve.engines.torch_engine import OnStop, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solution import SolveError, Stats
+from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.norms import Tolerance, rms
 
@@ -75,7 +79,17 @@ class ContinuousAdjoint(Sensealg):
     def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
         """The reverse problem, from what the reverse pass needs of the forward one."""
 
+    #: Whether the reverse solve reads the forward solution, rather than solving it again.
+    along_path: ClassVar[bool] = False
+
+    def compile(self, native: NativeField, alg: Algorithm) -> None:
+        method_of(self.alg or alg)
+        compiled = native.compiled
+        (compiled.interpolating if self.along_path else compiled.backsolve)(native.active)
+
     def run(self, job: Job) -> Outputs:
+        if job.native is not None:
+            return run_continuous(self, job)
         carrier = Carrier(job)
         u: Any = _Continuous.apply(self, carrier, job.u0, *job.field.params)
         trajectory = carrier.handed_over()
@@ -294,26 +308,20 @@ def _integrate_reverse(
     alg = sensealg.alg or job.alg
     start, end = times[-1], job.t0
     direction = -1.0 if job.t1 >= job.t0 else 1.0
-    stops = {*times, *job.settings.tstops} - {start, end}
-    stops = sorted((t for t in stops if direction * t > direction * start), reverse=direction < 0)
     forward = job.settings.tolerance
     tolerance = reverse.tolerance(
         float(forward.rtol.min()) if sensealg.rtol is None else sensealg.rtol,
         float(forward.atol.min()) if sensealg.atol is None else sensealg.atol,
         forward,
     )
-    settings = sensealg.reverse_settings(job, tolerance, stops)
+    settings = sensealg.reverse_settings(job, tolerance, reverse_stops(job, times))
     du = reverse(reverse.after(start, direction), z)
     result = integrate(reverse, alg, z, start, end, settings, Saving(times=()), du, on_stop)
     stats.alg, stats.nf = alg.name, reverse.nf
     stats.naccept, stats.nreject = result.naccept, result.nreject
     if not result.retcode.successful or result.final is None:
-        raise SolveError(
-            f"the reverse solve of {type(sensealg).__name__} failed: {result.message} "
-            "DiscreteAdjoint() has no reverse solve that could fail.",
-            result.retcode,
-            result.final_t,
-            result.final_h,
+        raise reverse_failure(
+            type(sensealg).__name__, result.message, result.retcode, result.final_t, result.final_h
         )
     return result.final
 

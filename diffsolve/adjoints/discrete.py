@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsolve.adjoints.native import run_discrete
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
 from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
+from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.method import method_of
 from diffsolve.engines.torch_engine import Saving, Settings, integrate
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.solution import Stats
+from diffsolve.solvers.algorithm import Algorithm
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,17 @@ class DiscreteAdjoint(Sensealg):
     def prepared(self, settings: Settings) -> Settings:
         return replace(settings, h_on_tape=self.through_step_size)
 
+    def compile(self, native: NativeField, alg: Algorithm) -> None:
+        if self.tape:
+            raise Declined("DiscreteAdjoint(tape=True) records the operations of torch")
+        native.compiled.vjp(native.active)
+        native.compiled.step_vjp(method_of(alg).stages, native.active)
+
     def run(self, job: Job) -> Outputs:
         if self.tape:
             return self._run_on_tape(job)
+        if job.native is not None:
+            return run_discrete(job, self.checkpoints)
         carrier = Carrier(job, StepTape(self.checkpoints))
         outputs: Any = _Discrete.apply(carrier, job.u0, *job.field.params)
         return Outputs(carrier.handed_over(), *outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     """
 
     checkpoints: int | None = None
+
+    along_path: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from diffsolve.adjoints.reversal import in_tolerances, reverse_failure, reverse_stops
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, first_order
-from diffsolve.engines.native.engine import Memory, Wanted
+from diffsolve.engines.native.engine import RETCODES, Memory, Wanted
 from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.reverse import Path, ReverseProblem, solve_reverse, sweep, take_states
-from diffsolve.solution import ReturnCode, SolveError, Stats
+from diffsolve.engines.native.reverse import Path, ReverseProblem, solve_reverse, sweep
+from diffsolve.solution import Stats
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.norms import Tolerance
 
 if TYPE_CHECKING:
+    from diffsolve.adjoints.backsolve import BacksolveAdjoint
     from diffsolve.adjoints.continuous import ContinuousAdjoint
+    from diffsolve.engines.torch_engine import Settings
 
 
 def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
@@ -42,8 +45,8 @@ def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
 def run_discrete(job: Job, checkpoints: int | None) -> Outputs:
     """Integrate; the outputs' gradient is the compiled sweep through the steps."""
     carrier = Carrier(job, checkpoints)
-    outputs: Any = _NativeDiscrete.apply(carrier, job.u0, *job.params)
-    return Outputs(carrier.trajectory, *outputs)
+    outputs: Any = _NativeDiscrete.apply(carrier, job.u0, *job.field.params)
+    return Outputs(carrier.handed_over(), *outputs)
 
 
 class _NativeDiscrete(torch.autograd.Function):
@@ -52,19 +55,18 @@ class _NativeDiscrete(torch.autograd.Function):
         job = carrier.job
         wanted = Wanted(job.save_times, True, True, carrier.kept, job.dense)
         found = carrier.trajectory = job.run_native(u0.detach(), wanted)
-        ctx.carrier, ctx.memory = carrier, found.memory
-        ctx.native = job.native
+        ctx.carrier, ctx.native, ctx.memory = carrier, job.native, found.memory.records()
         ctx.set_materialize_grads(False)
         ctx.counts = 1 + len(params)
         # autograd frees the states after backward, and sees a parameter changed in place
-        ctx.save_for_backward(u0, *params, take_states(found.memory))
+        ctx.save_for_backward(u0, *params, found.memory.give(L.STATES))
         return found.u, found.error, found.error_norm, found.stiffness
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        ctx.inputs = u0, *params = saved[: ctx.counts]
+        ctx.inputs = _, *params = saved[: ctx.counts]
         started = time.perf_counter()
         job, native = ctx.carrier.job, ctx.native
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
@@ -86,8 +88,8 @@ class _NativeDiscrete(torch.autograd.Function):
 def run_continuous(sensealg: ContinuousAdjoint, job: Job) -> Outputs:
     """Integrate; the outputs' gradient is a compiled solve of the adjoint equation."""
     carrier = Carrier(job)
-    u: Any = _NativeContinuous.apply(sensealg, carrier, job.u0, *job.params)
-    found = carrier.trajectory
+    u: Any = _NativeContinuous.apply(sensealg, carrier, job.u0, *job.field.params)
+    found: Any = carrier.handed_over()
     return Outputs(found, u, found.error, found.error_norm, found.stiffness)
 
 
@@ -97,23 +99,21 @@ class _NativeContinuous(torch.autograd.Function):
         ctx: Any, sensealg: ContinuousAdjoint, carrier: Carrier, u0: Tensor, *params: Tensor
     ) -> Tensor:
         job = carrier.job
-        along, checkpoints = sensealg.along_path, sensealg.checkpoints
+        along, checkpoints = sensealg.along_path, _checkpoints(sensealg)
         kept = along and checkpoints is not None
         dense = job.dense or (along and checkpoints is None)
         wanted = Wanted(job.save_times, True, kept, checkpoints, dense, along and not kept)
         found = carrier.trajectory = job.run_native(u0.detach(), wanted)
         ctx.sensealg, ctx.carrier, ctx.native = sensealg, carrier, job.native
-        ctx.memory, ctx.times = found.memory, [float(t) for t in found.t]
+        ctx.memory, ctx.times = found.memory.records(), [float(t) for t in found.t]
         ctx.counts = 1 + len(params)
         path = ()
         if along:
-            memory = found.memory
-            path = (take_states(memory) if kept else memory.held[L.DENSE],)
+            path = (found.memory.give(L.STATES if kept else L.DENSE),)
             if not job.dense:
-                memory.held.pop(L.DENSE, None)
                 found.dense = None
         ctx.save_for_backward(u0, *params, found.u, *path)
-        return found.u.clone()
+        return found.u
 
     @staticmethod
     @first_order
@@ -155,13 +155,13 @@ def _reverse(
         z[n : 2 * n] = saved[-1]
     worst = 0.0
     if times[-1] != job.t0:
-        reset = not along and sensealg.checkpointing
+        reset = not along and getattr(sensealg, "checkpointing", False)
         problem = ReverseProblem(
             field=(compiled.interpolating if along else compiled.backsolve)(active),
             z=z,
             blocks=[n, n + extra, len(z)],
             settings=_settings(sensealg, job, n, len(z), times),
-            path=Path(memory, kept[0], sensealg.checkpoints is None) if along else None,
+            path=Path(memory, kept[0], _checkpoints(sensealg) is None) if along else None,
             saved=saved if reset else None,
         )
         row = {t: i for i, t in enumerate(times)}
@@ -180,14 +180,39 @@ def _reverse(
         stats.alg, stats.nf, stats.kernel_s = alg.name, found.nf, found.kernel_s
         stats.naccept, stats.nreject = found.naccept, found.nreject
         if found.status != L.DONE:
-            sensealg.raise_failure(
-                SolveError, found.message, _code(found.status), found.t, found.h
+            raise reverse_failure(
+                type(sensealg).__name__, found.message, RETCODES[found.status], found.t, found.h
             )
         z, worst = found.z, found.worst
     if not along and times[-1] != job.t0:
-        sensealg.check_reconstruction(job, z[n : 2 * n], ctx.inputs[0].detach(), worst)
+        u0 = ctx.inputs[0].detach()
+        cast("BacksolveAdjoint", sensealg).warn_of(
+            max(worst, in_tolerances(z[n : 2 * n], u0, job.settings.tolerance))
+        )
     if times[0] == job.t0 and times[-1] != job.t0:
         z[:n] += bars[0]
     flat = torch.zeros(compiled.n_params, dtype=bars.dtype)
     flat[entries] = z[n + extra :]
     return z[:n], flat
+
+
+def _checkpoints(sensealg: ContinuousAdjoint) -> int | None:
+    return getattr(sensealg, "checkpoints", None)
+
+
+def _settings(
+    sensealg: ContinuousAdjoint, job: Job, n: int, size: int, times: Sequence[float]
+) -> Settings:
+    """Those of the reverse solve, whose state has ``size`` entries."""
+    forward = job.settings.tolerance
+
+    def blocks(given: float | None, theirs: Tensor) -> Tensor:
+        own = torch.as_tensor(float(theirs.min()) if given is None else given, dtype=theirs.dtype)
+        if sensealg.along_path or given is not None:
+            return own
+        full = own.expand(size).clone()
+        full[n : 2 * n] = theirs  # the forward tolerance for the state
+        return full
+
+    tolerance = Tolerance(blocks(sensealg.rtol, forward.rtol), blocks(sensealg.atol, forward.atol))
+    return sensealg.reverse_settings(job, tolerance, reverse_stops(job, times))

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsolve.engines.native import engine as native
+from diffsolve.engines.native.engine import NativeTrajectory, Wanted
+from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.torch_engine import Recorder, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.problems.vector_field import VectorField
@@ -37,6 +40,8 @@ class Job:
         Ordered times to save; None: every step.
     dense
         Whether the user wants dense output.
+    native
+        Machine code of the right-hand side; None: the torch engine runs.
     stats
         To be filled; ``stats.adjoint`` by the reverse pass.
     """
@@ -44,24 +49,41 @@ class Job:
     field: VectorField
     alg: Algorithm
     u0: Tensor
-    du0: Tensor
+    du0: Tensor | None
     t0: float
     t1: float
     span: tuple[Any, Any]
     settings: Settings
     save_times: Sequence[float] | None
     dense: bool
+    native: NativeField | None = None
     stats: Stats = dataclasses.field(default_factory=Stats)
 
     def run(
         self, u0: Tensor, recorder: Recorder | None = None, dense: bool | None = None
     ) -> Trajectory:
-        """Integrate forward, off the tape."""
+        """Integrate forward with torch, off the tape."""
         saving = Saving(self.save_times, self.dense if dense is None else dense, recorder)
         with torch.no_grad(), without_autocast(self.field.device):
             return integrate(
                 self.field, self.alg, u0, self.t0, self.t1, self.settings, saving, self.du0
             )
+
+    def run_native(self, u0: Tensor, wanted: Wanted) -> NativeTrajectory:
+        """Integrate forward in machine code."""
+        assert self.native is not None
+        found = native.integrate(
+            self.native,
+            self.alg,
+            u0,
+            self.t0,
+            self.t1,
+            self.settings,
+            wanted,
+            self.field.breaks,
+        )
+        self.stats.kernel_s = found.kernel_s
+        return found
 
     def stacked(self, saved: Sequence[Tensor]) -> Tensor:
         """Saved flat states ``(T, N)``."""
@@ -83,7 +105,7 @@ class Job:
 class Outputs:
     """Differentiable results of a solve: saved states ``(T, N)`` and the steps' estimates."""
 
-    trajectory: Trajectory
+    trajectory: Trajectory | NativeTrajectory
     u: Tensor
     error: Tensor
     error_norm: Tensor
@@ -109,11 +131,23 @@ class Sensealg(ABC):
         """Settings as this way needs them."""
         return settings
 
+    def compile(self, native: NativeField, alg: Algorithm) -> None:  # noqa: B027
+        """Make the machine code that the reverse pass needs, before the solve.
+
+        Raises
+        ------
+        Declined
+            If the native engine cannot go this way.
+        """
+
 
 class NoAdjoint(Sensealg):
     """Nothing requires a gradient."""
 
     def run(self, job: Job) -> Outputs:
+        if job.native is not None:
+            found = job.run_native(job.u0.detach(), Wanted(job.save_times, dense=job.dense))
+            return Outputs(found, found.u, found.error, found.error_norm, found.stiffness)
         trajectory = job.run(job.u0.detach())
         return Outputs(trajectory, job.stacked(trajectory.u), *job.estimates(trajectory))
 

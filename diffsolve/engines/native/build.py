@@ -1,4 +1,4 @@
-"""Numba's machine code of the kernels as LLVM IR, self-contained: it needs neither Numba nor Python.
+"""The kernels as LLVM IR that stands alone: from Numba, but it needs neither Numba nor Python.
 
 Done once on a machine, and kept in the cache on disk with the compiled right-hand sides; after
 that the kernels load in milliseconds, and Numba is not imported at all.
@@ -10,9 +10,9 @@ import re
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 from numba import cfunc, types
+from numba.core import config
 
 from diffsolve.engines.native.loop import advance, read
 from diffsolve.engines.native.sweep import replay, sweep
@@ -40,12 +40,13 @@ def kernel_ir(name: str, single: bool) -> str:
     def entry(integers: Any, reals: Any) -> Any:
         return kernel(integers, reals, like)
 
-    optimise = numba.config.OPT
-    numba.config.OPT = type(optimise)(0)  # type: ignore[attr-defined]  # done below, and once
+    optimise: Any = config.OPT  # type: ignore[attr-defined]
+    config.OPT = type(optimise)(0)  # type: ignore[attr-defined]  # done below, and once
     try:
-        compiled = cfunc(types.int64(*_ARGUMENTS), error_model="numpy", _nrt=False)(entry)
+        options: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
+        compiled = cfunc(types.int64(*_ARGUMENTS), **options)(entry)
     finally:
-        numba.config.OPT = optimise  # type: ignore[attr-defined]
+        config.OPT = optimise  # type: ignore[attr-defined]
     wrapper = compiled.native_name
     inner = wrapper.removeprefix("cfunc.")
     module = llvm.parse_assembly(compiled.inspect_llvm())

@@ -137,7 +137,9 @@ class Compiled:
         """Right-hand side of ``[lambda, mu]``; ``u`` is read behind the parameters."""
         return self._code(("interpolating", active), lambda: self._adjoint(active, False))
 
-    def _adjoint(self, active: tuple[bool, ...], with_state: bool) -> tuple[Signature, list[Output]]:
+    def _adjoint(
+        self, active: tuple[bool, ...], with_state: bool
+    ) -> tuple[Signature, list[Output]]:
         pool, n = self._pool, self.n
         bars = list(pool.inputs("w", n))
         by_state, by_entry = self._products(active, bars)
@@ -219,8 +221,11 @@ class Compiled:
             shift = n if block == "k" else 0
             outputs += row
             bars += [pool.input(f"{block}_bar", i + shift) for i in range(len(row))]
-        places = [("bar", "u", range(n)), ("k_bar", "k", range(n))]
-        places.append(("p_bar", "p", self.active_entries(active)))
+        places: list[tuple[str, str, Sequence[int]]] = [
+            ("bar", "u", range(n)),
+            ("k_bar", "k", range(n)),
+            ("p_bar", "p", self.active_entries(active)),
+        ]
         wrt = [pool.input(block, i) for _, block, entries in places for i in entries]
         targets = [(bar, i) for bar, _, entries in places for i in entries]
         found = zip(targets, vjp(outputs, bars, wrt), strict=True)

@@ -24,7 +24,7 @@ from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Estimates
 
-_CODES = {
+RETCODES = {
     L.DONE: ReturnCode.SUCCESS,
     L.MAX_ITERS: ReturnCode.MAX_ITERS,
     L.DT_LESS_THAN_MIN: ReturnCode.DT_LESS_THAN_MIN,
@@ -33,7 +33,10 @@ _CODES = {
 _FIRST_ROOM = 256  # steps; doubled when they are not enough
 _ROOM_IN_NUMBERS = 1_000_000  # for large states: less to begin with
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python: a fraction of a second
-_NO_BREAKS = np.zeros(1)
+_RECORDS = (
+    *(L.PARAMS, L.STEP_T, L.STEP_H, L.MARKS, L.SAVES),
+    *(L.STOPS, L.BREAKS, L.RTOL, L.ATOL, L.BLOCK_ENDS),
+)
 
 
 def refuse(alg: Algorithm, settings: Settings) -> None:
@@ -130,10 +133,28 @@ class Memory:
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
             integers[L.N_BREAKS] = len(breaks)
-        rows = L.W_STAGES + 2 * self.method.rows + L.W_BARS
-        self.hold(L.WORK, torch.empty(rows * n + self.method.rows, dtype=self.dtype))
+        self.work()
         self._set(settings)
         set_controller(settings.controller, integers, reals)
+
+    def work(self) -> None:
+        """A work space, which each call of a kernel that may run beside others needs."""
+        rows = self.method.rows
+        size = (L.W_STAGES + 2 * rows + L.W_BARS) * self.n + rows
+        self.hold(L.WORK, torch.empty(size, dtype=self.dtype))
+
+    def records(self) -> Memory:
+        """What is noted of the steps, to be gone through: without states, stages and results."""
+        copy = object.__new__(Memory)
+        copy.__dict__.update(self.__dict__)
+        copy.integers, copy.reals = self.integers.copy(), self.reals.copy()
+        copy.arguments = address(copy.integers), address(copy.reals)
+        copy.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
+        return copy
+
+    def give(self, slot: int) -> Tensor:
+        """An array that something else keeps alive from now on."""
+        return self.held[slot] if slot == L.DENSE else self.held.pop(slot)
 
     def hold(self, slot: int, array: Any) -> None:
         """Keep an array alive, and note its address."""
@@ -228,10 +249,10 @@ class Memory:
         if integers[L.N_SAVES] < 0 and integers[L.SAVED] >= integers[L.SAVE_ROOM]:
             integers[L.SAVE_ROOM] *= 2
             self._double(L.OUT_U)
-        if L.STATES in self.held and not integers[L.THINNING]:
-            if integers[L.ACCEPTED] // integers[L.STRIDE] >= integers[L.STATE_ROOM]:
-                integers[L.STATE_ROOM] *= 2
-                self._double(L.STATES)
+        kept = integers[L.ACCEPTED] // max(integers[L.STRIDE], 1)
+        if L.STATES in self.held and not integers[L.THINNING] and kept >= integers[L.STATE_ROOM]:
+            integers[L.STATE_ROOM] *= 2
+            self._double(L.STATES)
 
     def _double(self, slot: int) -> None:
         old = self.held[slot]
@@ -241,7 +262,7 @@ class Memory:
 
     def run(self, function: Kernel, bar: Any = None) -> int:
         """Call a kernel until it is done; returns how it ended."""
-        integers, reals = self.integers, self.reals
+        reals = self.reals
         here, there = self.arguments
         while True:
             before = reals[L.T]
@@ -272,9 +293,9 @@ class NativeTrajectory:
     final_h: float
     retcode: ReturnCode
     kernel_s: float
+    memory: Memory = field(repr=False)
     message: str = ""
     dense: NativeDense | None = None
-    memory: Memory | None = field(default=None, repr=False)
 
     @property
     def naccept(self) -> int:
@@ -320,6 +341,7 @@ def integrate(
     else:
         times = wanted.times if saved == len(wanted.times) else wanted.times[:saved]  # type: ignore[assignment]
     final = memory.state()
+    del held[L.WORK]
     found = NativeTrajectory(
         t=times,
         u=held[L.OUT_U][:saved],
@@ -333,7 +355,7 @@ def integrate(
         final=final,
         final_t=float(reals[L.T]),
         final_h=float(reals[L.LAST_H]) if integers[L.ATTEMPTS] else math.nan,
-        retcode=_CODES[status],
+        retcode=RETCODES[status],
         kernel_s=kernel_s,
         memory=memory,
     )
@@ -352,7 +374,7 @@ def message_of(
     if memory.integers[L.ATTEMPTS]:
         last = Estimates(float(reals[L.LAST_ERROR]), 0.0, float(reals[L.LAST_STIFFNESS]))
     return explain(
-        _CODES[status],
+        RETCODES[status],
         t=float(reals[L.T]),
         h=float(reals[L.SIZE]),
         t1=t1,
@@ -388,7 +410,8 @@ class NativeDense:
         memory.hold(L.READ, np.asarray(times, dtype=np.float64))
         memory.hold(L.READ_OUT, out)
         integers[L.N_READ], integers[L.DERIVATIVE] = len(times), derivative
-        before = integers[L.NF]
+        memory.work()
         memory.run(kernel("read", memory.native.compiled.single))
-        integers[L.NF] = before
+        for slot in (L.WORK, L.READ, L.READ_OUT):
+            del memory.held[slot]
         return out

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from diffsolve.engines.native.compiled import Compiled
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.expression import content
+from diffsolve.engines.native.expression import content, needed
 from diffsolve.engines.native.fingerprint import Fingerprint
 from diffsolve.engines.native.trace import Lifted, trace
 from diffsolve.problems.autocast import Autocasting
@@ -38,6 +38,7 @@ class _Entry:
     inputs: list[Lifted]
     constants: list[tuple[Tensor, int]]
     detached: str | None
+    used: list[bool]
     reachable: list[Tensor] | None = None
 
     def still_holds(self, f: Any) -> bool:
@@ -59,10 +60,10 @@ class NativeField:
         Those numbers, flat, as they were when the solve began.
     """
 
-    def __init__(self, entry: _Entry, leaves: list[Any], compile_s: float):
+    def __init__(self, entry: _Entry, leaves: list[Any], trace_s: float):
         assert entry.compiled is not None
         self.compiled = entry.compiled
-        self.compile_s = compile_s
+        self._trace_s = trace_s - entry.compiled.compile_s
         self._entry = entry
         self.tensors: list[Tensor] = [
             x.tensor if x.tensor is not None else leaves[x.p_position or 0] for x in entry.inputs
@@ -70,13 +71,23 @@ class NativeField:
         flat = [x.detach().reshape(-1) for x in self.tensors]
         self.params = flat[0].clone() if len(flat) == 1 else torch.cat(flat) if flat else _NOTHING
 
+    def compile_s(self) -> float:
+        """Seconds spent on tracing and compiling since this was made."""
+        return self._trace_s + self.compiled.compile_s
+
     @property
     def active(self) -> tuple[bool, ...]:
-        """Which of the tensors require a gradient."""
-        return tuple([x.requires_grad for x in self.tensors])
+        """Which of the tensors require a gradient, and have one that is not zero."""
+        pairs = zip(self.tensors, self._entry.used, strict=True)
+        return tuple([x.requires_grad and used for x, used in pairs])
 
-    def differentiable(self, f: Any, leaves: list[Any]) -> list[Tensor]:
+    def differentiable(self, field: VectorField, by_state: bool) -> list[Tensor]:
         """Every tensor with ``requires_grad`` that ``f`` uses, or could use.
+
+        Parameters
+        ----------
+        by_state
+            Whether the gradient by the initial state is wanted.
 
         Raises
         ------
@@ -85,10 +96,9 @@ class NativeField:
         """
         entry = self._entry
         if entry.reachable is None:
-            entry.reachable = [x for x in reachable_tensors(f) if x.is_leaf]
-        given = [x for x in leaves if isinstance(x, Tensor)]
-        found = {id(x): x for x in (*given, *self.tensors, *entry.reachable) if x.requires_grad}
-        if found and entry.detached is not None:
+            entry.reachable = [x for x in reachable_tensors(field.f) if x.is_leaf]
+        found = {id(x): x for x in (*self.tensors, *entry.reachable) if x.requires_grad}
+        if (found or by_state) and entry.detached is not None:
             raise Declined(f"it switches gradients off by {entry.detached}")
         return list(found.values())
 
@@ -96,13 +106,13 @@ class NativeField:
 _NOTHING = torch.empty(0, dtype=torch.float64)
 
 
-def find(field: VectorField, t0: float, u0: Tensor, guard: bool) -> NativeField:
+def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: bool) -> NativeField:
     """The machine code of a right-hand side, made where it is not known yet.
 
     Parameters
     ----------
-    field, t0, u0
-        Right-hand side and flat state at the start.
+    field, t0, u0, direction
+        Right-hand side, flat state at the start, and which way the time goes.
     guard
         Whether to compare with one evaluation of ``f`` by torch, and trace again where they
         differ.
@@ -113,11 +123,13 @@ def find(field: VectorField, t0: float, u0: Tensor, guard: bool) -> NativeField:
         If it cannot be compiled.
     """
     f, p = field.f, field.p
+    u0 = u0.detach()
     if isinstance(f, Autocasting):
         raise Declined("autocast is active")
     leaves = [p] if isinstance(p, Tensor) else pytree.tree_leaves(p)
     owner, key = _key(field, leaves)
-    compile_s = 0.0
+    trace_s = 0.0
+    t = field.after(t0, direction)
     with _lock:
         known = _known(owner)
         entry = known.get(key)
@@ -126,18 +138,18 @@ def find(field: VectorField, t0: float, u0: Tensor, guard: bool) -> NativeField:
         fresh = entry is None
         if entry is None:
             started = time.perf_counter()
-            entry = known[key] = _traced(field, t0, u0)
-            compile_s = time.perf_counter() - started
+            entry = known[key] = _traced(field, t, u0)
+            trace_s = time.perf_counter() - started
     if entry.compiled is None:
         raise Declined(entry.declined)
-    if guard and not fresh and not _agrees(field, NativeField(entry, leaves, 0.0), t0, u0):
+    if guard and not fresh and not _agrees(field, NativeField(entry, leaves, 0.0), t, u0):
         with _lock:
             started = time.perf_counter()
-            entry = known[key] = _traced(field, t0, u0)
-            compile_s = time.perf_counter() - started
+            entry = known[key] = _traced(field, t, u0)
+            trace_s = time.perf_counter() - started
         if entry.compiled is None:
             raise Declined(entry.declined)
-    return NativeField(entry, leaves, compile_s)
+    return NativeField(entry, leaves, trace_s)
 
 
 def _known(owner: Any) -> dict[Any, Any]:
@@ -167,14 +179,15 @@ def _key(field: VectorField, leaves: list[Any]) -> tuple[Any, Any]:
     return owner, tuple(parts)
 
 
-def _traced(field: VectorField, t0: float, u0: Tensor) -> _Entry:
+def _traced(field: VectorField, t: Tensor, u0: Tensor) -> _Entry:
     fingerprint = Fingerprint(field.f)
     try:
-        found = trace(field.f, field.structure, field.p, t0, u0)
+        found = trace(field.f, field.structure, field.p, t, u0)
     except Declined as reason:
-        return _Entry(fingerprint, None, str(reason), [], [], None)
+        return _Entry(fingerprint, None, str(reason), [], [], None, [])
     except Exception as error:  # f's own, which the torch engine reports as it is
-        return _Entry(fingerprint, None, f"f raised {type(error).__name__}: {error}", [], [], None)
+        reason = f"f raised {type(error).__name__}: {error}"
+        return _Entry(fingerprint, None, reason, [], [], None, [])
     blocks = tuple((x.offset, x.count) for x in found.inputs)
     single = field.structure.dtype is torch.float32
     graph = (single, blocks, content(found.outputs))
@@ -185,14 +198,16 @@ def _traced(field: VectorField, t0: float, u0: Tensor) -> _Entry:
             _by_content.popitem(last=False)
     else:
         _by_content.move_to_end(graph)
-    return _Entry(fingerprint, compiled, "", found.inputs, found.constants, found.detached)
+    inputs = (node.data for node in needed(found.outputs) if node.op == "input")
+    positions = {i for block, i in inputs if block == "p"}
+    used = [not positions.isdisjoint(range(x.offset, x.offset + x.count)) for x in found.inputs]
+    return _Entry(fingerprint, compiled, "", found.inputs, found.constants, found.detached, used)
 
 
-def _agrees(field: VectorField, native: NativeField, t0: float, u0: Tensor) -> bool:
+def _agrees(field: VectorField, native: NativeField, t: Tensor, u0: Tensor) -> bool:
     """Whether the compiled function gives what ``f`` gives now."""
     from diffsolve.engines.native.engine import evaluate
 
-    t = field.time(t0)
     with torch.no_grad():
         eager = field.structure.ravel(field.f(t, field.structure.unravel(u0), *field._args))
         if eager.shape != u0.shape or eager.dtype is not u0.dtype:

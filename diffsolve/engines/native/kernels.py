@@ -33,10 +33,11 @@ def _source() -> str:
 
 @functools.cache
 def kernel(name: str, single: bool) -> Kernel:
-    """The kernel ``"advance"``, ``"sweep"``, ``"read"`` or ``"replay"``, for float32 states or float64 ones.
+    """One of the kernels ``"advance"``, ``"sweep"``, ``"read"`` and ``"replay"``.
 
-    It is called with the addresses of the two arrays of ``solvers/kernels/layout.py``, runs
-    without Python's lock, and returns one of the codes that are listed there.
+    ``single``: for float32 states rather than float64 ones. It is called with the addresses of
+    the two arrays of ``solvers/kernels/layout.py``, runs without Python's lock, and returns one
+    of the codes that are listed there.
     """
     with llvm.lock:
         code = llvm.cached_code(f"{name} {single}\n{_source()}", lambda: _build(name, single))

@@ -67,7 +67,27 @@ _INTRINSIC = {
 }
 _LIBM = {
     op: op
-    for op in ["exp", "expm1", "log", "log1p", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf", "erfc", "atan2"]
+    for op in [
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "erf",
+        "erfc",
+        "atan2",
+    ]
 }
 _ARITHMETIC = {
     "add": "fadd contract",
@@ -268,7 +288,7 @@ def compile_ir(text: str, level: int = 2, passes: bool = False) -> Code:
 def cached_code(
     content: str, make_ir: Callable[[], str], level: int = 2, passes: bool = False
 ) -> Code:
-    """Machine code that was compiled before from the same ``content``, or else from ``make_ir()``."""
+    """Machine code that was compiled before from the same ``content``, or is from ``make_ir()``."""
     key = hashlib.sha256(f"{machine().identity}\n{content}".encode()).hexdigest()
     name = f"diffsolve_{key[:24]}"
     found = _read(key)

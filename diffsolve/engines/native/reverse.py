@@ -19,8 +19,6 @@ from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 
-_RECORDS = (L.STEP_T, L.STEP_H, L.MARKS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL, L.BLOCK_ENDS)
-
 
 @dataclass
 class Swept:
@@ -30,24 +28,6 @@ class Swept:
     p_bar: Tensor
     nf: int
     kernel_s: float
-
-
-def take_states(memory: Memory) -> Tensor:
-    """The states of a forward solve, for autograd to keep; ``sweep`` is given them back."""
-    return memory.held.pop(L.STATES)
-
-
-def _copied(memory: Memory, states: Tensor) -> Memory:
-    """The records of a forward solve with a work space of their own: passes may run at once."""
-    copy = object.__new__(Memory)
-    copy.__dict__.update(memory.__dict__)
-    copy.integers, copy.reals = memory.integers.copy(), memory.reals.copy()
-    copy.arguments = tuple(x.__array_interface__["data"][0] for x in (copy.integers, copy.reals))  # type: ignore[assignment]
-    copy.held = {slot: memory.held[slot] for slot in (*_RECORDS, L.PARAMS) if slot in memory.held}
-    copy.hold(L.WORK, torch.empty_like(memory.held[L.WORK]))
-    copy.hold(L.STATES, states)
-    copy.integers[L.NF] = 0
-    return copy
 
 
 def sweep(
@@ -64,7 +44,10 @@ def sweep(
     active
         Which tensors of the parameters are differentiated.
     """
-    memory, compiled = _copied(forward, states), forward.native.compiled
+    memory, compiled = forward.records(), forward.native.compiled
+    memory.work()
+    memory.hold(L.STATES, states)
+    memory.integers[L.NF] = 0
     integers, n, dtype = memory.integers, memory.n, memory.dtype
     integers[L.VJP] = compiled.vjp(active)
     integers[L.FUSED_VJP] = compiled.step_vjp(memory.method.stages, active)
@@ -81,9 +64,7 @@ def sweep(
     started = time.perf_counter()
     memory.run(function)
     kernel_s = time.perf_counter() - started
-    return Swept(
-        memory.held[L.STATE_BAR][0], memory.held[L.P_BAR], int(integers[L.NF]), kernel_s
-    )
+    return Swept(memory.held[L.STATE_BAR][0], memory.held[L.P_BAR], int(integers[L.NF]), kernel_s)
 
 
 class Path:
@@ -135,7 +116,9 @@ class Path:
         self.method = method  # its arrays must live
 
     def _remade(self, first: int, last: int) -> Tensor:
-        memory = _copied(self.forward, self.kept)
+        memory = self.forward.records()
+        memory.work()
+        memory.hold(L.STATES, self.kept)
         rows = memory.method.rows + 1
         dense = torch.empty(last - first, rows, memory.n, dtype=memory.dtype)
         memory.hold(L.DENSE, dense)

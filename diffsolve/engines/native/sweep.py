@@ -165,6 +165,7 @@ def sweep_step(I, R, index, like):
     marks = marks_of(I, index)
     load_state(I, R, index, like)
     take_step(I, R, t, h, like)
+    I[L.NF] -= stages - 1  # counted when they are differentiated
 
     new_bar, total = bar_row(I, _NEW, like), bar_row(I, _TOTAL, like)
     state_bar, slope_bar = I[L.STATE_BAR], I[L.STATE_BAR] + n * size
@@ -181,6 +182,7 @@ def sweep_step(I, R, index, like):
         if marks[L.MARK_INSIDE] > 0:
             if I[L.EXTRA] > 0:
                 add_extra_stages(I, R, t, h, like)
+                I[L.NF] -= I[L.EXTRA]
             times = reals(I[L.SAVES])
             for i in range(marks[L.MARK_INSIDE]):
                 save = marks[L.MARK_FIRST_SAVE] + i

@@ -47,10 +47,7 @@ def interpolate(n, rows, degree, poly, theta, h, derivative, dense, out, like):
     """Continuous extension of a step whose state and stages lie in ``rows + 1`` rows."""
     coefficients = reals(poly)
     size = size_of(like)
-    if derivative == 0:
-        copy(n, dense, out, like)
-    else:
-        fill_zero(n, out, like)
+    fill_zero(n, out, like)
     scale = h
     for _ in range(derivative):
         scale /= h
@@ -68,6 +65,8 @@ def interpolate(n, rows, degree, poly, theta, h, derivative, dense, out, like):
             weight *= theta
         if weight != 0.0:
             add_scaled(n, weight * scale, dense + (j + 1) * n * size, out, like)
+    if derivative == 0:
+        add_scaled(n, 1.0, dense, out, like)  # last: its rounding is the largest
 
 
 @inlined
@@ -119,11 +118,12 @@ def combine(I, weights, offset, count, h, out, like):
     """``out = W_U + h * sum_j weights[offset + j] * stage_j``."""
     n = I[L.N]
     coefficients = reals(weights)
-    copy(n, row(I, L.W_U, like), out, like)
+    fill_zero(n, out, like)
     for j in range(count):
         a = coefficients[offset + j]
         if a != 0.0:
             add_scaled(n, a * h, stage(I, j, like), out, like)
+    add_scaled(n, 1.0, row(I, L.W_U, like), out, like)
 
 
 @inlined

@@ -1,0 +1,36 @@
+"""What the reverse solves of both engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from diffsolve.adjoints.sensealg import Job
+from diffsolve.solution import ReturnCode, SolveError
+from diffsolve.solvers.norms import Tolerance, rms
+
+
+def reverse_stops(job: Job, times: Sequence[float]) -> list[float]:
+    """Where a reverse solve from the last of the saved times must stop, in its order."""
+    start, end = times[-1], job.t0
+    direction = -1.0 if job.t1 >= job.t0 else 1.0
+    stops = {*times, *job.settings.tstops} - {start, end}
+    return sorted((t for t in stops if direction * t > direction * start), reverse=direction < 0)
+
+
+def reverse_failure(
+    sensealg: str, message: str, retcode: ReturnCode, t: float, h: float
+) -> SolveError:
+    return SolveError(
+        f"the reverse solve of {sensealg} failed: {message} "
+        "DiscreteAdjoint() has no reverse solve that could fail.",
+        retcode,
+        t,
+        h,
+    )
+
+
+def in_tolerances(reached: Tensor, true: Tensor, tolerance: Tolerance) -> float:
+    """By how many tolerances a reconstructed state is off."""
+    return float(rms((reached - true) / tolerance.scale(true.abs())))
