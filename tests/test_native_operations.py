@@ -435,7 +435,8 @@ def test_backward_operations_on_arrays(name):
 # -- compositions --------------------------------------------------------------------------------
 
 N = 4
-#: Smooth enough, and bounded, that compositions stay in their domains.
+#: Smooth enough, and bounded, that compositions stay in their domains. Without torch's layer_norm:
+#: its third derivatives, which are asked for below, are not those of its formula.
 _INNER: list[Op] = [
     torch.sin, torch.cos, torch.tanh, torch.sigmoid, torch.atan, torch.erf, F.softsign,
     lambda x: torch.exp(-x.abs()), lambda x: torch.log1p(x * x), lambda x: torch.sqrt(1 + x * x),
@@ -453,7 +454,8 @@ _INNER: list[Op] = [
         [x[0] * x[1], *x[1:].unbind()]), lambda x: x.view(2, 2).mT.reshape(-1),
     lambda x: torch.einsum("ij,j->i", torch.diag(x) + 1, torch.sin(x)), lambda x: x - x.amax(),
     lambda x: x.new_zeros(4).scatter_add(0, torch.tensor([0, 2, 2, 1]), x), lambda x: x.prod() + x,
-    lambda x: x % 0.7, lambda x: F.layer_norm(x, (4,), eps=0.1), lambda x: (x > 0.2) * x,
+    lambda x: x % 0.7, lambda x: (x - x.mean()) * torch.rsqrt(x.var() + 0.1),
+    lambda x: (x > 0.2) * x,
     lambda x: torch.logsumexp(x, 0) - x, lambda x: torch.nan_to_num(x), lambda x: x.amin() * x,
 ]  # fmt: skip
 _JOINS: list[Op] = [
@@ -565,7 +567,8 @@ def test_jacobians_and_second_order_of_compositions(f, u, p):
 
     expected = contracted(u, p[0])
     # what rounding can make of it: near a corner it is large
-    shaken = np.abs(contracted(u * (1 + 1e-14), p[0] * (1 - 1e-14)) - expected).max()
+    noise = 1 + 1e-14 * torch.tensor([1.0, -2.0, 3.0, -1.0], dtype=F64)
+    shaken = np.abs(contracted(u * noise, p[0] * noise.flip(0)) - expected).max()
     found = second_order_terms(tr, u, p, v, w)
     bound = 1e-10 * _scale(expected) + 100 * shaken
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=bound)
