@@ -15,7 +15,7 @@ from diffsolve.adjoints.select import choose, refuse_moving_times, transforms_ac
 from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, refuse
+from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, template
 from diffsolve.engines.native.field import find
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.problems.ode import ODEProblem
@@ -163,11 +163,11 @@ def solve(
         try:
             if transformed:
                 raise Declined("a torch.func transform looks on")
-            refuse(alg, settings)
             native = find(field, t0, u0, direction, guard=engine == "auto")
             if recording:
                 field.params = native.differentiable(field, u0.requires_grad)
             sensealg = choose(asked, recording and (moving or bool(field.params)))
+            template(native.compiled, alg, sensealg.prepared(settings))
             if not isinstance(sensealg, NoAdjoint):
                 sensealg.compile(native, alg)
             stats.engine, stats.compile_s = "native", native.compile_s()
@@ -196,8 +196,8 @@ def solve(
         t1=t1,
         span=prob.tspan,
         settings=sensealg.prepared(settings),
-        save_times=saves.times,
-        dense=saves.times is None if dense is None else dense,
+        saves=saves,
+        dense=saves.array is None if dense is None else dense,
         native=native,
         stats=stats,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from diffsolve.problems.structure import detached
 
+_internals: Any = torch._C  # has no public way to ask for active transforms
+# the same times are asked for at each step of a training
+_recent: dict[tuple[float, float], tuple[Tensor, SaveTimes]] = {}
+
 
 @dataclass(frozen=True)
 class SaveTimes:
@@ -22,17 +27,25 @@ class SaveTimes:
 
     Attributes
     ----------
-    times
-        In the order of integration; None: every step.
+    array
+        Float64, in the order of integration; None: every step. ``times``: the same as a list.
     given
         The user's tensor of times, where its gradient is wanted.
     from_start
         Whether the times move with ``t0``, except a last one that is ``t1``.
     """
 
-    times: list[float] | None
+    array: np.ndarray | None
     given: Tensor | None = None
     from_start: bool = False
+
+    @cached_property
+    def times(self) -> list[float] | None:
+        return None if self.array is None else self.array.tolist()
+
+    @cached_property
+    def _tensor(self) -> Tensor:
+        return torch.tensor(self.array, dtype=torch.float64)
 
     @classmethod
     def build(cls, saveat: Any, span: tuple[Any, Any], save_everystep: bool | None) -> SaveTimes:
@@ -47,43 +60,58 @@ class SaveTimes:
         t0, t1 = (float(detached(t)) for t in span)
         if saveat is None:
             if save_everystep is False:
-                return cls([t0] if t0 == t1 else [t0, t1], from_start=True)
+                return cls(np.array([t0] if t0 == t1 else [t0, t1]), from_start=True)
             return cls(None, from_start=True)
         if save_everystep:
             raise ValueError(
                 "saveat saves exactly its times: drop save_everystep=True, or saveat and read "
                 "other times from sol(t)"
             )
-        if isinstance(saveat, Real) or getattr(saveat, "ndim", 1) == 0:
+        if not isinstance(saveat, Tensor) and isinstance(saveat, Real):
+            return cls(_spaced(float(saveat), t0, t1), from_start=True)
+        if getattr(saveat, "ndim", 1) == 0:
             return cls(_spaced(float(saveat), t0, t1), from_start=True)
         values = saveat
         if not isinstance(saveat, Tensor):
             values = torch.as_tensor(np.asarray(saveat, dtype=np.float64))
+        # a transform wraps tensors; a time that moves is never the same
+        plain = not (_internals._are_functorch_transforms_active() or values.requires_grad)
+        known = _recent.get((t0, t1)) if plain else None
+        if known is not None and torch.equal(known[0], values):
+            return known[1]
         if values.dim() != 1 or not len(values) or values.is_complex():
             shape = tuple(values.shape)
             raise ValueError(f"saveat must be a spacing or a 1-d list of times, got shape {shape}")
         given = values if values.requires_grad else None
         # rounding of the user's dtype must not push an end out of the span
         eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
-        times = [snapped(t, (t0, t1), eps) for t in values.detach().double().tolist()]
+        times = np.array(values.detach().tolist(), dtype=np.float64)
+        times[0], times[-1] = (snapped(float(t), (t0, t1), eps) for t in (times[0], times[-1]))
         _check_order(times, t0, t1)
-        return cls(times, given)
+        found = cls(times, given)
+        if plain and values.dtype is torch.float64 and values.device.type == "cpu":
+            if len(_recent) > 10:
+                _recent.clear()
+            _recent[t0, t1] = values.detach().clone(), found
+        return found
 
     def differentiable(self, span: tuple[Any, Any]) -> bool:
         """Whether a gradient by a time is wanted."""
         ends = any(isinstance(t, Tensor) and t.requires_grad for t in span)
         return ends or self.given is not None
 
-    def as_tensor(self, span: tuple[Any, Any], reached: Sequence[float]) -> Tensor:
+    def as_tensor(self, span: tuple[Any, Any], reached: Sequence[float] | np.ndarray) -> Tensor:
         """The times that were reached, ``(T,)`` float64, on the tape where a time is."""
         if self.given is not None:
             return self.given[: len(reached)].to(device="cpu", dtype=torch.float64)
-        values = torch.tensor(list(reached), dtype=torch.float64)
+        if reached is self.array and not self.differentiable(span):
+            return self._tensor.clone()
+        values = torch.tensor(reached, dtype=torch.float64)
         t0, t1 = span
         if not self.from_start or not self.differentiable(span) or not len(values):
             return values
         start, end = (torch.as_tensor(t, dtype=torch.float64, device="cpu") for t in (t0, t1))
-        if self.times is None:  # only the ends move: step sizes are constants
+        if self.array is None:  # only the ends move: step sizes are constants
             moves = torch.zeros_like(values)
             moves[0] = 1.0
         else:
@@ -99,7 +127,7 @@ class SaveTimes:
 
         The ends of the span, and every accepted step, then move with the steps.
         """
-        if self.times is None:
+        if self.array is None or not times.requires_grad:
             return times.detach()
         t0, t1 = span
         ends = [float(detached(t)) for t in span if isinstance(t, Tensor) and t.requires_grad]
@@ -111,17 +139,17 @@ class SaveTimes:
         return torch.where(tied, times.detach(), times)
 
 
-def _spaced(spacing: float, t0: float, t1: float) -> list[float]:
+def _spaced(spacing: float, t0: float, t1: float) -> np.ndarray:
     span = abs(t1 - t0)
     if not 0 < spacing < math.inf:
         raise ValueError(f"saveat must be a positive spacing or a list of times, got {spacing}")
     count = math.floor(span / spacing * (1 + 1e-12))
     sign = math.copysign(spacing, t1 - t0)
-    times = (t0 + sign * np.arange(count + 1)).tolist()
+    times = t0 + sign * np.arange(count + 1)
     if abs(times[-1] - t1) <= 1e-12 * max(abs(t1), span):
         times[-1] = t1
     elif t1 != t0:
-        times.append(t1)
+        times = np.append(times, t1)
     return times
 
 
@@ -133,13 +161,16 @@ def snapped(t: float, ends: tuple[float, float], eps: float) -> float:
     return t
 
 
-def _check_order(times: list[float], t0: float, t1: float) -> None:
+def _check_order(times: np.ndarray, t0: float, t1: float) -> None:
+    sign = 1.0 if t1 >= t0 else -1.0
+    first, last = sign * times[0], sign * times[-1]
+    if first >= sign * t0 and last <= sign * t1 and (sign * np.diff(times) > 0).all():
+        return
     low, high = min(t0, t1), max(t0, t1)
-    outside = [t for t in times if not low <= t <= high]
+    outside = [t for t in times.tolist() if not low <= t <= high]
     if outside:
         raise ValueError(f"saveat holds {outside[0]}, which is outside of tspan ({t0}, {t1})")
-    sign = 1.0 if t1 >= t0 else -1.0
-    for before, after in pairwise(times):
+    for before, after in pairwise(times.tolist()):
         if sign * after <= sign * before:
             what = "repeats" if after == before else "is not in the order of integration at"
             raise ValueError(f"saveat {what} {after}: list each time once, from t0 towards t1")
@@ -155,6 +186,8 @@ def ordered_stops(
     ValueError
         If a stop is NaN.
     """
+    if isinstance(tstops, tuple) and not tstops:
+        return (), ()
     given = [tstops] if isinstance(tstops, Real) else list(tstops)
     if any(isinstance(t, Tensor) and t.requires_grad for t in given):
         raise ValueError("tstops has no gradient: detach it; times in saveat and tspan have one")

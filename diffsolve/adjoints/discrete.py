@@ -68,13 +68,14 @@ class DiscreteAdjoint(Sensealg):
         return self.through_step_size
 
     def prepared(self, settings: Settings) -> Settings:
-        return replace(settings, h_on_tape=self.through_step_size)
+        return replace(settings, h_on_tape=True) if self.through_step_size else settings
 
     def compile(self, native: NativeField, alg: Algorithm) -> None:
         if self.tape:
             raise Declined("DiscreteAdjoint(tape=True) records the operations of torch")
-        native.compiled.vjp(native.active)
-        native.compiled.step_vjp(method_of(alg).stages, native.active)
+        active = native.active
+        native.compiled.vjp(active)
+        native.compiled.step_vjp(method_of(alg).stages, active)
 
     def run(self, job: Job) -> Outputs:
         if self.tape:

@@ -53,13 +53,13 @@ class _NativeDiscrete(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Carrier, u0: Tensor, *params: Tensor) -> Any:
         job = carrier.job
-        wanted = Wanted(job.save_times, True, True, carrier.kept, job.dense)
+        wanted = Wanted(job.saves.array, True, True, carrier.kept, job.dense)
         found = carrier.trajectory = job.run_native(u0.detach(), wanted)
-        ctx.carrier, ctx.native, ctx.memory = carrier, job.native, found.memory.records()
         ctx.set_materialize_grads(False)
         ctx.counts = 1 + len(params)
         # autograd frees the states after backward, and sees a parameter changed in place
         ctx.save_for_backward(u0, *params, found.memory.give(L.STATES))
+        ctx.carrier, ctx.native, ctx.memory = carrier, job.native, found.memory.records()
         return found.u, found.error, found.error_norm, found.stiffness
 
     @staticmethod
@@ -71,7 +71,7 @@ class _NativeDiscrete(torch.autograd.Function):
         job, native = ctx.carrier.job, ctx.native
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
         swept = sweep(ctx.memory, saved[ctx.counts], cotangents, native.active)
-        u_bar, of_saved, times = swept.u_bar, cotangents[0], job.save_times
+        u_bar, of_saved, times = swept.u_bar, cotangents[0], job.saves.array
         first = job.t0 if times is None or not len(times) else times[0]
         if of_saved is not None and len(of_saved) and first == job.t0:
             u_bar = u_bar + of_saved[0]
@@ -102,16 +102,17 @@ class _NativeContinuous(torch.autograd.Function):
         along, checkpoints = sensealg.along_path, _checkpoints(sensealg)
         kept = along and checkpoints is not None
         dense = job.dense or (along and checkpoints is None)
-        wanted = Wanted(job.save_times, True, kept, checkpoints, dense, along and not kept)
+        wanted = Wanted(job.saves.array, True, kept, checkpoints, dense, along and not kept)
         found = carrier.trajectory = job.run_native(u0.detach(), wanted)
         ctx.sensealg, ctx.carrier, ctx.native = sensealg, carrier, job.native
-        ctx.memory, ctx.times = found.memory.records(), [float(t) for t in found.t]
-        ctx.counts = 1 + len(params)
+        ctx.times, ctx.counts = [float(t) for t in found.t], 1 + len(params)
         path = ()
         if along:
             path = (found.memory.give(L.STATES if kept else L.DENSE),)
             if not job.dense:
                 found.dense = None
+                found.memory.held.pop(L.DENSE, None)
+        ctx.memory = found.memory.records()
         ctx.save_for_backward(u0, *params, found.u, *path)
         return found.u
 
@@ -165,7 +166,6 @@ def _reverse(
             saved=saved if reset else None,
         )
         row = {t: i for i, t in enumerate(times)}
-        forward = job.settings.tolerance
         found = solve_reverse(
             native,
             alg,
@@ -174,7 +174,7 @@ def _reverse(
             job.t0,
             lambda t: row.get(t, -1),
             bars,
-            (forward.rtol, forward.atol),
+            job.settings.tolerance,
             job.field.breaks,
         )
         stats.alg, stats.nf, stats.kernel_s = alg.name, found.nf, found.kernel_s

@@ -20,6 +20,7 @@ from diffsolve.problems.autocast import without_autocast
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.times import SaveTimes
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Job:
         Span, floats; ``span`` holds the same as the user gave it.
     settings
         How to integrate.
-    save_times
-        Ordered times to save; None: every step.
+    saves
+        Times to save.
     dense
         Whether the user wants dense output.
     native
@@ -54,10 +55,15 @@ class Job:
     t1: float
     span: tuple[Any, Any]
     settings: Settings
-    save_times: Sequence[float] | None
+    saves: SaveTimes
     dense: bool
     native: NativeField | None = None
     stats: Stats = dataclasses.field(default_factory=Stats)
+
+    @property
+    def save_times(self) -> Sequence[float] | None:
+        """Ordered times to save; None: every step."""
+        return self.saves.times
 
     def run(
         self, u0: Tensor, recorder: Recorder | None = None, dense: bool | None = None
@@ -146,7 +152,7 @@ class NoAdjoint(Sensealg):
 
     def run(self, job: Job) -> Outputs:
         if job.native is not None:
-            found = job.run_native(job.u0.detach(), Wanted(job.save_times, dense=job.dense))
+            found = job.run_native(job.u0.detach(), Wanted(job.saves.array, dense=job.dense))
             return Outputs(found, found.u, found.error, found.error_norm, found.stiffness)
         trajectory = job.run(job.u0.detach())
         return Outputs(trajectory, job.stacked(trajectory.u), *job.estimates(trajectory))

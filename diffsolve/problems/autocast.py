@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+_NOTHING = nullcontext()
+
 
 class Autocasting:
     """``f`` under the autocast that was on when the solve began, its result in the state's dtype.
@@ -39,13 +41,20 @@ def under_current_autocast(
     f: Callable[..., Any], device: torch.device, state_dtype: torch.dtype
 ) -> Callable[..., Any]:
     """``f``, with the current autocast bound to it where there is one."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _is_on(device):
         return Autocasting(f, device.type, state_dtype)
     return f
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context for the solver's own arithmetic, which keeps its precision."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _is_on(device):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NOTHING
+
+
+def _is_on(device: torch.device) -> bool:
+    kind = device.type
+    if kind == "cpu":  # always available, and asked often
+        return torch.is_autocast_enabled(kind)
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

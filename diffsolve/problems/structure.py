@@ -14,14 +14,17 @@ def detached(x: Any) -> Any:
     return x.detach() if isinstance(x, Tensor) else x
 
 
+_LEAF = pytree.tree_structure(0)
+
+
 class StateStructure:
     """Shape and structure of a state; ``ravel`` and ``unravel`` go to a flat tensor and back."""
 
     def __init__(self, u0: Any):
-        leaves, self.spec = pytree.tree_flatten(u0)
+        self.is_tensor = isinstance(u0, Tensor)
+        leaves, self.spec = ([u0], _LEAF) if self.is_tensor else pytree.tree_flatten(u0)
         self.shapes = [leaf.shape for leaf in leaves]
         self.sizes = [leaf.numel() for leaf in leaves]
-        self.is_tensor = isinstance(u0, Tensor)
         self.size = sum(self.sizes)
         self.dtype: torch.dtype = leaves[0].dtype
         self.device: torch.device = leaves[0].device

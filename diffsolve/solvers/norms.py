@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -53,6 +55,8 @@ class Tolerance:
         """
         if norm is not None and not callable(norm):
             raise TypeError(f"norm must be a function of the scaled error, got {norm!r}")
+        if norm is None and isinstance(rtol, float) and isinstance(atol, float):
+            return _uniform(rtol, atol, structure.time_dtype, structure.device)
         relative = _flat_tolerance("rtol", rtol, structure)
         absolute = _flat_tolerance("atol", atol, structure)
         if not bool(((relative > 0) | (absolute > 0)).all()):
@@ -61,12 +65,31 @@ class Tolerance:
             return cls(relative, absolute)
         return cls(relative, absolute, lambda scaled: norm(structure.unravel(scaled)))
 
+    @cached_property
+    def doubles(self) -> tuple[np.ndarray, np.ndarray]:
+        """``rtol`` and ``atol`` in double precision, ``(1,)`` where they are one number."""
+        both = (self.rtol, self.atol)
+        rtol, atol = (np.atleast_1d(x.cpu().numpy().astype(np.float64)) for x in both)
+        return rtol, atol
+
     def scale(self, magnitude: Tensor) -> Tensor:
         return torch.addcmul(self.atol, self.rtol, magnitude)
 
     def scaled_norm(self, x: Tensor, magnitude: Tensor) -> Any:
         scaled = x / self.scale(magnitude)
         return rms(scaled) if self.norm is None else self.norm(scaled)
+
+
+@lru_cache(maxsize=100)
+def _uniform(rtol: float, atol: float, dtype: torch.dtype, device: torch.device) -> Tolerance:
+    """The usual case, two numbers, for which nothing is made anew in each solve."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be zero or positive and finite, got {value!r}")
+    if rtol == atol == 0:
+        raise ValueError("rtol and atol must not both be zero")
+    numbers = (torch.tensor(x, dtype=dtype, device=device) for x in (rtol, atol))
+    return Tolerance(*numbers)
 
 
 def _flat_tolerance(name: str, value: Any, structure: StateStructure) -> Tensor:

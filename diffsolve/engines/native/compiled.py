@@ -69,6 +69,7 @@ class Compiled:
         self.blocks = tuple(blocks)
         self.compile_s = 0.0
         self._outputs, self._pool = outputs, pool
+        self.templates: dict[Any, Any] = {}  # of solves, kept by the engine
         self._codes: dict[Any, Code | None] = {}
         self._lock = threading.RLock()
         pool.most = 4 * _MOST_IN_DERIVATIVE

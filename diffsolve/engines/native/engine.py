@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.diagnosis import explain
+from diffsolve.engines.native.compiled import Compiled
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import Kernel, kernel
@@ -21,8 +22,9 @@ from diffsolve.engines.native.method import Method, address, method_of, set_cont
 from diffsolve.engines.torch_engine import Settings, progress_bar
 from diffsolve.solution import ReturnCode
 from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.explicit_rk.methods import ExplicitRK
 from diffsolve.solvers.kernels import layout as L
-from diffsolve.solvers.norms import Estimates
+from diffsolve.solvers.norms import Estimates, Tolerance
 
 RETCODES = {
     L.DONE: ReturnCode.SUCCESS,
@@ -32,27 +34,71 @@ RETCODES = {
 }
 _FIRST_ROOM = 256  # steps; doubled when they are not enough
 _ROOM_IN_NUMBERS = 1_000_000  # for large states: less to begin with
+_MOST_TEMPLATES = 50
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python: a fraction of a second
-_RECORDS = (
-    *(L.PARAMS, L.STEP_T, L.STEP_H, L.MARKS, L.SAVES),
-    *(L.STOPS, L.BREAKS, L.RTOL, L.ATOL, L.BLOCK_ENDS),
-)
+_TIMES = (L.STEP_T, L.STEP_H)
+_ESTIMATES = (L.ERROR, L.ERROR_NORM, L.STIFFNESS)
+_RECORDS = (L.PARAMS, L.STEP_T, L.MARKS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL)
 
 
-def refuse(alg: Algorithm, settings: Settings) -> None:
-    """Say why a solve cannot run as machine code, whatever its right-hand side.
+class Template:
+    """What the kernels' arrays hold whatever is solved: method, tolerances, limits, addresses.
+
+    Made once for a right-hand side, a method and settings, and copied for each solve.
 
     Raises
     ------
     Declined
-        With the reason.
+        If such a solve cannot run as machine code, whatever its right-hand side.
     """
-    method_of(alg)
-    if settings.tolerance.norm is not None:
-        raise Declined("it has a norm of its own")
-    if settings.h_on_tape:
-        raise Declined("through_step_size=True differentiates the step sizes on the tape")
-    set_controller(settings.controller, np.zeros(L.N_INTEGERS, np.int64), np.zeros(L.N_REALS))
+
+    def __init__(self, compiled: Compiled, alg: Algorithm, settings: Settings):
+        self.method = method_of(alg)
+        if settings.tolerance.norm is not None:
+            raise Declined("it has a norm of its own")
+        if settings.h_on_tape:
+            raise Declined("through_step_size=True differentiates the step sizes on the tape")
+        self.integers = integers = self.method.integers.copy()
+        self.reals = reals = np.zeros(L.N_REALS)
+        set_controller(settings.controller, integers, reals)
+        self.held: dict[int, Any] = {}
+        self.settings = settings  # whose identities the cache goes by
+        integers[L.FIELD] = compiled.field()
+        integers[L.FUSED] = compiled.step(self.method.stages)
+        self._tolerance(settings.tolerance)
+        integers[L.ADAPTIVE] = settings.adaptive
+        integers[L.MAXITERS] = settings.maxiters
+        cost = (compiled.size + 10 * compiled.n) * self.method.n
+        most = 50 if settings.progress else 1_000_000
+        integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
+        reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
+        reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
+
+    def _tolerance(self, tolerance: Tolerance) -> None:
+        slots = (L.RTOL, L.RTOL_STRIDE), (L.ATOL, L.ATOL_STRIDE)
+        for values, (slot, stride) in zip(tolerance.doubles, slots, strict=True):
+            self.held[slot] = values
+            self.integers[slot], self.integers[stride] = address(values), len(values) > 1
+
+
+def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
+    """The template of such solves, from those that were made before."""
+    key = (
+        alg.tableau.stages if isinstance(alg, ExplicitRK) else alg,
+        type(alg),
+        settings.controller,
+        id(settings.tolerance),
+        *(settings.adaptive, settings.dt, settings.dtmin, settings.dtmax),
+        *(settings.maxiters, settings.progress, settings.h_on_tape),
+    )
+    known = compiled.templates
+    found = known.get(key)
+    if found is None:
+        found = Template(compiled, alg, settings)
+        if len(known) > _MOST_TEMPLATES:
+            known.clear()
+        known[key] = found
+    return found
 
 
 def evaluate(native: NativeField, t: float, u: Tensor) -> Tensor:
@@ -96,46 +142,43 @@ class Memory:
 
     Parameters
     ----------
-    native, alg
-        Right-hand side and method.
-    field
-        Address of what is integrated; default: the right-hand side.
+    native, template
+        Right-hand side, and what is the same in all such solves.
     n
         Size of the state.
     params
         Flat parameters that ``field`` is given.
+    field
+        Address of what is integrated; default: the right-hand side.
     """
 
     def __init__(
         self,
         native: NativeField,
-        alg: Algorithm,
-        settings: Settings,
+        template: Template,
         n: int,
         params: Tensor,
         breaks: Sequence[float],
         field: int | None = None,
     ):
         self.native = native
-        self.method: Method = method_of(alg)
+        self.method: Method = template.method
         self.n = n
         self.dtype = torch.float32 if native.compiled.single else torch.float64
         self.item = 4 if native.compiled.single else 8
-        self.integers = integers = self.method.integers.copy()
-        self.reals = reals = np.zeros(L.N_REALS)
-        self.held: dict[int, Any] = {}
+        self.integers = integers = template.integers.copy()
+        self.reals = reals = template.reals.copy()
+        self.held: dict[int, Any] = template.held.copy()
         self.arguments = address(integers), address(reals)
         integers[L.N] = n
-        integers[L.FIELD] = native.compiled.field() if field is None else field
-        if field is None:
-            integers[L.FUSED] = native.compiled.step(self.method.stages)
+        integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = 1, self.arguments[0] + 8 * L.N
+        if field is not None:
+            integers[L.FIELD], integers[L.FUSED] = field, 0
         self.hold(L.PARAMS, params)
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
             integers[L.N_BREAKS] = len(breaks)
         self.work()
-        self._set(settings)
-        set_controller(settings.controller, integers, reals)
 
     def work(self) -> None:
         """A work space, which each call of a kernel that may run beside others needs."""
@@ -144,13 +187,27 @@ class Memory:
         self.hold(L.WORK, torch.empty(size, dtype=self.dtype))
 
     def records(self) -> Memory:
-        """What is noted of the steps, to be gone through: without states, stages and results."""
+        """What is noted of the steps, to be kept: without states, stages and results."""
+        if L.DENSE in self.held:  # which keeps this memory, too
+            return self.copy()
+        self.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
+        return self
+
+    def copy(self) -> Memory:
+        """The records for a pass of its own: several may run at once."""
         copy = object.__new__(Memory)
         copy.__dict__.update(self.__dict__)
         copy.integers, copy.reals = self.integers.copy(), self.reals.copy()
         copy.arguments = address(copy.integers), address(copy.reals)
         copy.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
+        copy.integers[L.BLOCK_ENDS] = copy.arguments[0] + 8 * L.N
+        copy.integers[L.STOPS] = copy.arguments[1] + 8 * L.T_END  # read only while going forward
         return copy
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """Start and size of each step."""
+        t, h = self.held[L.STEP_T][:, : int(self.integers[L.ACCEPTED])].unbind()
+        return t, h
 
     def give(self, slot: int) -> Tensor:
         """An array that something else keeps alive from now on."""
@@ -162,23 +219,18 @@ class Memory:
         place = array.data_ptr() if isinstance(array, Tensor) else address(array)
         self.integers[slot] = place
 
-    def _set(self, settings: Settings) -> None:
-        integers, reals = self.integers, self.reals
-        tolerance = settings.tolerance
-        self.tolerance(L.RTOL, L.RTOL_STRIDE, tolerance.rtol)
-        self.tolerance(L.ATOL, L.ATOL_STRIDE, tolerance.atol)
-        self.blocks([self.n])
-        integers[L.ADAPTIVE] = settings.adaptive
-        integers[L.MAXITERS] = settings.maxiters
-        cost = (self.native.compiled.size + 10 * self.n) * self.method.n
-        most = 50 if settings.progress else 1_000_000
-        integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
-        reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
-        reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
+    def hold_rows(self, slots: Sequence[int], table: Tensor) -> None:
+        """The same for the rows of a table."""
+        self.held[slots[0]] = table
+        place, size = table.data_ptr(), table.shape[1] * table.element_size()
+        for i, slot in enumerate(slots):
+            self.integers[slot] = place + i * size
 
-    def tolerance(self, slot: int, stride: int, values: Tensor) -> None:
-        self.hold(slot, np.atleast_1d(values.numpy().astype(np.float64)))
-        self.integers[stride] = 1 if values.dim() else 0
+    def tolerance(self, tolerance: Tolerance, *slots: int) -> None:
+        """Write both tolerances to the slots of ``rtol``, its stride, ``atol`` and its stride."""
+        for values, slot, stride in zip(tolerance.doubles, slots[::2], slots[1::2], strict=True):
+            self.hold(slot, values)
+            self.integers[stride] = 1 if len(values) > 1 else 0
 
     def blocks(self, ends: Sequence[int]) -> None:
         """Parts of the state whose norms are taken one by one."""
@@ -190,12 +242,16 @@ class Memory:
         reals[L.T] = reals[L.ANCHOR] = t0
         reals[L.T_LOW], reals[L.T_HIGH] = min(t0, t1), max(t0, t1)
         reals[L.DIRECTION] = 1.0 if t1 >= t0 else -1.0
-        self.hold(L.STOPS, np.asarray([*stops, t1], dtype=np.float64))
+        reals[L.T_END] = t1
         integers[L.N_STOPS] = len(stops) + 1
+        if stops:
+            self.hold(L.STOPS, np.asarray([*stops, t1], dtype=np.float64))
+        else:
+            integers[L.STOPS] = self.arguments[1] + 8 * L.T_END
 
     def start(self, u: Tensor) -> None:
         """Put the state at the start where the kernel goes on from."""
-        self.held[L.WORK][: self.n] = u
+        self.held[L.WORK][: self.n].copy_(u)
 
     def state(self) -> Tensor:
         return self.held[L.WORK][: self.n].clone()
@@ -216,13 +272,9 @@ class Memory:
         if not wanted.steps:
             return
         integers[L.STEP_ROOM] = room
-        shapes: list[tuple[int, tuple[int, ...], torch.dtype]] = [
-            (L.STEP_T, (), torch.float64),
-            (L.STEP_H, (), torch.float64),
-            (L.ERROR, (), self.dtype),
-            (L.ERROR_NORM, (), self.dtype),
-            (L.STIFFNESS, (), self.dtype),
-        ]
+        self.hold_rows(_TIMES, torch.empty(2, room, dtype=torch.float64))
+        self.hold_rows(_ESTIMATES, torch.empty(3, room, dtype=self.dtype))
+        shapes: list[tuple[int, tuple[int, ...], torch.dtype]] = []
         if wanted.states:
             shapes.append((L.MARKS, (4,), torch.int64))
             integers[L.STRIDE] = 1
@@ -242,8 +294,12 @@ class Memory:
         integers = self.integers
         if integers[L.STEP_T] and integers[L.ACCEPTED] >= integers[L.STEP_ROOM]:
             integers[L.STEP_ROOM] *= 2
-            slots = [L.STEP_T, L.STEP_H, L.ERROR, L.ERROR_NORM, L.STIFFNESS]
-            for slot in (*slots, L.MARKS, L.DENSE, L.COMPLETE):
+            for slots in (_TIMES, _ESTIMATES):
+                old = self.held[slots[0]]
+                new = torch.empty(len(old), 2 * old.shape[1], dtype=old.dtype)
+                new[:, : old.shape[1]] = old
+                self.hold_rows(slots, new)
+            for slot in (L.MARKS, L.DENSE, L.COMPLETE):
                 if slot in self.held:
                     self._double(slot)
         if integers[L.N_SAVES] < 0 and integers[L.SAVED] >= integers[L.SAVE_ROOM]:
@@ -319,7 +375,8 @@ def integrate(
     NativeTrajectory
         With the partial result and the reason where the solve failed.
     """
-    memory = Memory(native, alg, settings, len(u0), native.params, breaks)
+    made = template(native.compiled, alg, settings)
+    memory = Memory(native, made, native.compiled.n, native.params, breaks)
     memory.span(t0, t1, settings.tstops)
     memory.want(wanted)
     memory.start(u0)
@@ -334,12 +391,13 @@ def integrate(
     kernel_s = time.perf_counter() - started
     integers, reals, held = memory.integers, memory.reals, memory.held
     count, saved = int(integers[L.ACCEPTED]), int(integers[L.SAVED])
-    step_t, step_h = held[L.STEP_T][:count], held[L.STEP_H][:count]
+    step_t, step_h = memory.steps()
+    error, error_norm, stiffness = held[L.ERROR][:, :count].unbind()
     if wanted.times is None:
         ends = [*step_t.tolist(), float(reals[L.T])]
         times: Sequence[float] = ends[:saved]
     else:
-        times = wanted.times if saved == len(wanted.times) else wanted.times[:saved]  # type: ignore[assignment]
+        times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]  # type: ignore[assignment]
     final = memory.state()
     del held[L.WORK]
     found = NativeTrajectory(
@@ -347,9 +405,9 @@ def integrate(
         u=held[L.OUT_U][:saved],
         step_t=step_t,
         step_h=step_h,
-        error=held[L.ERROR][:count],
-        error_norm=held[L.ERROR_NORM][:count],
-        stiffness=held[L.STIFFNESS][:count],
+        error=error,
+        error_norm=error_norm,
+        stiffness=stiffness,
         nf=int(integers[L.NF]),
         nreject=int(integers[L.REJECTED]),
         final=final,

@@ -129,7 +129,6 @@ def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: boo
     leaves = [p] if isinstance(p, Tensor) else pytree.tree_leaves(p)
     owner, key = _key(field, leaves)
     trace_s = 0.0
-    t = field.after(t0, direction)
     with _lock:
         known = _known(owner)
         entry = known.get(key)
@@ -138,17 +137,21 @@ def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: boo
         fresh = entry is None
         if entry is None:
             started = time.perf_counter()
-            entry = known[key] = _traced(field, t, u0)
+            entry = known[key] = _traced(field, field.after(t0, direction), u0)
             trace_s = time.perf_counter() - started
-    if entry.compiled is None:
-        raise Declined(entry.declined)
-    if guard and not fresh and not _agrees(field, NativeField(entry, leaves, 0.0), t, u0):
+    native = _ready(entry, leaves, trace_s)
+    if guard and not fresh and not _agrees(field, native, field.after(t0, direction), u0):
         with _lock:
             started = time.perf_counter()
-            entry = known[key] = _traced(field, t, u0)
+            entry = known[key] = _traced(field, field.after(t0, direction), u0)
             trace_s = time.perf_counter() - started
-        if entry.compiled is None:
-            raise Declined(entry.declined)
+        native = _ready(entry, leaves, trace_s)
+    return native
+
+
+def _ready(entry: _Entry, leaves: list[Any], trace_s: float) -> NativeField:
+    if entry.compiled is None:
+        raise Declined(entry.declined)
     return NativeField(entry, leaves, trace_s)
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.engine import Memory, message_of
+from diffsolve.engines.native.engine import Memory, message_of, template
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.norms import Tolerance
 
 
 @dataclass
@@ -44,7 +45,7 @@ def sweep(
     active
         Which tensors of the parameters are differentiated.
     """
-    memory, compiled = forward.records(), forward.native.compiled
+    memory, compiled = forward.copy(), forward.native.compiled
     memory.work()
     memory.hold(L.STATES, states)
     memory.integers[L.NF] = 0
@@ -52,19 +53,20 @@ def sweep(
     integers[L.VJP] = compiled.vjp(active)
     integers[L.FUSED_VJP] = compiled.step_vjp(memory.method.stages, active)
     integers[L.SWEPT] = integers[L.ACCEPTED]
-    memory.hold(L.STATE_BAR, torch.zeros(2, n, dtype=dtype))
-    memory.hold(L.P_BAR, torch.zeros(compiled.n_params, dtype=dtype))
+    bars = torch.zeros(2 * n + compiled.n_params, dtype=dtype)
+    memory.hold(L.STATE_BAR, bars)
+    integers[L.P_BAR] = integers[L.STATE_BAR] + 2 * n * memory.item
     slots = (L.SAVED_BARS, L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS)
     for slot, bar in zip(slots, cotangents, strict=True):
         if bar is not None and bar.numel():
-            memory.hold(slot, bar.detach().to(dtype).contiguous())
+            memory.hold(slot, bar.contiguous())
     if integers[L.STRIDE] > 1:
         memory.hold(L.SEGMENT, torch.empty(int(integers[L.STRIDE]), 2, n, dtype=dtype))
     function = kernel("sweep", compiled.single)
     started = time.perf_counter()
     memory.run(function)
     kernel_s = time.perf_counter() - started
-    return Swept(memory.held[L.STATE_BAR][0], memory.held[L.P_BAR], int(integers[L.NF]), kernel_s)
+    return Swept(bars[:n], bars[2 * n :], int(integers[L.NF]), kernel_s)
 
 
 class Path:
@@ -82,10 +84,8 @@ class Path:
 
     def __init__(self, forward: Memory, kept: Tensor, whole: bool):
         self.forward, self.kept, self.whole = forward, kept, whole
-        count = int(forward.integers[L.ACCEPTED])
         self.direction = float(forward.reals[L.DIRECTION])
-        self.starts = forward.held[L.STEP_T][:count].numpy()
-        self.sizes = forward.held[L.STEP_H][:count].numpy()
+        self.starts, self.sizes = (x.numpy() for x in forward.steps())
         self.end = float(forward.reals[L.T])
 
     def give(self, memory: Memory, low: float, high: float) -> None:
@@ -116,7 +116,7 @@ class Path:
         self.method = method  # its arrays must live
 
     def _remade(self, first: int, last: int) -> Tensor:
-        memory = self.forward.records()
+        memory = self.forward.copy()
         memory.work()
         memory.hold(L.STATES, self.kept)
         rows = memory.method.rows + 1
@@ -177,7 +177,7 @@ def solve_reverse(
     end: float,
     jumps: Callable[[float], int],
     bars: Tensor,
-    forward_tolerance: tuple[Tensor, Tensor],
+    forward_tolerance: Tolerance,
     breaks: Sequence[float],
 ) -> ReverseResult:
     """Solve an adjoint equation from ``start`` back to ``end``.
@@ -189,9 +189,8 @@ def solve_reverse(
     """
     n = len(bars[0])
     params = torch.cat([native.params, torch.zeros(n, dtype=bars.dtype)])
-    memory = Memory(
-        native, alg, problem.settings, len(problem.z), params, breaks, field=problem.field
-    )
+    made = template(native.compiled, alg, problem.settings)
+    memory = Memory(native, made, len(problem.z), params, breaks, field=problem.field)
     integers, reals = memory.integers, memory.reals
     stops = problem.settings.tstops
     memory.span(start, end, stops)
@@ -201,8 +200,8 @@ def solve_reverse(
     memory.hold(L.JUMPS, np.asarray([*map(jumps, stops), -1], dtype=np.int64))
     if problem.saved is not None:
         memory.hold(L.RESET, problem.saved.detach().contiguous())
-        memory.tolerance(L.FORWARD_RTOL, L.FORWARD_RTOL_STRIDE, forward_tolerance[0])
-        memory.tolerance(L.FORWARD_ATOL, L.FORWARD_ATOL_STRIDE, forward_tolerance[1])
+        slots = L.FORWARD_RTOL, L.FORWARD_RTOL_STRIDE, L.FORWARD_ATOL, L.FORWARD_ATOL_STRIDE
+        memory.tolerance(forward_tolerance, *slots)
     if problem.path is not None:
         integers[L.PATH_OUT] = integers[L.PARAMS] + len(native.params) * memory.item
         problem.path.give(memory, start, start)

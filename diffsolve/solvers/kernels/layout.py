@@ -131,7 +131,7 @@ DERIVATIVE = _integer("DERIVATIVE")
 READ_OUT = _integer("READ_OUT")
 
 T = _real("T")
-T_START = _real("T_START")
+T_END = _real("T_END")  # where STOPS points to if there are no others
 SIZE = _real("SIZE")  # of the next step; NaN: to be guessed
 DIRECTION = _real("DIRECTION")
 DT = _real("DT")
