@@ -5,6 +5,7 @@ from diffsolve.adjoints.backsolve import BacksolveAdjoint, BacksolveWarning
 from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.interpolating import InterpolatingAdjoint
 from diffsolve.adjoints.sensealg import Sensealg
+from diffsolve.jacobian import jacobian_sparsity
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.solution import ReturnCode, Solution, SolveError, Stats, Steps
 from diffsolve.solve import solve
@@ -62,6 +63,7 @@ __all__ = [
     "Vern6",
     "Vern7",
     "Vern9",
+    "jacobian_sparsity",
     "nn",
     "problems",
     "regularization",

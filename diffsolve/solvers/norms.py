@@ -88,8 +88,8 @@ def _uniform(rtol: float, atol: float, dtype: torch.dtype, device: torch.device)
             raise ValueError(f"{name} must be zero or positive and finite, got {value!r}")
     if rtol == atol == 0:
         raise ValueError("rtol and atol must not both be zero")
-    numbers = (torch.tensor(x, dtype=dtype, device=device) for x in (rtol, atol))
-    return Tolerance(*numbers)
+    relative, absolute = (torch.tensor(x, dtype=dtype, device=device) for x in (rtol, atol))
+    return Tolerance(relative, absolute)
 
 
 def _flat_tolerance(name: str, value: Any, structure: StateStructure) -> Tensor:

@@ -29,10 +29,8 @@ _STEP_VJP = Signature(
         *("bar", "p_bar"),
     ),
 )
-#: A derivative of more operations than this takes seconds to compile.
-_MOST_IN_DERIVATIVE = 60_000
-#: From so many on, the code is compiled with less care, so that it takes a second and not three.
-_LARGE = 6_000
+#: A derivative of more operations than this takes a second and more to compile.
+_MOST_IN_DERIVATIVE = 40_000
 #: A whole step is made one function where it has no more operations than this.
 _MOST_IN_STEP = 3_000
 
@@ -93,7 +91,7 @@ class Compiled:
         size = len(needed([y.node for y in outputs]))
         if size > _MOST_IN_DERIVATIVE:
             raise Declined(f"its derivative is too large: {size:,} scalar operations")
-        return compile_function(signature, outputs, self.single, 2 if size < _LARGE else 1)
+        return compile_function(signature, outputs, self.single)
 
     # -- the right-hand side and its products ----------------------------------------------------
 

@@ -20,6 +20,8 @@ from diffsolve.engines.native.expression import COMPARE, Node, needed
 
 #: Raised by one whenever the generated code changes for the same graph.
 _FORMAT = 1
+_BLOCK = 150  # lines of IR in a basic block
+_NEVER = "%never = icmp eq ptr %u, null"
 _CHECKSUM = 32  # bytes of it before each object file
 lock = threading.RLock()
 _serial = itertools.count()  # a library's name is not free again when it is unloaded
@@ -178,6 +180,21 @@ class _Emitter:
             return self.fresh(f"fdiv {kind} {one}, {below}")
         return self.call(op, args)
 
+    def body(self) -> str:
+        """The lines, in blocks: LLVM's time grows with the square of a block's length.
+
+        What keeps it from joining them again is a branch that is never taken.
+        """
+        lines = self.lines
+        if len(lines) <= 2 * _BLOCK:
+            return "\n".join(lines)
+        parts = [_NEVER, *lines[:_BLOCK]]
+        for i, begin in enumerate(range(_BLOCK, len(lines), _BLOCK)):
+            parts.append(f"br i1 %never, label %end, label %b{i}")
+            parts.append(f"b{i}:")
+            parts += lines[begin : begin + _BLOCK]
+        return "\n".join([*parts, "br label %end", "end:"])
+
     def function(self, name: str, outputs: Sequence[Output]) -> str:
         kind = self.kind
         ends: dict[int, list[Output]] = {}
@@ -194,7 +211,7 @@ class _Emitter:
                 self.lines.append(f"store {kind} {stored}, ptr {place}")
         scalars = [f"{kind} %{s}" for s in self.signature.scalars]
         arrays = [f"ptr noalias %{a}" for a in self.signature.arrays]
-        body = "\n".join(self.lines)
+        body = self.body()
         head = f"define void @{name}({', '.join(scalars + arrays)}) #0 {{"
         declared = "\n".join(
             f"declare {kind} @{f}({types}) #1" for f, types in sorted(self.declared.items())
@@ -275,42 +292,47 @@ def _unload(tracker: Any) -> None:
 def compile_function(
     signature: Signature, outputs: Sequence[Output], single: bool, level: int = 2
 ) -> Code:
-    """Machine code of a function of the outputs, from the disk where it was compiled before."""
+    """Machine code of a function of the outputs, from the disk where it was compiled before.
+
+    Parameters
+    ----------
+    level
+        Care of LLVM's code generation, 0 to 3.
+    """
     text = function_ir("{name}", signature, outputs, single)
-    return compile_ir(text, level, passes=len(text) < 400_000)
-
-
-def compile_ir(text: str, level: int = 2, passes: bool = False) -> Code:
-    """Machine code of IR in which the function's name stands as ``{name}``."""
-    return cached_code(f"{level} {passes}\n{text}", lambda: text, level, passes)
+    passes = _NEVER not in text  # they would join the blocks
+    return cached_code(f"{level}\n{text}", lambda: text, passes, level)
 
 
 def cached_code(
-    content: str, make_ir: Callable[[], str], level: int = 2, passes: bool = False
+    content: str, make_ir: Callable[[], str], passes: bool = False, level: int = 2
 ) -> Code:
-    """Machine code that was compiled before from the same ``content``, or is from ``make_ir()``."""
+    """Machine code that was compiled before from the same ``content``, or is from ``make_ir()``.
+
+    In the IR the function's name stands as ``{name}``. ``passes``: whether LLVM is to simplify it.
+    """
     key = hashlib.sha256(f"{machine().identity}\n{content}".encode()).hexdigest()
     name = f"diffsolve_{key[:24]}"
     found = _read(key)
     if found is None:
-        found = _compiled(make_ir().replace("{name}", name, 1), level, passes)
+        found = _compiled(make_ir().replace("{name}", name, 1), passes, level)
         _write(key, found)
     return Code(name, found)
 
 
-def _compiled(text: str, level: int, passes: bool) -> bytes:
+def _compiled(text: str, passes: bool, level: int) -> bytes:
     llvm = machine().llvm
     with lock:
         module = llvm.parse_assembly(text)
         module.verify()
-        tm = machine().target_machine(level)
+        target = machine().target_machine(level)
         if passes:
             options = llvm.create_pipeline_tuning_options(speed_level=1)
             options.slp_vectorization = False  # takes seconds on long straight code, for nothing
             options.loop_vectorization = False
-            builder = llvm.create_pass_builder(tm, options)
+            builder = llvm.create_pass_builder(target, options)
             builder.getModulePassManager().run(module, builder)
-        return tm.emit_object(module)
+        return target.emit_object(module)
 
 
 # -- the cache on disk ---------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.expression import Node, Pool
+from diffsolve.engines.native.expression import MOST_NODES, Node, Pool
 from diffsolve.engines.native.tracer import TORCH, Lifted, Tracer, is_wrapped
 from diffsolve.problems.structure import StateStructure
 
@@ -65,7 +65,14 @@ class Trace:
     detached: str | None = None
 
 
-def trace(f: Callable[..., Any], structure: StateStructure, p: Any, t0: Any, u0: Tensor) -> Trace:
+def trace(
+    f: Callable[..., Any],
+    structure: StateStructure,
+    p: Any,
+    t0: Any,
+    u0: Tensor,
+    most: int = MOST_NODES,
+) -> Trace:
     """Run ``f(t0, u0, p)`` once and write down what it computes.
 
     Parameters
@@ -76,6 +83,8 @@ def trace(f: Callable[..., Any], structure: StateStructure, p: Any, t0: Any, u0:
         Of the state.
     u0
         Flat state; it is not changed.
+    most
+        Number of operations beyond which it is declined.
 
     Raises
     ------
@@ -89,7 +98,7 @@ def trace(f: Callable[..., Any], structure: StateStructure, p: Any, t0: Any, u0:
         raise Declined(f"the state is on {structure.device}, not on the CPU")
     if torch.is_autocast_enabled("cpu"):
         raise Declined("autocast is active")
-    pool = Pool(_NUMPY[structure.dtype])
+    pool = Pool(_NUMPY[structure.dtype], most)
     tracer = Tracer(pool, structure.dtype, trace.__code__)
     with torch.no_grad():
         t = torch.as_tensor(t0, dtype=structure.time_dtype).detach().clone()
