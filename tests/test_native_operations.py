@@ -15,9 +15,14 @@ from hypothesis import strategies as st
 from native_graphs import F64, pullback, run, second_order_terms, torch_pullback, traced, value
 from torch import Tensor, nn
 
+from diffsolve import ODEProblem
 from diffsolve.engines.native.derivative import jacobian, sparsity
+from diffsolve.engines.native.engine import evaluate
+from diffsolve.engines.native.expression import Pool
+from diffsolve.engines.native.field import find
 from diffsolve.engines.native.llvm import Signature
 from diffsolve.engines.native.registry import words
+from diffsolve.problems.vector_field import VectorField
 
 Op = Callable[..., Tensor]
 INF, NAN = math.inf, math.nan
@@ -572,3 +577,26 @@ def test_jacobians_and_second_order_of_compositions(f, u, p):
     found = second_order_terms(tr, u, p, v, w)
     bound = 1e-10 * _scale(expected) + 100 * shaken
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("exponent", [1.5, 2.5, -1.5, -2.5])
+def test_half_powers_at_every_corner(exponent: float, dtype: torch.dtype) -> None:
+    ends = [0.0, -0.0, math.inf, -math.inf, math.nan, -1.0, 1.0]
+    points = torch.tensor([*ends, 2.3, 1e-30, 1e-12, 1e9, 1e25, 1e-150, 1e200], dtype=dtype)
+    prob = ODEProblem(lambda t, u: u**exponent, torch.ones_like(points), (0.0, 1.0))
+    field = VectorField.of(prob)
+    native = find(field, 0.0, prob.u0, 1.0, guard=False)
+    found, expected = evaluate(native, 0.0, points), points**exponent
+    torch.testing.assert_close(
+        found, expected, rtol=4 * torch.finfo(dtype).eps, atol=0, equal_nan=True
+    )
+    kept = ~expected.isnan()
+    assert torch.equal(found.signbit()[kept], expected.signbit()[kept])
+
+
+def test_squares_of_opposite_differences_are_one() -> None:
+    pool = Pool()
+    x, y = pool.input("u", 0), pool.input("u", 1)
+    assert (x - y) * (x - y) is (y - x) * (y - x)
+    assert (x - y) is not -(y - x)  # the sign of zero differs

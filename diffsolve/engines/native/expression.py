@@ -309,6 +309,9 @@ def _simpler_sub(pool: Pool, a: Node, b: Node) -> Node | None:
 
 
 def _simpler_mul(pool: Pool, a: Node, b: Node) -> Node | None:
+    if a is b and a.op == "sub" and a.args[0].index > a.args[1].index:
+        other = pool.binary("sub", a.args[1], a.args[0])  # the same square, to the last bit
+        return pool._make("mul", (other, other))
     for x, y in ((a, b), (b, a)):
         if y.is_const and y.data == 1:
             return x

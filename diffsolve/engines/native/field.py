@@ -71,6 +71,9 @@ class NativeField:
         flat = [x.detach().reshape(-1) for x in self.tensors]
         self.params = flat[0].clone() if len(flat) == 1 else torch.cat(flat) if flat else _NOTHING
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativeField:
+        return self  # nothing changes it, and machine code has no copies
+
     def compile_s(self) -> float:
         """Seconds spent on tracing and compiling since this was made."""
         return self._trace_s + self.compiled.compile_s

@@ -64,6 +64,8 @@ def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
             _identify(module, items, note)
             _visit_items(module._parameters.values(), items, note, depth - 1)
             _visit_items(module._buffers.values(), items, note, depth - 1)
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                _visit_items(hooks.values(), items, note, depth - 1)
             plain = [v for k, v in vars(module).items() if k[0] != "_"]
             _visit_items(plain, items, note, depth - 1)
     elif kind in (list, tuple, dict):
@@ -98,6 +100,7 @@ def _visit_function(f: Any, items: list[Any], note: Any, depth: int) -> None:
             continue
         _visit(content, items, note, depth - 1)
     _visit_items(f.__defaults__ or (), items, note, depth - 1)
+    _visit_items((f.__kwdefaults__ or {}).values(), items, note, depth - 1)
     names = f.__globals__
     for name in _named(f.__code__):
         if name in names:
