@@ -167,7 +167,7 @@ def solve(
             if recording:
                 field.params = native.differentiable(field, u0.requires_grad)
             sensealg = choose(asked, recording and (moving or bool(field.params)))
-            template(native.compiled, alg, sensealg.prepared(settings))
+            native.template = template(native.compiled, alg, sensealg.prepared(settings))
             if not isinstance(sensealg, NoAdjoint):
                 sensealg.compile(native, alg)
             stats.engine, stats.compile_s = "native", native.compile_s()

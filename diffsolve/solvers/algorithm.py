@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -70,6 +71,11 @@ def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
     return u, abs(h) * torch.stack(derivatives).amax() if derivatives else u
 
 
+@cache
+def _pi_controller(order: int) -> PIController:
+    return PIController.for_order(order)
+
+
 class Algorithm(ABC):
     """A method of integration and what it declares about itself.
 
@@ -106,7 +112,7 @@ class Algorithm(ABC):
 
     def default_controller(self) -> Controller:
         """Step-size controller that the literature gives this method."""
-        return PIController.for_order(self.order)
+        return _pi_controller(self.order)
 
     def __repr__(self) -> str:
         return f"{self.name}()"

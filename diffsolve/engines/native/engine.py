@@ -375,8 +375,7 @@ def integrate(
     NativeTrajectory
         With the partial result and the reason where the solve failed.
     """
-    made = template(native.compiled, alg, settings)
-    memory = Memory(native, made, native.compiled.n, native.params, breaks)
+    memory = Memory(native, native.template, native.compiled.n, native.params, breaks)
     memory.span(t0, t1, settings.tstops)
     memory.want(wanted)
     memory.start(u0)

@@ -58,6 +58,8 @@ class NativeField:
         What it uses besides ``t`` and ``u``, one tensor a block of the flat parameters.
     params
         Those numbers, flat, as they were when the solve began.
+    template
+        What the kernels are given in such solves, filled in by the engine.
     """
 
     def __init__(self, entry: _Entry, leaves: list[Any], trace_s: float):
@@ -65,6 +67,7 @@ class NativeField:
         self.compiled = entry.compiled
         self._trace_s = trace_s - entry.compiled.compile_s
         self._entry = entry
+        self.template: Any = None
         self.tensors: list[Tensor] = [
             x.tensor if x.tensor is not None else leaves[x.p_position or 0] for x in entry.inputs
         ]
