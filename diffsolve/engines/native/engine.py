@@ -92,7 +92,10 @@ def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template
         *(settings.maxiters, settings.progress, settings.h_on_tape),
     )
     known = compiled.templates
-    found = known.get(key)
+    try:
+        found = known.get(key)
+    except TypeError:  # a controller of the user's, with a list among its numbers
+        return Template(compiled, alg, settings)
     if found is None:
         found = Template(compiled, alg, settings)
         if len(known) > _MOST_TEMPLATES:
