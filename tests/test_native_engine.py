@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 from types import SimpleNamespace
 
@@ -314,6 +315,41 @@ def global_tensor():
     return (lambda t, u: -a_global_tensor * u), change
 
 
+def global_of_a_forward():
+    global a_global
+    a_global = 1.0
+
+    class Net(nn.Module):
+        def forward(self, t, u):
+            return -a_global * u
+
+    return Net(), change_global
+
+
+def global_of_a_callable():
+    global a_global
+    a_global = 1.0
+
+    class Call:
+        def __call__(self, t, u):
+            return -a_global * u
+
+    return Call(), change_global
+
+
+def attribute_of_a_module():
+    module = types.ModuleType("settings")
+    module.rate = 1.0
+    return (lambda t, u: -module.rate * u), lambda: setattr(module, "rate", 2.0)
+
+
+def attribute_of_a_class():
+    class Settings:
+        rate = 1.0
+
+    return (lambda t, u: -Settings.rate * u), lambda: setattr(Settings, "rate", 2.0)
+
+
 def list_entry():
     rates = [1.0]
     return (lambda t, u: -rates[0] * u), lambda: rates.__setitem__(0, 2.0)
@@ -444,7 +480,8 @@ SEEN = [
     module_attribute, parameter_in_place, parameter_rebound, parameter_data, state_dict,
     bound_method, a_global_number, global_tensor, list_entry, list_length, dict_entry,
     default_argument, keyword_default, inner_function, rebound_function, training_mode,
-    forward_replaced, forward_hook, submodule, slots, int_tensor,
+    forward_replaced, forward_hook, submodule, slots, int_tensor, global_of_a_forward,
+    global_of_a_callable, attribute_of_a_module, attribute_of_a_class,
 ]  # fmt: skip
 #: What only the comparison of values sees: an array's contents, and what lies deep in objects.
 GUARDED = [array, buried]
@@ -750,6 +787,7 @@ FAILURES = {
     "Inf at the start": (lambda t, u: u / (u - 1), {}, ReturnCode.UNSTABLE),
     "fixed": (root, {"adaptive": False, "dt": 0.1}, ReturnCode.UNSTABLE),
     "fixed Euler": (lambda t, u: u * u * 1e200, {"alg": Euler(), "dt": 0.1}, ReturnCode.UNSTABLE),
+    "no limit": (blow_up, {"u0": 2 * ones(), "maxiters": 10**20}, ReturnCode.DT_LESS_THAN_MIN),
     "fixed, too many": (lambda t, u: -u, {"adaptive": False, "dt": 0.01, "maxiters": 7},
                         ReturnCode.MAX_ITERS),
 }  # fmt: skip
@@ -957,6 +995,31 @@ def test_threads_solve_the_same_and_other_problems():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_threads_read_the_same_solution():
+    """Also the first to ask for values, when the extra stages are not there yet."""
+    prob = ODEProblem(oscillator, torch.tensor([1.0, 0.0], dtype=DOUBLE), (0.0, 40.0), ones()[0])
+    options = {"rtol": 1e-9, "atol": 1e-9, "engine": "native"}
+    wrong = []
+
+    def read(sol, seed):
+        times = torch.linspace(0, 40, 301, dtype=DOUBLE)[torch.randperm(301)]
+        try:
+            for i in range(10):
+                some = times[i * seed : 200 + i]
+                assert float((sol(some)[:, 0] - torch.cos(some)).abs().max()) < 1e-6
+        except BaseException as error:
+            wrong.append(error)
+
+    for _ in range(5):
+        sol = solve(prob, Vern7(), **options)
+        threads = [threading.Thread(target=read, args=(sol, i)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
 
 
 def test_a_long_solve_does_not_hold_up_other_threads():

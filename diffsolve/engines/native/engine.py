@@ -35,6 +35,7 @@ RETCODES = {
 _FIRST_ROOM = 256  # steps; doubled when they are not enough
 _ROOM_IN_NUMBERS = 1_000_000  # for large states: less to begin with
 _MOST_TEMPLATES = 50
+_MOST_STEPS = 2**62
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python: a fraction of a second
 _TIMES = (L.STEP_T, L.STEP_H)
 _ESTIMATES = (L.ERROR, L.ERROR_NORM, L.STIFFNESS)
@@ -67,7 +68,7 @@ class Template:
         integers[L.FUSED] = compiled.step(self.method.stages)
         self._tolerance(settings.tolerance)
         integers[L.ADAPTIVE] = settings.adaptive
-        integers[L.MAXITERS] = settings.maxiters
+        integers[L.MAXITERS] = min(settings.maxiters, _MOST_STEPS)
         cost = (compiled.size + 10 * compiled.n) * self.method.n
         most = 50 if settings.progress else 1_000_000
         integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
@@ -457,12 +458,12 @@ class NativeDense:
 
     def __call__(self, times: Sequence[float], derivative: int = 0) -> Tensor:
         """States ``(m, N)`` at times in any order."""
-        memory = self._memory
         low, high = self.ends
         for t in times:
             if not low <= self.direction * t <= high:
                 ends = sorted((self.direction * low, self.direction * high))
                 raise ValueError(f"t = {t} is outside of the solved interval {ends}")
+        memory = self._memory.copy()  # threads may read at once
         out = torch.empty(len(times), memory.n, dtype=memory.dtype)
         integers = memory.integers
         if not integers[L.ACCEPTED]:  # an empty span: every time is t0
@@ -472,6 +473,4 @@ class NativeDense:
         integers[L.N_READ], integers[L.DERIVATIVE] = len(times), derivative
         memory.work()
         memory.run(kernel("read", memory.native.compiled.single))
-        for slot in (L.WORK, L.READ, L.READ_OUT):
-            del memory.held[slot]
         return out

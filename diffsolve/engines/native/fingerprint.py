@@ -68,6 +68,7 @@ def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
                 _visit_items(hooks.values(), items, note, depth - 1)
             plain = [v for k, v in vars(module).items() if k[0] != "_"]
             _visit_items(plain, items, note, depth - 1)
+            _visit(type(module).forward, items, note, depth - 1)
     elif kind in (list, tuple, dict):
         items.append(len(x))
         if len(x) <= _MOST_ITEMS:
@@ -81,6 +82,9 @@ def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
     else:
         _identify(x, items, note)
         _visit_items(getattr(x, "__dict__", {}).values(), items, note, depth - 1)
+        call = getattr(kind, "__call__", None)  # noqa: B004  # what it is matters
+        if type(call) is types.FunctionType:
+            _visit(call, items, note, depth - 1)
 
 
 def _visit_items(xs: Any, items: list[Any], note: Any, depth: int) -> None:
@@ -93,18 +97,28 @@ def _visit_function(f: Any, items: list[Any], note: Any, depth: int) -> None:
     _identify(f, items, note)
     if depth <= 0 or (f.__module__ or "").startswith("torch."):
         return
+    named = _named(f.__code__)
     for cell in f.__closure__ or ():
         try:
             content = cell.cell_contents
         except ValueError:  # not filled yet
             continue
         _visit(content, items, note, depth - 1)
+        _visit_attributes(content, named, items, note, depth - 1)
     _visit_items(f.__defaults__ or (), items, note, depth - 1)
     _visit_items((f.__kwdefaults__ or {}).values(), items, note, depth - 1)
     names = f.__globals__
-    for name in _named(f.__code__):
+    for name in named:
         if name in names:
             _visit(names[name], items, note, depth - 2)
+            _visit_attributes(names[name], named, items, note, depth - 2)
+
+
+def _visit_attributes(x: Any, named: Any, items: list[Any], note: Any, depth: int) -> None:
+    """What a function that uses these names could read of a module or a class."""
+    if isinstance(x, (types.ModuleType, type)):
+        inside = vars(x)
+        _visit_items([inside[name] for name in named if name in inside], items, note, depth)
 
 
 @functools.lru_cache(maxsize=1000)
