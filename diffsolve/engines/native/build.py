@@ -14,6 +14,7 @@ import numpy as np
 from numba import cfunc, types
 from numba.core import config
 
+from diffsolve.engines.native.llvm import machine
 from diffsolve.engines.native.loop import advance, read
 from diffsolve.engines.native.sweep import replay, sweep
 
@@ -80,7 +81,10 @@ define i64 @plain_kernel(ptr %integers, ptr %reals) {{
 
 def _drop_unused(module: Any) -> None:
     """Inline, and drop what nothing calls: Numba's wrappers and error paths."""
-    target = llvm.Target.from_default_triple().create_target_machine(opt=2)
+    target = machine().target_machine(2)
     options = llvm.create_pipeline_tuning_options(speed_level=2)
+    # loops over two or three numbers get slower by it; long ones are unrolled by hand
+    options.loop_vectorization = False
+    options.slp_vectorization = True
     builder = llvm.create_pass_builder(target, options)
     builder.getModulePassManager().run(module, builder)

@@ -179,9 +179,13 @@ class Compiled:
         k = [list(pool.inputs("k", n))]
 
         def combined(weights: np.ndarray, base: list[Node] | None) -> list[Node]:
-            used = [(w, row) for w, row in zip(weights, k, strict=False) if w != 0]
-            sums = [h * pool.sum([float(w) * row[m] for w, row in used]) for m in range(n)]
-            return sums if base is None else [x + y for x, y in zip(base, sums, strict=True)]
+            used = [(float(w), row) for w, row in zip(weights, k, strict=False) if w != 0]
+            *before, (w_last, last) = used
+            # the newest derivative comes last, alone: the processor need not wait for it before
+            sums = [h * pool.sum([w * row[m] for w, row in before]) for m in range(n)]
+            if base is not None:
+                sums = [x + y for x, y in zip(base, sums, strict=True)]
+            return [x + (h * w_last) * y for x, y in zip(sums, last, strict=True)]
 
         g, stiff = u, u
         for i in range(1, stages.n):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 _DEPTH = 4
 _MOST_ITEMS = 100
+_MOST_IN_ALL = 5_000  # about a millisecond
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 _KINDS = (types.ModuleType, types.BuiltinFunctionType, type)
 
@@ -89,6 +90,8 @@ def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
 
 def _visit_items(xs: Any, items: list[Any], note: Any, depth: int) -> None:
     for x in xs:
+        if len(items) >= _MOST_IN_ALL:
+            return
         _visit(x, items, note, depth)
 
 

@@ -20,10 +20,11 @@ from diffsolve.solvers.explicit_rk.kernel import (
 )
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.memory import inlined, integers, reals, size_of, ulp, view
-from diffsolve.solvers.kernels.norms import add_scaled, copy, distance, scaled_norm
+from diffsolve.solvers.kernels.norms import add_scaled, copy, distance, larger, scaled_norm
 
 _STRETCH = 1.01  # as in the torch engine
 _ROUNDING = 1 + 1e-8
+_LEAST_MEMORY = math.log(1e-4)
 
 
 @inlined
@@ -115,6 +116,55 @@ def begin(I, R, like):
 @inlined
 def measure(I, R, like):
     """Scaled error (returned), its norm and the stiffness of the step in the work space."""
+    error, norm, stiffness = quick_measure(I, like)
+    if not error + norm + stiffness < math.inf:
+        error, norm, stiffness = careful_measure(I, like)
+    R[L.LAST_ERROR], R[L.LAST_STIFFNESS] = error, stiffness
+    return error, norm, stiffness
+
+
+@inlined
+def quick_measure(I, like):
+    """The three norms in one loop; not finite where that is too simple."""
+    n = I[L.N]
+    if I[L.N_BLOCKS] != 1 or I[L.B_ERROR] == 0:
+        return math.nan, math.nan, math.nan
+    u, new = view(row(I, L.W_U, like), like), view(row(I, L.W_NEW, like), like)
+    last, same = (
+        view(stage(I, I[L.STAGES] - 1, like), like),
+        view(stage(I, I[L.STIFF_STAGE], like), like),
+    )
+    g = view(row(I, L.W_STIFF, like), like)
+    e, low = view(row(I, L.W_ERROR, like), like), view(row(I, L.W_LOW, like), like)
+    rtol, rtol_stride = reals(I[L.RTOL]), I[L.RTOL_STRIDE]
+    atol, atol_stride = reals(I[L.ATOL]), I[L.ATOL_STRIDE]
+    damped = I[L.B_LOW] != 0
+    scaled, plain, above, below, other = 0.0, 0.0, 0.0, 0.0, 0.0
+    for m in range(n):
+        scale = atol[m * atol_stride] + rtol[m * rtol_stride] * larger(u[m], new[m])
+        x = float(e[m])
+        q = x / scale
+        scaled += q * q
+        plain += x * x
+        dk = float(last[m]) - float(same[m])
+        dg = float(new[m]) - float(g[m])
+        above += dk * dk
+        below += dg * dg
+        if damped:
+            q = float(low[m]) / scale
+            other += q * q
+    if not scaled + plain + above + below + other < math.inf:
+        return math.nan, math.nan, math.nan
+    error = math.sqrt(scaled / n)
+    if damped and error > 0:
+        error = error * error / math.hypot(error, 0.1 * math.sqrt(other / n))
+    stiffness = math.sqrt(above / below) if below > 0 else 0.0
+    return error, math.sqrt(plain / n), stiffness
+
+
+@inlined
+def careful_measure(I, like):
+    """The same for blocks, without an estimate, and where squares overflow."""
     n = I[L.N]
     u, new = row(I, L.W_U, like), row(I, L.W_NEW, like)
     last, stiff = stage(I, I[L.STAGES] - 1, like), stage(I, I[L.STIFF_STAGE], like)
@@ -134,14 +184,13 @@ def measure(I, R, like):
     stiffness = numerator / denominator if denominator > 0 else 0.0
     if not numerator + denominator < math.inf:
         error, stiffness = math.nan, math.nan
-    R[L.LAST_ERROR], R[L.LAST_STIFFNESS] = error, stiffness
     return error, norm, stiffness
 
 
 @inlined
-def pid(R, error):
-    x = error ** -R[L.BETA1] * R[L.MEMORY1] ** -R[L.BETA2] * R[L.MEMORY2] ** -R[L.BETA3]
-    return 1 + math.atan(x - 1)
+def pid(R, log_error):
+    exponent = R[L.BETA1] * log_error + R[L.BETA2] * R[L.MEMORY1] + R[L.BETA3] * R[L.MEMORY2]
+    return 1 + math.atan(math.exp(-exponent) - 1)
 
 
 @inlined
@@ -157,27 +206,28 @@ def propose(I, R, error, count):
     if not error < math.inf:
         return False, smallest
     if error > 1:
-        factor = error ** -R[L.BETA1]
+        log_error = math.log(error)
+        factor = math.exp(-R[L.BETA1] * log_error)
         if kind == L.PID:
-            plain = error ** -R[L.BETA_PLAIN]
-            factor = pid(R, error)
+            plain = math.exp(-R[L.BETA_PLAIN] * log_error)
+            factor = pid(R, log_error)
             factor = plain if plain < factor else factor
         return False, limited(safety * factor, smallest, 1.0)
     limit = 1.0 if I[L.REJECTIONS] > 0 else R[L.FACTOR_MAX]
     if error == 0:
         return True, limit
-    factor = error ** -R[L.BETA1]
+    log_error = math.log(error)
+    exponent = R[L.BETA1] * log_error
     if kind == L.PI:
         if I[L.HAS_MEMORY] == 0:
-            factor = error ** -(R[L.BETA1] + 0.75 * R[L.BETA2])
+            exponent += 0.75 * R[L.BETA2] * log_error
         else:
-            factor *= R[L.MEMORY1] ** R[L.BETA2]
-    elif kind == L.PID:
-        factor = pid(R, error)
+            exponent -= R[L.BETA2] * R[L.MEMORY1]
+    factor = pid(R, log_error) if kind == L.PID else math.exp(-exponent)
     if count and kind != L.INTEGRAL:
         I[L.HAS_MEMORY] = 1
         R[L.MEMORY2] = R[L.MEMORY1]
-        R[L.MEMORY1] = error if error > 1e-4 else 1e-4
+        R[L.MEMORY1] = log_error if error > 1e-4 else _LEAST_MEMORY
     return True, limited(safety * factor, smallest, limit)
 
 
@@ -327,15 +377,21 @@ def compare(I, R, reached, true, like):
 
 
 @inlined
+def below_floor(I, R, t):
+    """Whether the step size is too small to go on with."""
+    size = R[L.SIZE]
+    if size > 1e-14 * abs(t) and size >= R[L.DTMIN]:  # far above four units of rounding
+        return False
+    return size < 4 * ulp(t) or (I[L.ADAPTIVE] != 0 and size < R[L.DTMIN])
+
+
+@inlined
 def attempt(I, R, like):
     """One attempted step, accepted or not."""
     adaptive, t = I[L.ADAPTIVE] != 0, R[L.T]
     size, lands = fit(I, R)
     h = R[L.DIRECTION] * size
-    floor = 4 * ulp(t)
-    if adaptive and R[L.DTMIN] > floor:
-        floor = R[L.DTMIN]
-    if not lands and R[L.SIZE] < floor:
+    if not lands and below_floor(I, R, t):
         return L.UNSTABLE if I[L.NOT_FINITE] != 0 else L.DT_LESS_THAN_MIN
     if I[L.ATTEMPTS] >= I[L.MAXITERS]:
         return L.MAX_ITERS

@@ -107,6 +107,5 @@ def set_controller(controller: Controller, integers: Any, reals: Any) -> None:
         beta, k = controller.beta, controller.k  # type: ignore[attr-defined]
         reals[L.BETA1 : L.BETA3 + 1] = [x / k for x in beta]
         reals[L.BETA_PLAIN] = 1 / k
-        reals[L.MEMORY1] = reals[L.MEMORY2] = 1.0
     else:
         raise Declined(f"the controller {kind.__name__} has no compiled form")

@@ -143,6 +143,10 @@ def stage_times(I, t, h, like):
     nodes = reals(I[L.C])
     place = stage(I, stages + I[L.EXTRA], like)
     times = view(place, like)
+    if I[L.N_BREAKS] == 0:
+        for i in range(stages):
+            times[i] = cast(t + nodes[i] * h, like)
+        return place
     for i in range(stages):
         times[i] = cast(beside_breaks(I, t + nodes[i] * h, t, t + h, like), like)
     return place

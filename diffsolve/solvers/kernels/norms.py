@@ -11,15 +11,26 @@ from diffsolve.solvers.kernels.memory import cast, inlined, integers, reals, vie
 @inlined
 def copy(n, source, target, like):
     x, y = view(source, like), view(target, like)
-    for m in range(n):
+    m = 0
+    while m + 4 <= n:  # all is read before it is written, so that LLVM makes a vector of four
+        a, b, c, d = x[m], x[m + 1], x[m + 2], x[m + 3]
+        y[m], y[m + 1], y[m + 2], y[m + 3] = a, b, c, d
+        m += 4
+    while m < n:
         y[m] = x[m]
+        m += 1
 
 
 @inlined
 def fill_zero(n, target, like):
     y = view(target, like)
-    for m in range(n):
+    m = 0
+    while m + 4 <= n:
+        y[m], y[m + 1], y[m + 2], y[m + 3] = like, like, like, like
+        m += 4
+    while m < n:
         y[m] = like
+        m += 1
 
 
 @inlined
@@ -27,8 +38,15 @@ def add_scaled(n, a, source, target, like):
     """``target += a * source``."""
     factor = cast(a, like)
     x, y = view(source, like), view(target, like)
-    for m in range(n):
+    m = 0
+    while m + 4 <= n:
+        p, q = y[m] + factor * x[m], y[m + 1] + factor * x[m + 1]
+        r, s = y[m + 2] + factor * x[m + 2], y[m + 3] + factor * x[m + 3]
+        y[m], y[m + 1], y[m + 2], y[m + 3] = p, q, r, s
+        m += 4
+    while m < n:
         y[m] += factor * x[m]
+        m += 1
 
 
 @inlined
