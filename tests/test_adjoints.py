@@ -287,6 +287,7 @@ def test_discrete_adjoint_equals_plain_autograd(sensealg, dt, f):
         prob = ODEProblem(f, u0, (0.0, 1.5), {"w": w, "b": b})
         saveat = [0.01, 0.02, 0.6, 1.1, 1.3]
         options = {"saveat": saveat, "adaptive": dt is None, "dt": dt, "sensealg": sensealg}
+        options["engine"] = "torch"  # the first step's stiffness is mostly rounding: the same here
         sol = solve(prob, BS3(), rtol=1e-4, atol=1e-4, **options)
         steps = sol.steps
         loss = (sol.u**2).sum() + steps.error.sum() + (steps.error_norm**2).sum()

@@ -178,18 +178,17 @@ class Compiled:
         u = list(pool.inputs("u", n))
         k = [list(pool.inputs("k", n))]
 
-        def combined(weights: np.ndarray, base: list[Node] | None) -> list[Node]:
+        def combined(weights: np.ndarray) -> list[Node]:
             used = [(float(w), row) for w, row in zip(weights, k, strict=False) if w != 0]
-            *before, (w_last, last) = used
-            # the newest derivative comes last, alone: the processor need not wait for it before
-            sums = [h * pool.sum([w * row[m] for w, row in before]) for m in range(n)]
-            if base is not None:
-                sums = [x + y for x, y in zip(base, sums, strict=True)]
-            return [x + (h * w_last) * y for x, y in zip(sums, last, strict=True)]
+            return [pool.sum([w * row[m] for w, row in used]) for m in range(n)]
 
         g, stiff = u, u
         for i in range(1, stages.n):
-            g = combined(stages.a[i], u)
+            # the newest derivative comes last, alone: the rest of the sum need not wait for it
+            g = [x + h * y for x, y in zip(u, combined(stages.a[i, : i - 1]), strict=True)]
+            if stages.a[i, i - 1] != 0:
+                newest = h * float(stages.a[i, i - 1])
+                g = [x + newest * y for x, y in zip(g, k[-1], strict=True)]
             if i == stiffness_stage(stages):
                 stiff = g
             table = {("u", m): g[m] for m in range(n)}
@@ -198,7 +197,7 @@ class Compiled:
         results = {"new": g, "stiff": stiff, "k": [x for row in k[1:] for x in row]}
         for name, weights in (("error", stages.b_error), ("low", stages.b_error_low)):
             if weights is not None:
-                results[name] = combined(weights, None)
+                results[name] = [h * x for x in combined(weights)]
         return pool, results
 
     def _step_function(self, stages: Stages) -> tuple[Signature, list[Output]] | None:
