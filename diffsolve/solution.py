@@ -45,7 +45,8 @@ class Stats:
     wall_s
         Seconds.
     kernel_s, compile_s
-        Seconds of them inside of the compiled loop, and for tracing and compiling (native engine).
+        Seconds of them inside of the compiled loop, and for tracing and compiling ``f`` (native
+        engine).
     adjoint
         The same of the reverse pass, filled by ``backward``; None before.
     """

@@ -30,7 +30,7 @@ _STEP_VJP = Signature(
     ),
 )
 #: A derivative of more operations than this takes a second and more to compile.
-_MOST_IN_DERIVATIVE = 40_000
+_MOST_IN_DERIVATIVE = 25_000
 #: A whole step is made one function where it has no more operations than this.
 _MOST_IN_STEP = 3_000
 
@@ -70,7 +70,7 @@ class Compiled:
         self.templates: dict[Any, Any] = {}  # of solves, kept by the engine
         self._codes: dict[Any, Code | None] = {}
         self._lock = threading.RLock()
-        pool.most = 4 * _MOST_IN_DERIVATIVE
+        pool.most = 10 * _MOST_IN_DERIVATIVE
 
     def _code(self, key: Any, make: Callable[[], tuple[Signature, list[Output]] | None]) -> int:
         """Address of a function; 0 if ``make`` says that there is none."""

@@ -15,8 +15,8 @@ import numpy as np
 
 from diffsolve.engines.native.declined import Declined
 
-#: More nodes than this take about a second or more to compile.
-MOST_NODES = 20_000
+#: More nodes than this take a second or more to compile, with the derivative.
+MOST_NODES = 10_000
 
 #: One argument, a number in and out. The names are those of LLVM's emitter and of NumPy's folding.
 UNARY = {

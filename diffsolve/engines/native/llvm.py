@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import logging
 import math
 import os
 import struct
@@ -25,6 +26,7 @@ _BLOCK = 150  # lines of IR in a basic block
 _NEVER = "%never = icmp eq ptr %u, null"
 _CHECKSUM = 32  # bytes of it before each object file
 lock = threading.RLock()
+_log = logging.getLogger("diffsolve")
 _serial = itertools.count()  # a library's name is not free again when it is unloaded
 
 
@@ -371,11 +373,19 @@ def cache_folder() -> Path | None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffsolve"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK) or not _is_private(folder):
-            return None
-    except (OSError, RuntimeError):
-        return None
-    return folder
+        problem = "" if os.access(folder, os.W_OK) else "it cannot be written"
+        if not problem and not _is_private(folder):
+            problem = "others than its owner may write there"
+    except (OSError, RuntimeError) as error:
+        problem = str(error)
+    if problem:
+        _log.warning(
+            "diffsolve: compiled code is not kept in %s, and is made anew in each process: %s. "
+            "Set DIFFSOLVE_CACHE_DIR to a folder of your own.",
+            folder,
+            problem,
+        )
+    return None if problem else folder
 
 
 def _is_private(folder: Path) -> bool:
