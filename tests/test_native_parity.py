@@ -316,6 +316,7 @@ def test_ends_and_every_step():
 OPTIONS = {
     "dt": {"dt": 0.01},
     "dtmax": {"dtmax": 0.05},
+    "dtmax and stops": {"dtmax": 0.25, "tstops": [0.25, 0.5], "rtol": 1e-2},
     "dtmin": {"dtmin": 0.02, "rtol": 1e-2, "atol": 1e-2},
     "dtmin and stops": {"dtmin": 0.02, "rtol": 1e-2, "atol": 1e-2, "tstops": [0.5, 0.52, 2.0]},
     "no memory for errors": {"controller": IController.for_order(3)},
