@@ -18,7 +18,15 @@ from pathlib import Path
 from timing import Bar, bar_table, one_thread
 
 HERE = Path(__file__).parent
-ALL = ("lotka_volterra", "spiral_neural_ode", "memory", "regularization", "work_precision")
+ALL = (
+    "lotka_volterra",
+    "spiral_neural_ode",
+    "memory",
+    "regularization",
+    "work_precision",
+    "native",
+    "native_work_precision",
+)
 
 
 def run(name: str, json_file: Path) -> list[Bar] | None:
