@@ -12,8 +12,11 @@ from torch import Tensor
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore, Reverse
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
+from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.kernels import kernel
 from diffsolve.engines.torch_engine import Trajectory
 from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.interpolation import DenseOutput
 
 
@@ -50,6 +53,11 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     checkpoints: int | None = None
 
     along_path: ClassVar[bool] = True
+
+    def compile(self, native: NativeField, alg: Algorithm) -> None:
+        super().compile(native, alg)
+        if self.checkpoints is not None:
+            kernel("replay", native.compiled.single)
 
     def __post_init__(self) -> None:
         super().__post_init__()

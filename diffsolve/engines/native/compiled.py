@@ -5,6 +5,7 @@ All are made from the expressions of one trace, when they are first asked for.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ _STEP_VJP = Signature(
         *("bar", "p_bar"),
     ),
 )
+_log = logging.getLogger("diffsolve")
 #: A derivative of more operations than this takes a second and more to compile.
 _MOST_IN_DERIVATIVE = 25_000
 #: A whole step is made one function where it has no more operations than this.
@@ -91,7 +93,12 @@ class Compiled:
         size = len(needed([y.node for y in outputs]))
         if size > _MOST_IN_DERIVATIVE:
             raise Declined(f"its derivative is too large: {size:,} scalar operations")
-        return compile_function(signature, outputs, self.single)
+        try:
+            return compile_function(signature, outputs, self.single)
+        except Exception as error:  # an LLVM that this was not written for
+            reason = f"{type(error).__name__}: {error}"
+            _log.warning("diffsolve: LLVM could not compile a right-hand side: %s", reason)
+            raise Declined(f"LLVM could not compile it, {reason}") from error
 
     # -- the right-hand side and its products ----------------------------------------------------
 

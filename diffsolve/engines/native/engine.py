@@ -64,6 +64,7 @@ class Template:
         set_controller(settings.controller, integers, reals)
         self.held: dict[int, Any] = {}
         self.settings = settings  # whose identities the cache goes by
+        self.advance = kernel("advance", compiled.single)
         integers[L.FIELD] = compiled.field()
         integers[L.FUSED] = compiled.step(self.method.stages)
         self._tolerance(settings.tolerance)
@@ -383,7 +384,7 @@ def integrate(
     memory.span(t0, t1, settings.tstops)
     memory.want(wanted)
     memory.start(u0)
-    function = kernel("advance", native.compiled.single)
+    function = native.template.advance
     bar = progress_bar(t0, t1) if settings.progress else None
     started = time.perf_counter()
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import diffsolve
 from diffsolve.engines.native import llvm
+from diffsolve.engines.native.declined import Declined
 
 _log = logging.getLogger("diffsolve")
 _ROOT = Path(diffsolve.__file__).parent
@@ -49,6 +50,11 @@ def kernel(name: str, single: bool) -> Kernel:
 
 def _build(name: str, single: bool) -> str:
     _log.warning("diffsolve: building its kernel %r, once on this machine (some seconds)", name)
-    from diffsolve.engines.native.build import kernel_ir
+    try:
+        from diffsolve.engines.native.build import kernel_ir
 
-    return kernel_ir(name, single)
+        return kernel_ir(name, single)
+    except Exception as error:  # a Numba or an LLVM that this was not written for
+        reason = f"{type(error).__name__}: {error}"
+        _log.warning("diffsolve: its kernel %r could not be built: %s", name, reason)
+        raise Declined(f"its kernels could not be built, {reason}") from error

@@ -380,8 +380,8 @@ def compare(I, R, reached, true, like):
 def below_floor(I, R, t):
     """Whether the step size is too small to go on with."""
     size = R[L.SIZE]
-    if size > 1e-300 and size > 1e-14 * abs(t) and size >= R[L.DTMIN]:  # far above four units of rounding
-        return False
+    if size > 1e-300 and size > 1e-14 * abs(t) and size >= R[L.DTMIN]:
+        return False  # far above four units of rounding
     return size < 4 * ulp(t) or (I[L.ADAPTIVE] != 0 and size < R[L.DTMIN])
 
 
