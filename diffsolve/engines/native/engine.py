@@ -35,6 +35,7 @@ RETCODES = {
 _FIRST_ROOM = 256  # steps; doubled when they are not enough
 _ROOM_IN_NUMBERS = 1_000_000  # for large states: less to begin with
 _MOST_TEMPLATES = 50
+_MOST_KEPT_A_STEP = 1_000  # numbers
 _MOST_STEPS = 2**62
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python: a fraction of a second
 _TIMES = (L.STEP_T, L.STEP_H)
@@ -255,8 +256,8 @@ class Memory:
             integers[L.STOPS] = self.arguments[1] + 8 * L.T_END
 
     def start(self, u: Tensor) -> None:
-        """Put the state at the start where the kernel goes on from."""
-        self.held[L.WORK][: self.n].copy_(u)
+        """Begin with this state."""
+        self.hold(L.START, u.contiguous())
 
     def state(self) -> Tensor:
         return self.held[L.WORK][: self.n].clone()
@@ -286,13 +287,23 @@ class Memory:
             kept = room if wanted.checkpoints is None else wanted.checkpoints
             integers[L.STATE_ROOM] = kept
             integers[L.THINNING] = wanted.checkpoints is not None
-            self.hold(L.STATES, torch.empty(kept, 2, n, dtype=self.dtype))
+            rows_kept = 1 + self.method.n if self._keeps_stages(wanted) else 2
+            integers[L.STATE_ROWS] = rows_kept
+            self.hold(L.STATES, torch.empty(kept, rows_kept, n, dtype=self.dtype))
         if wanted.dense:
             shapes.append((L.DENSE, (rows + 1, n), self.dtype))
             shapes.append((L.COMPLETE, (), torch.int64))
             integers[L.ALWAYS_COMPLETE] = wanted.complete
         for slot, shape, dtype in shapes:
             self.hold(slot, torch.empty(room, *shape, dtype=dtype))
+
+    def _keeps_stages(self, wanted: Wanted) -> bool:
+        """Whether the reverse sweep is to find the stages, rather than to evaluate them again.
+
+        They take little memory for a small state; and a fused step makes them as fast anew.
+        """
+        small = (1 + self.method.n) * self.n <= _MOST_KEPT_A_STEP
+        return small and wanted.checkpoints is None and not self.integers[L.FUSED]
 
     def make_room(self) -> None:
         """Twice as much, for what is full."""
@@ -349,7 +360,6 @@ class NativeTrajectory:
     stiffness: Tensor
     nf: int
     nreject: int
-    final: Tensor
     final_t: float
     final_h: float
     retcode: ReturnCode
@@ -402,8 +412,6 @@ def integrate(
         times: Sequence[float] = ends[:saved]
     else:
         times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]  # type: ignore[assignment]
-    final = memory.state()
-    del held[L.WORK]
     found = NativeTrajectory(
         t=times,
         u=held[L.OUT_U][:saved],
@@ -414,7 +422,6 @@ def integrate(
         stiffness=stiffness,
         nf=int(integers[L.NF]),
         nreject=int(integers[L.REJECTED]),
-        final=final,
         final_t=float(reals[L.T]),
         final_h=float(reals[L.LAST_H]) if integers[L.ATTEMPTS] else math.nan,
         retcode=RETCODES[status],
@@ -422,15 +429,14 @@ def integrate(
         memory=memory,
     )
     if status != L.DONE:
-        found.message = message_of(status, memory, alg, settings, t1, final)
+        found.message = message_of(status, memory, alg, settings, t1)
+    del held[L.WORK], held[L.START]
     if wanted.dense:
         found.dense = NativeDense(memory, t0, u0)
     return found
 
 
-def message_of(
-    status: int, memory: Memory, alg: Algorithm, settings: Settings, t1: float, state: Tensor
-) -> str:
+def message_of(status: int, memory: Memory, alg: Algorithm, settings: Settings, t1: float) -> str:
     reals = memory.reals
     last = None
     if memory.integers[L.ATTEMPTS]:
@@ -444,7 +450,7 @@ def message_of(
         estimates=last,
         dtmin=settings.dtmin,
         maxiters=settings.maxiters,
-        state=state,
+        state=memory.state(),
     )
 
 

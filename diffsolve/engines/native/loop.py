@@ -89,7 +89,8 @@ def restart(I, R, like):
 
 @inlined
 def begin(I, R, like):
-    _n, t = I[L.N], R[L.T]
+    t = R[L.T]
+    copy(I[L.N], I[L.START], row(I, L.W_U, like), like)
     if outside_path(I, R, t, 0.0):
         R[L.LAST_H] = 0.0
         return L.NEED_PATH
@@ -255,16 +256,17 @@ def keep_state(I, like):
     index, n, size = I[L.ACCEPTED], I[L.N], size_of(like)
     if I[L.STRIDE] == 0 or index % I[L.STRIDE] != 0:
         return
+    length = I[L.STATE_ROWS] * n
     if index // I[L.STRIDE] >= I[L.STATE_ROOM]:  # room is made before, unless it is to be thinned
         I[L.STRIDE] *= 2
         for i in range(1, (I[L.STATE_ROOM] + 1) // 2):
-            place = I[L.STATES] + 2 * i * n * size
-            copy(2 * n, I[L.STATES] + 4 * i * n * size, place, like)
+            place = I[L.STATES] + i * length * size
+            copy(length, I[L.STATES] + 2 * i * length * size, place, like)
         if index % I[L.STRIDE] != 0:
             return
-    place = I[L.STATES] + 2 * (index // I[L.STRIDE]) * n * size
+    place = I[L.STATES] + (index // I[L.STRIDE]) * length * size
     copy(n, row(I, L.W_U, like), place, like)
-    copy(n, row(I, L.W_DU, like), place + n * size, like)
+    copy(length - n, stage(I, 0, like), place + n * size, like)
 
 
 @inlined

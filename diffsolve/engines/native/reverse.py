@@ -218,7 +218,7 @@ def solve_reverse(
     z = memory.state()
     message = ""
     if status != L.DONE:
-        message = message_of(status, memory, alg, problem.settings, end, z)
+        message = message_of(status, memory, alg, problem.settings, end)
     return ReverseResult(
         z=z,
         worst=float(reals[L.WORST]),

@@ -6,6 +6,7 @@ import math
 
 from diffsolve.solvers.explicit_rk.kernel import (
     add_extra_stages,
+    combine_results,
     field_at,
     interpolation_weight,
     marks_of,
@@ -44,9 +45,12 @@ def load_state(I, R, index, like):
     """``W_U, W_DU`` at the start of a recorded step, made again where it was not kept."""
     n, size, stride = I[L.N], size_of(like), I[L.STRIDE]
     if stride == 1:
-        place = I[L.STATES] + 2 * index * n * size
+        rows = I[L.STATE_ROWS]
+        place = I[L.STATES] + index * rows * n * size
         copy(n, place, row(I, L.W_U, like), like)
         copy(n, place + n * size, row(I, L.W_DU, like), like)
+        if rows > 2:
+            copy((rows - 1) * n, place + n * size, stage(I, 0, like), like)
         return
     begin = index // stride * stride
     if index == I[L.ACCEPTED] - 1 or index == begin + stride - 1:
@@ -164,8 +168,11 @@ def sweep_step(I, R, index, like):
     t, h = reals(I[L.STEP_T])[index], reals(I[L.STEP_H])[index]
     marks = marks_of(I, index)
     load_state(I, R, index, like)
-    take_step(I, R, t, h, like)
-    I[L.NF] -= stages - 1  # counted when they are differentiated
+    if I[L.STATE_ROWS] > 2:
+        combine_results(I, h, like)
+    else:
+        take_step(I, R, t, h, like)
+        I[L.NF] -= stages - 1  # counted when they are differentiated
 
     new_bar, total = bar_row(I, _NEW, like), bar_row(I, _TOTAL, like)
     state_bar, slope_bar = I[L.STATE_BAR], I[L.STATE_BAR] + n * size

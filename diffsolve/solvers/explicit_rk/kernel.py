@@ -179,6 +179,18 @@ def take_step(I, R, t, h, like):
 
 
 @inlined
+def combine_results(I, h, like):
+    """What a step gives, from stages that are known."""
+    stages, same = I[L.STAGES], I[L.STIFF_STAGE]
+    combine(I, I[L.A], same * stages, same, h, row(I, L.W_STIFF, like), like)
+    combine(I, I[L.A], (stages - 1) * stages, stages - 1, h, row(I, L.W_NEW, like), like)
+    if I[L.B_ERROR] != 0:
+        combine_error(I, I[L.B_ERROR], h, row(I, L.W_ERROR, like), like)
+    if I[L.B_LOW] != 0:
+        combine_error(I, I[L.B_LOW], h, row(I, L.W_LOW, like), like)
+
+
+@inlined
 def add_extra_stages(I, R, t, h, like):
     """The stages that only the interpolant needs, behind the others."""
     stages, rows = I[L.STAGES], I[L.STAGES] + I[L.EXTRA]

@@ -74,7 +74,8 @@ ERROR = _integer("ERROR")
 ERROR_NORM = _integer("ERROR_NORM")
 STIFFNESS = _integer("STIFFNESS")
 MARKS = _integer("MARKS")  # integers (STEP_ROOM, 4): see below; 0: not wanted
-STATES = _integer("STATES")  # (STATE_ROOM, 2, N): u and du at the start of each STRIDE-th step
+STATES = _integer("STATES")  # (STATE_ROOM, STATE_ROWS, N), of each STRIDE-th step
+STATE_ROWS = _integer("STATE_ROWS")  # 2: u and du at the start; 1 + STAGES: u and all stages
 STATE_ROOM = _integer("STATE_ROOM")
 STRIDE = _integer("STRIDE")  # 0: no states
 THINNING = _integer("THINNING")  # whether to drop every second state when there is no room
@@ -101,6 +102,7 @@ PATH_POLY = _integer("PATH_POLY")
 PATH_OUT = _integer("PATH_OUT")  # where f reads the primal state: behind the parameters
 
 # -- the loop ------------------------------------------------------------------------------------
+START = _integer("START")  # the state to begin with
 WORK = _integer("WORK")
 CHUNK = _integer("CHUNK")  # attempted steps before it returns to Python
 BEGUN = _integer("BEGUN")
