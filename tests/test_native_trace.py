@@ -12,6 +12,7 @@ from native_graphs import F64, entries, pullback, torch_pullback, traced, value
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from diffsolve import ODEProblem, Tsit5, solve
 from diffsolve.engines.native.declined import Declined
 
 U = torch.tensor([0.7, -0.4, 1.3], dtype=F64)
@@ -497,3 +498,25 @@ def test_speed():
     tr = traced(lotka_volterra, u, p)
     np.testing.assert_allclose(value(tr, u, p), lotka_volterra(None, u, p).numpy())
     assert entries(tr, p).tolist() == p.tolist()
+
+
+def test_switch_between_numbers_is_exact_in_the_default_type() -> None:
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return -torch.where(t < 0.5, 0.25, 2.0) * u
+
+    prob = ODEProblem(f, torch.ones(2, dtype=torch.float64), (0.0, 1.0))
+    ours = solve(prob, Tsit5(), tstops=[0.5], engine="native")
+    torch.testing.assert_close(ours.u, solve(prob, Tsit5(), tstops=[0.5], engine="torch").u)
+
+    def rounded(t: Tensor, u: Tensor) -> Tensor:
+        return -torch.where(t < 0.5, 0.1, 2.0) * u  # 0.1 in single precision, in both engines
+
+    ours = solve(prob.remake(f=rounded), Tsit5(), engine="native")
+    theirs = solve(prob.remake(f=rounded), Tsit5(), engine="torch")
+    torch.testing.assert_close(ours.u, theirs.u, rtol=1e-12, atol=0)
+
+    def in_single(t: Tensor, u: Tensor) -> Tensor:
+        return -(torch.where(t < 0.5, 0.25, 2.0) / 3) * u
+
+    with pytest.raises(ValueError, match=r"gives torch\.float32"):
+        solve(prob.remake(f=in_single), Tsit5(), engine="native")

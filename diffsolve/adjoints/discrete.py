@@ -29,8 +29,9 @@ class DiscreteAdjoint(Sensealg):
 
     The gradient is exact for the computed solution, whatever the tolerance, and includes
     ``sol.steps.error``, ``error_norm`` and ``stiffness``. By default each accepted step's state
-    is kept (of a small one on the native engine also the stages), and the reverse pass runs the steps again under autograd: one at a time, or for small
-    states in batches. Rejected steps and the controller are not differentiated.
+    is kept (of a small one on the native engine also the stages), and the reverse pass runs the
+    steps again under autograd: one at a time, or for small states in batches. Rejected steps and
+    the controller are not differentiated.
 
     Parameters
     ----------

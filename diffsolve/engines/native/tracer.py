@@ -274,7 +274,8 @@ class Tracer(TorchDispatchMode):
         pool = self.pool
         if x.dtype is not self.dtype and x.dtype is not torch.bool:
             to_whole = self.dtype in types and rule.name not in _TO_WHOLE
-            if to_whole or x.is_floating_point() or x.is_complex():
+            is_switch = types <= {torch.bool, x.dtype} and _is_exact_switch(x, result)
+            if to_whole or ((x.is_floating_point() or x.is_complex()) and not is_switch):
                 self.decline(f"{rule.name} gives {x.dtype}, while the state is {self.dtype}")
         result = np.asarray(result, dtype=object)
         if result.shape != x.shape:
@@ -361,6 +362,18 @@ class Tracer(TorchDispatchMode):
 
     def decline(self, reason: str) -> NoReturn:
         raise Declined(reason + self.place())
+
+
+def _is_exact_switch(x: Tensor, result: Any) -> bool:
+    """Whether ``x`` is a choice between numbers of the code that its type holds exactly.
+
+    ``torch.where(t < 1, 0.0, 1.0)`` has torch's default type, whatever ``t`` has.
+    """
+    if x.dtype is not torch.float32:
+        return False
+    nodes = np.asarray(result, dtype=object).reshape(-1)
+    chosen = [a for node in nodes for a in (node.args[1:] if node.op == "where" else (node,))]
+    return all(a.is_const and float(np.float32(a.data)) == a.data for a in chosen)
 
 
 def _memory(x: Tensor) -> int:
