@@ -372,6 +372,7 @@ def _is_exact_switch(x: Tensor, result: Any) -> bool:
     if x.dtype is not torch.float32:
         return False
     nodes = np.asarray(result, dtype=object).reshape(-1)
+    nodes = [node.args[0] if node.op == "neg" else node for node in nodes]
     chosen = [a for node in nodes for a in (node.args[1:] if node.op == "where" else (node,))]
     return all(a.is_const and float(np.float32(a.data)) == a.data for a in chosen)
 
