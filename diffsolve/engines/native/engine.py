@@ -405,7 +405,8 @@ def integrate(
     kernel_s = time.perf_counter() - started
     integers, reals, held = memory.integers, memory.reals, memory.held
     count, saved = int(integers[L.ACCEPTED]), int(integers[L.SAVED])
-    step_t, step_h = memory.steps()
+    # copies: the reverse pass and dense output go by these
+    step_t, step_h = held[L.STEP_T][:, :count].clone().unbind()
     error, error_norm, stiffness = held[L.ERROR][:, :count].unbind()
     if wanted.times is None:
         ends = [*step_t.tolist(), float(reals[L.T])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import weakref
@@ -19,7 +20,7 @@ from diffsolve.engines.native.expression import content, needed
 from diffsolve.engines.native.fingerprint import Fingerprint
 from diffsolve.engines.native.trace import Lifted, trace
 from diffsolve.problems.autocast import Autocasting
-from diffsolve.problems.capture import reachable_tensors
+from diffsolve.problems.capture import Probe, reachable_tensors
 from diffsolve.problems.vector_field import VectorField
 
 _MOST_KEPT = 64  # compiled right-hand sides that nothing else holds on to
@@ -39,12 +40,18 @@ class _Entry:
     constants: list[tuple[Tensor, int]]
     detached: str | None
     used: list[bool]
+    shapes: list[Any]
+    dtype: torch.dtype
     reachable: list[Tensor] | None = None
 
-    def still_holds(self, f: Any) -> bool:
-        return self.fingerprint.still_holds(f) and all(
-            x.is_inference() or x._version == version for x, version in self.constants
-        )
+    def still_holds(self, f: Any, p: Any) -> bool:
+        if not self.fingerprint.still_holds((f, _objects(p))):
+            return False
+        for x, shape in zip(self.inputs, self.shapes, strict=True):
+            tensor = x.tensor
+            if tensor is not None and (tensor.shape != shape or tensor.dtype is not self.dtype):
+                return False
+        return all(x.is_inference() or x._version == version for x, version in self.constants)
 
 
 class NativeField:
@@ -87,6 +94,13 @@ class NativeField:
         pairs = zip(self.tensors, self._entry.used, strict=True)
         return tuple([x.requires_grad and used for x, used in pairs])
 
+    def holds_all(self, used: list[Tensor]) -> bool:
+        """Whether the tensors that ``f`` was seen to use are those that get gradients."""
+        if not used:
+            return True
+        mine = {id(x) for x in self.tensors}
+        return all(id(x) in mine for x in used)
+
     def differentiable(self, field: VectorField, by_state: bool) -> list[Tensor]:
         """Every tensor with ``requires_grad`` that ``f`` uses, or could use.
 
@@ -110,6 +124,10 @@ class NativeField:
 
 
 _NOTHING = torch.empty(0, dtype=torch.float64)
+_MOST_OF_ONE = 32  # traces of one function
+_MOST_NUMBERS = 8
+_NUMBERS = "a number in p is another one at every solve: make it a tensor, which is an input"
+_FROZEN = "values of f go around torch's operations, so that the trace does not see them change"
 _NOT_ITSELF = "f gives other values at each evaluation: random numbers, or the time of day"
 
 
@@ -136,25 +154,38 @@ def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: boo
     leaves = [p] if isinstance(p, Tensor) else pytree.tree_leaves(p)
     owner, key = _key(field, leaves)
     t = None
+    # nothing of the user's runs under the lock: f may wait for a thread that solves, too
     with _lock:
         known = _known(owner)
         entry = known.get(key)
-        if entry is not None and entry.still_holds(f):
-            native = _ready(entry, leaves, 0.0)
-            if not guard:
-                return native
-            t = field.after(t0, direction)
-            if _agrees(field, native, t, u0, _eager(field, t, u0)):
-                return native
-    with _lock:
-        t = field.after(t0, direction) if t is None else t
-        started = time.perf_counter()
-        entry = known[key] = _traced(field, t, u0)
+    if entry is not None and entry.still_holds(f, field.p):
+        native = _ready(entry, leaves, 0.0)
+        if not guard:
+            return native
+        t = field.after(t0, direction)
+        eager, foreign = _eager(field, t, u0)
+        if _agrees(field, native, t, u0, eager) and native.holds_all(foreign):
+            return native
+    if guard and _numbers_vary(known, key):
+        raise Declined(_NUMBERS)
+    t = field.after(t0, direction) if t is None else t
+    started = time.perf_counter()
+    entry = _traced(field, t, u0)
+    if entry.compiled is not None:
         native = _ready(entry, leaves, time.perf_counter() - started)
-        if not _is_deterministic(field, native, t, u0):
-            entry.compiled, entry.declined = None, _NOT_ITSELF
-            raise Declined(_NOT_ITSELF)
-    return native
+        reason = _why_not_itself(field, native, t, u0, direction)
+        if reason:
+            entry.compiled, entry.declined = None, reason
+    with _lock:
+        while len(known) >= _MOST_OF_ONE:
+            known.pop(next(iter(known)))
+        known[key] = entry
+    return _ready(entry, leaves, time.perf_counter() - started)
+
+
+def _numbers_vary(known: dict[Any, Any], key: Any) -> bool:
+    """Whether so many solves differed in nothing but Python's numbers in ``p``, to no good end."""
+    return sum(1 for other in known if other[:-1] == key[:-1]) >= _MOST_NUMBERS
 
 
 def _ready(entry: _Entry, leaves: list[Any], trace_s: float) -> NativeField:
@@ -176,50 +207,84 @@ def _key(field: VectorField, leaves: list[Any]) -> tuple[Any, Any]:
     owner, part = getattr(f, "__self__", f), getattr(f, "__func__", None)
     state = (structure.dtype, *structure.shapes, None if structure.is_tensor else structure.spec)
     parts: list[Any] = [part, state, torch.is_inference_mode_enabled()]
+    numbers: list[Any] = []
     if isinstance(field.p, Tensor):
         parts.append(True)
     elif field.p is not None:
         parts.append(pytree.tree_structure(field.p))
     for leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            parts.append((type(leaf), leaf if getattr(leaf, "__hash__", None) else repr(leaf)))
+        if isinstance(leaf, (int, float, complex, str, bytes, type(None))):
+            numbers.append((type(leaf), repr(leaf)))
+        elif not isinstance(leaf, Tensor):
+            parts.append(type(leaf))  # the fingerprint looks into it
         elif leaf.dtype is structure.dtype:
             parts += (leaf.shape, type(leaf), leaf.device)
         else:  # taken as it is: the trace keeps it, so that its identity stays taken
-            parts += (id(leaf), leaf._version, leaf.requires_grad)
-    return owner, tuple(parts)
+            numbers += (id(leaf), leaf._version, leaf.requires_grad)
+    return owner, (*parts, tuple(numbers))
+
+
+def _objects(p: Any) -> list[Any]:
+    """What of ``p`` is neither a tensor nor a plain value."""
+    if p is None or isinstance(p, Tensor):
+        return []
+    plain = (Tensor, int, float, complex, str, bytes, type(None))
+    return [leaf for leaf in pytree.tree_leaves(p) if not isinstance(leaf, plain)]
 
 
 def _traced(field: VectorField, t: Tensor, u0: Tensor) -> _Entry:
-    fingerprint = Fingerprint(field.f)
+    around = (field.f, _objects(field.p))
+    fingerprint = Fingerprint(around)
+    dtype = field.structure.dtype
     try:
         found = trace(field.f, field.structure, field.p, t, u0)
     except Declined as reason:
-        return _Entry(fingerprint, None, str(reason), [], [], None, [])
+        return _Entry(fingerprint, None, str(reason), [], [], None, [], [], dtype)
     except Exception as error:  # f's own, which the torch engine reports as it is
         reason = f"f raised {type(error).__name__}: {error}"
-        return _Entry(fingerprint, None, reason, [], [], None, [])
+        return _Entry(fingerprint, None, reason, [], [], None, [], [], dtype)
+    fingerprint.settle(around)
     blocks = tuple((x.offset, x.count) for x in found.inputs)
     single = field.structure.dtype is torch.float32
     graph = (single, blocks, content(found.outputs))
-    compiled = _by_content.get(graph)
-    if compiled is None:
-        compiled = _by_content[graph] = Compiled(found.pool, found.outputs, blocks, single)
-        if len(_by_content) > _MOST_KEPT:
-            _by_content.popitem(last=False)
-    else:
-        _by_content.move_to_end(graph)
+    with _lock:
+        compiled = _by_content.get(graph)
+        if compiled is None:
+            compiled = _by_content[graph] = Compiled(found.pool, found.outputs, blocks, single)
+            if len(_by_content) > _MOST_KEPT:
+                _by_content.popitem(last=False)
+        else:
+            _by_content.move_to_end(graph)
     inputs = (node.data for node in needed(found.outputs) if node.op == "input")
     positions = {i for block, i in inputs if block == "p"}
     used = [not positions.isdisjoint(range(x.offset, x.offset + x.count)) for x in found.inputs]
-    return _Entry(fingerprint, compiled, "", found.inputs, found.constants, found.detached, used)
+    shapes = [None if x.tensor is None else x.tensor.shape for x in found.inputs]
+    return _Entry(
+        fingerprint,
+        compiled,
+        "",
+        found.inputs,
+        found.constants,
+        found.detached,
+        used,
+        shapes,
+        dtype,
+    )
 
 
-def _eager(field: VectorField, t: Tensor, u0: Tensor) -> Tensor:
-    """``f(t, u0)`` by torch."""
+def _eager(
+    field: VectorField, t: Tensor, u0: Tensor, look: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """``f(t, u0)`` by torch, and if gradients are recorded the tensors that it used for them."""
+    recording = look and torch.is_grad_enabled()
     with torch.no_grad():
-        du = field.f(t, field.structure.unravel(u0), *field._args)
-        return field.structure.ravel(du).clone()
+        state = field.structure.unravel(u0)
+        if not recording:
+            return field.structure.ravel(field.f(t, state, *field._args)).clone(), []
+        probe = Probe([t, *pytree.tree_leaves(state)])
+        with probe:
+            du = field.f(t, state, *field._args)
+        return field.structure.ravel(du).clone(), probe.foreign
 
 
 def _agrees(field: VectorField, native: NativeField, t: Tensor, u0: Tensor, eager: Tensor) -> bool:
@@ -232,13 +297,28 @@ def _agrees(field: VectorField, native: NativeField, t: Tensor, u0: Tensor, eage
     return torch.equal(ours, eager) or bool(field.rounding_error(ours, eager) <= 1)
 
 
-def _is_deterministic(field: VectorField, native: NativeField, t: Tensor, u0: Tensor) -> bool:
-    """Whether a trace that was just made is that of ``f``, and not of one draw of random numbers.
+def _why_not_itself(
+    field: VectorField, native: NativeField, t: Tensor, u0: Tensor, direction: float
+) -> str:
+    """Why a trace that was just made is not that of ``f``; empty if it is.
 
-    Where the terms of ``f`` cancel, rounding alone makes a difference: then ``f`` decides.
+    At the start, where it was made, a difference beyond rounding shows numbers that ``f`` draws.
+    Beside it one shows values that went around torch, and are frozen in the trace.
     """
-    eager = _eager(field, t, u0)
-    if _agrees(field, native, t, u0, eager):
-        return True
-    again = _eager(field, t, u0)
-    return torch.equal(eager, again) or bool((eager.isnan() & again.isnan()).any())
+    eager, _ = _eager(field, t, u0, look=False)
+    if not _agrees(field, native, t, u0, eager):
+        again, _ = _eager(field, t, u0, look=False)
+        if not (torch.equal(eager, again) or bool((eager.isnan() & again.isnan()).any())):
+            return _NOT_ITSELF
+    beside = t + math.copysign(1e-3 * max(1.0, abs(float(t))), direction), u0 * 1.001 + 1e-3
+    try:
+        eager, _ = _eager(field, *beside, look=False)
+    except Exception:  # outside of where f is defined
+        return ""
+    if not bool(eager.isfinite().all()):
+        return ""
+    from diffsolve.engines.native.engine import evaluate
+
+    off = (evaluate(native, float(beside[0]), beside[1]) - eager).abs().max()
+    roughly = 1e-6 if native.compiled.single is False else 1e-3
+    return _FROZEN if float(off) > roughly * max(float(eager.abs().max()), 1e-3) else ""

@@ -11,8 +11,10 @@ import functools
 import inspect
 import types
 import weakref
+from collections import deque
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,19 +22,32 @@ _DEPTH = 4
 _MOST_ITEMS = 100
 _MOST_IN_ALL = 5_000  # about a millisecond
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_MOST_BYTES = 4_096  # of an array
+_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
+_OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training"}
 _KINDS = (types.ModuleType, types.BuiltinFunctionType, type)
 
 
 class Fingerprint:
     """State of a function's surroundings; ``still_holds`` tells whether they are the same."""
 
-    __slots__ = ("_items", "_kept", "_references")
+    __slots__ = ("_items", "_kept", "_moving", "_references")
 
     def __init__(self, f: Any):
         self._items: list[Any] = []
         self._kept: list[Tensor] = []  # so that no identity is used twice
         self._references: list[Any] = []
+        self._moving: list[int] = []
         _visit(f, self._items, self._note, _DEPTH)
+
+    def settle(self, f: Any) -> None:
+        """Leave out the numbers that ``f`` changed while it ran, such as counters of its calls."""
+        items: list[Any] = []
+        _visit(f, items, None, _DEPTH)
+        if len(items) == len(self._items):
+            pairs = zip(items, self._items, strict=True)
+            self._moving = [i for i, (a, b) in enumerate(pairs) if a != b and type(a) is tuple]
+            self._items = items
 
     def _note(self, x: Any) -> None:
         if isinstance(x, Tensor):
@@ -43,6 +58,9 @@ class Fingerprint:
     def still_holds(self, f: Any) -> bool:
         items: list[Any] = []
         _visit(f, items, None, _DEPTH)
+        if len(items) == len(self._items):
+            for i in self._moving:
+                items[i] = self._items[i]
         return items == self._items and all(r() is not None for r in self._references)
 
 
@@ -53,7 +71,7 @@ def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
     elif kind is types.FunctionType:
         _visit_function(x, items, note, depth)
     elif isinstance(x, Tensor):
-        items.append(id(x))
+        items.append((id(x), x.shape, x.dtype))
         if note is not None:
             note(x)
     elif kind in _KINDS or isinstance(x, _KINDS):
@@ -67,13 +85,17 @@ def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
             _visit_items(module._buffers.values(), items, note, depth - 1)
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 _visit_items(hooks.values(), items, note, depth - 1)
-            plain = [v for k, v in vars(module).items() if k[0] != "_"]
+            plain = [v for k, v in vars(module).items() if k not in _OF_MODULES]
             _visit_items(plain, items, note, depth - 1)
             _visit(type(module).forward, items, note, depth - 1)
-    elif kind in (list, tuple, dict):
+    elif isinstance(x, _CONTAINERS):
         items.append(len(x))
         if len(x) <= _MOST_ITEMS:
-            _visit_items(x.values() if kind is dict else x, items, note, depth - 1)
+            _visit_items(x, items, note, depth - 1)
+            if isinstance(x, dict):
+                _visit_items(x.values(), items, note, depth - 1)
+    elif kind is np.ndarray and x.nbytes <= _MOST_BYTES and not x.dtype.hasobject:
+        items.append((x.shape, x.dtype.str, x.tobytes()))
     elif kind is types.MethodType:
         _visit(x.__func__, items, note, depth)
         _visit(x.__self__, items, note, depth)
@@ -83,6 +105,9 @@ def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
     else:
         _identify(x, items, note)
         _visit_items(getattr(x, "__dict__", {}).values(), items, note, depth - 1)
+        for slots in (getattr(base, "__slots__", ()) for base in kind.__mro__):
+            names = (slots,) if isinstance(slots, str) else slots
+            _visit_items([getattr(x, n) for n in names if hasattr(x, n)], items, note, depth - 1)
         call = getattr(kind, "__call__", None)  # noqa: B004  # what it is matters
         if type(call) is types.FunctionType:
             _visit(call, items, note, depth - 1)
@@ -110,6 +135,7 @@ def _visit_function(f: Any, items: list[Any], note: Any, depth: int) -> None:
         _visit_attributes(content, named, items, note, depth - 1)
     _visit_items(f.__defaults__ or (), items, note, depth - 1)
     _visit_items((f.__kwdefaults__ or {}).values(), items, note, depth - 1)
+    _visit_items(vars(f).values(), items, note, depth - 1)
     names = f.__globals__
     for name in named:
         if name in names:

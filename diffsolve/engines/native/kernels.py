@@ -40,8 +40,13 @@ def kernel(name: str, single: bool) -> Kernel:
     the two arrays of ``solvers/kernels/layout.py``, runs without Python's lock, and returns one
     of the codes that are listed there.
     """
-    with llvm.lock:
-        code = llvm.cached_code(f"{name} {single}\n{_source()}", lambda: _build(name, single))
+    try:
+        with llvm.lock:
+            code = llvm.cached_code(f"{name} {single}\n{_source()}", lambda: _build(name, single))
+    except Exception as error:  # a Numba or an LLVM that this was not written for
+        reason = f"{type(error).__name__}: {error}"
+        _log.warning("diffsolve: its kernel %r could not be made: %s", name, reason)
+        raise Declined(f"its kernels could not be made, {reason}") from error
     prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
     function = prototype(code.address)
     function.code = code  # type: ignore[attr-defined]  # loaded as long as the function lives
@@ -50,11 +55,6 @@ def kernel(name: str, single: bool) -> Kernel:
 
 def _build(name: str, single: bool) -> str:
     _log.warning("diffsolve: building its kernel %r, once on this machine (some seconds)", name)
-    try:
-        from diffsolve.engines.native.build import kernel_ir
+    from diffsolve.engines.native.build import kernel_ir
 
-        return kernel_ir(name, single)
-    except Exception as error:  # a Numba or an LLVM that this was not written for
-        reason = f"{type(error).__name__}: {error}"
-        _log.warning("diffsolve: its kernel %r could not be built: %s", name, reason)
-        raise Declined(f"its kernels could not be built, {reason}") from error
+    return kernel_ir(name, single)

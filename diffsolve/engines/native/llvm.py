@@ -388,10 +388,10 @@ def cache_folder() -> Path | None:
     return None if problem else folder
 
 
-def _is_private(folder: Path) -> bool:
+def _is_private(path: Path) -> bool:
     if not hasattr(os, "getuid"):
         return True
-    status = folder.stat()
+    status = path.stat()
     return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
@@ -400,6 +400,8 @@ def _read(key: str) -> bytes | None:
     if folder is None:
         return None
     try:
+        if not _is_private(folder / key):
+            return None
         data = (folder / key).read_bytes()
     except OSError:
         return None

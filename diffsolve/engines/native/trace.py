@@ -188,6 +188,8 @@ class _Reads(TorchFunctionMode):
         elif name in ("detach", "detach_") or (name == "__get__" and func.__self__ is Tensor.data):
             if is_wrapped(args[0]) or tracer.meets(args[0]):
                 tracer.note_detached("Tensor.detach")
+        elif name in ("tensor", "new_tensor") and any(map(tracer.meets_symbolic, args)):
+            tracer.note_detached(f"torch.{name} of a tensor")
         elif name == "__set__" and func.__self__ is Tensor.data:
             tracer.decline("it sets the data of a tensor")
         elif name == "_set_grad_enabled" and not args[0] and not _leaves_grad_mode():

@@ -335,11 +335,17 @@ class Tracer(TorchDispatchMode):
             return
         if torch.is_inference_mode_enabled() and not self._inference:
             self.note_detached("torch.inference_mode")
+        if torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled():
+            self.note_detached("torch.autograd.grad without create_graph=True")
         frame: Any = sys._getframe(2)
         while frame is not None and frame.f_code is not self._root:
             if frame.f_code is _APPLY:
                 self.note_detached("a custom torch.autograd.Function")
             frame = frame.f_back
+
+    def meets_symbolic(self, x: Any) -> bool:
+        """Whether ``x`` is a tensor that depends on an input."""
+        return isinstance(x, Tensor) and (is_wrapped(x) or self.meets(x))
 
     def read_raw(self, name: str, args: tuple) -> None:
         """A method that reads memory without an operation is about to be called."""
