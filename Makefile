@@ -26,7 +26,8 @@ test: $(STAMP) ## run the tests but the slow ones
 test-all: $(STAMP) ## run every test
 	$(PYTEST)
 
-bench: $(STAMP) ## run the benchmarks
+bench: $(STAMP) ## run the benchmarks, against peers that are installed for it (300 MB)
+	-$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench-peers]'
 	$(BIN)/python benchmarks/run_all.py
 
 lint: $(STAMP) ## check style, formatting and types

@@ -32,7 +32,8 @@ F, U0, P = PROBLEM.f, PROBLEM.u0, PROBLEM.p
 
 def ours(p: Tensor, tolerance: float, alg: ExplicitRK | None = None) -> Solution:
     problem = ODEProblem(F, U0, (0.0, 10.0), p)
-    return solve(problem, alg or DP5(), saveat=TIMES, rtol=tolerance, atol=tolerance)
+    limits = {"rtol": tolerance, "atol": tolerance}
+    return solve(problem, alg or DP5(), saveat=TIMES, engine="torch", **limits)
 
 
 def theirs(p: Tensor, adjoint: bool = False, f: Callable[..., Tensor] = F) -> Tensor:

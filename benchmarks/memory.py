@@ -56,6 +56,7 @@ def gradient(model: Network, u0: Tensor, sensealg: DiscreteAdjoint, steps: int) 
         adaptive=False,
         dt=1.0 / steps,
         save_everystep=False,
+        engine="torch",
     )
     solution.u[-1].square().mean().backward()
     return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])

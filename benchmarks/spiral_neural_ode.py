@@ -68,6 +68,7 @@ def ours(f: Dynamics, u0: Tensor, controller: Controller | None) -> Solution:
         rtol=RTOL,
         atol=ATOL,
         controller=controller,
+        engine="torch",
     )
 
 

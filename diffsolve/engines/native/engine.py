@@ -43,6 +43,15 @@ _ESTIMATES = (L.ERROR, L.ERROR_NORM, L.STIFFNESS)
 _RECORDS = (L.PARAMS, L.STEP_T, L.MARKS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL)
 
 
+def write_tolerance(
+    tolerance: Tolerance, slots: Sequence[int], integers: np.ndarray, held: dict[int, Any]
+) -> None:
+    """Write both tolerances to the slots of ``rtol``, its stride, ``atol`` and its stride."""
+    for values, slot, stride in zip(tolerance.doubles, slots[::2], slots[1::2], strict=True):
+        held[slot] = values
+        integers[slot], integers[stride] = address(values), len(values) > 1
+
+
 class Template:
     """What the kernels' arrays hold whatever is solved: method, tolerances, limits, addresses.
 
@@ -68,7 +77,8 @@ class Template:
         self.advance = kernel("advance", compiled.single)
         integers[L.FIELD] = compiled.field()
         integers[L.FUSED] = compiled.step(self.method.stages)
-        self._tolerance(settings.tolerance)
+        slots = L.RTOL, L.RTOL_STRIDE, L.ATOL, L.ATOL_STRIDE
+        write_tolerance(settings.tolerance, slots, integers, self.held)
         integers[L.ADAPTIVE] = settings.adaptive
         integers[L.MAXITERS] = min(settings.maxiters, _MOST_STEPS)
         cost = (compiled.size + 10 * compiled.n) * self.method.n
@@ -76,12 +86,6 @@ class Template:
         integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
         reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
         reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
-
-    def _tolerance(self, tolerance: Tolerance) -> None:
-        slots = (L.RTOL, L.RTOL_STRIDE), (L.ATOL, L.ATOL_STRIDE)
-        for values, (slot, stride) in zip(tolerance.doubles, slots, strict=True):
-            self.held[slot] = values
-            self.integers[slot], self.integers[stride] = address(values), len(values) > 1
 
 
 def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
@@ -231,12 +235,6 @@ class Memory:
         place, size = table.data_ptr(), table.shape[1] * table.element_size()
         for i, slot in enumerate(slots):
             self.integers[slot] = place + i * size
-
-    def tolerance(self, tolerance: Tolerance, *slots: int) -> None:
-        """Write both tolerances to the slots of ``rtol``, its stride, ``atol`` and its stride."""
-        for values, slot, stride in zip(tolerance.doubles, slots[::2], slots[1::2], strict=True):
-            self.hold(slot, values)
-            self.integers[stride] = 1 if len(values) > 1 else 0
 
     def blocks(self, ends: Sequence[int]) -> None:
         """Parts of the state whose norms are taken one by one."""

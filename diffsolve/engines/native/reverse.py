@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.engine import Memory, message_of, template
+from diffsolve.engines.native.engine import Memory, message_of, template, write_tolerance
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
 from diffsolve.engines.torch_engine import Settings
@@ -139,8 +139,8 @@ class ReverseProblem:
         Its state at the last saved time.
     blocks
         Ends of the parts of ``z``.
-    rtol, atol
-        Tolerances, 0-d or one for each entry of ``z``.
+    settings
+        Those of the reverse solve.
     path
         The forward solution, where it is read from there.
     saved
@@ -201,7 +201,7 @@ def solve_reverse(
     if problem.saved is not None:
         memory.hold(L.RESET, problem.saved.detach().contiguous())
         slots = L.FORWARD_RTOL, L.FORWARD_RTOL_STRIDE, L.FORWARD_ATOL, L.FORWARD_ATOL_STRIDE
-        memory.tolerance(forward_tolerance, *slots)
+        write_tolerance(forward_tolerance, slots, integers, memory.held)
     if problem.path is not None:
         integers[L.PATH_OUT] = integers[L.PARAMS] + len(native.params) * memory.item
         problem.path.give(memory, start, start)
