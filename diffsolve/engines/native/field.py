@@ -163,7 +163,8 @@ def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: boo
         if not guard:
             return native
         t = field.after(t0, direction)
-        eager, foreign = _eager(field, t, u0)
+        look = torch.is_grad_enabled() and any(x.requires_grad for x in native.tensors)
+        eager, foreign = _eager(field, t, u0, look)
         if _agrees(field, native, t, u0, eager) and native.holds_all(foreign):
             return native
     if guard and _numbers_vary(known, key):
@@ -273,13 +274,12 @@ def _traced(field: VectorField, t: Tensor, u0: Tensor) -> _Entry:
 
 
 def _eager(
-    field: VectorField, t: Tensor, u0: Tensor, look: bool = True
+    field: VectorField, t: Tensor, u0: Tensor, look: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """``f(t, u0)`` by torch, and if gradients are recorded the tensors that it used for them."""
-    recording = look and torch.is_grad_enabled()
+    """``f(t, u0)`` by torch, and where one looks the tensors with ``requires_grad`` it used."""
     with torch.no_grad():
         state = field.structure.unravel(u0)
-        if not recording:
+        if not look:
             return field.structure.ravel(field.f(t, state, *field._args)).clone(), []
         probe = Probe([t, *pytree.tree_leaves(state)])
         with probe:
@@ -305,14 +305,14 @@ def _why_not_itself(
     At the start, where it was made, a difference beyond rounding shows numbers that ``f`` draws.
     Beside it one shows values that went around torch, and are frozen in the trace.
     """
-    eager, _ = _eager(field, t, u0, look=False)
+    eager, _ = _eager(field, t, u0)
     if not _agrees(field, native, t, u0, eager):
-        again, _ = _eager(field, t, u0, look=False)
+        again, _ = _eager(field, t, u0)
         if not (torch.equal(eager, again) or bool((eager.isnan() & again.isnan()).any())):
             return _NOT_ITSELF
     beside = t + math.copysign(1e-3 * max(1.0, abs(float(t))), direction), u0 * 1.001 + 1e-3
     try:
-        eager, _ = _eager(field, *beside, look=False)
+        eager, _ = _eager(field, *beside)
     except Exception:  # outside of where f is defined
         return ""
     if not bool(eager.isfinite().all()):
