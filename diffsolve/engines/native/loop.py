@@ -13,6 +13,7 @@ from diffsolve.solvers.explicit_rk.kernel import (
     add_extra_stages,
     field_at,
     interpolate,
+    locate,
     marks_of,
     row,
     stage,
@@ -465,13 +466,7 @@ def read(I, R, like):
     complete = integers(I[L.COMPLETE])
     for i in range(count):
         t = times[i]
-        first, last = 0, steps  # the last step that starts before t
-        while last - first > 1:
-            middle = (first + last) // 2
-            if direction * starts[middle] < direction * t:
-                first = middle
-            else:
-                last = middle
+        first = locate(starts, steps, t, direction)
         end = starts[first + 1] if first + 1 < steps else R[L.T]
         theta = (t - starts[first]) / (end - starts[first])
         dense = I[L.DENSE] + first * (rows + 1) * n * size

@@ -70,6 +70,19 @@ def interpolate(n, rows, degree, poly, theta, h, derivative, dense, out, like):
 
 
 @inlined
+def locate(starts, count, t, direction):
+    """Index of the last of the steps that starts before ``t``, in their direction of time."""
+    first, last = 0, count
+    while last - first > 1:
+        middle = (first + last) // 2
+        if direction * starts[middle] < direction * t:
+            first = middle
+        else:
+            last = middle
+    return first
+
+
+@inlined
 def read_path(I, R, t, like):
     """Put the forward solution at ``t`` where the reverse right-hand side reads it."""
     count, direction = I[L.PATH_STEPS], R[L.DIRECTION]
@@ -77,13 +90,7 @@ def read_path(I, R, t, like):
     low, high = R[L.T_LOW], R[L.T_HIGH]
     t = low if t < low else high if t > high else t
     backward = -direction  # the path was solved in the other direction
-    first, last = 0, count  # the last step that starts before t
-    while last - first > 1:
-        middle = (first + last) // 2
-        if backward * starts[middle] < backward * t:
-            first = middle
-        else:
-            last = middle
+    first = locate(starts, count, t, backward)
     end = starts[first + 1] if first + 1 < count else R[L.PATH_END]
     theta = (t - starts[first]) / (end - starts[first])
     n = I[L.PRIMAL_N]
