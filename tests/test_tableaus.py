@@ -184,6 +184,11 @@ def test_the_list_is_complete():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_conditions(name):
+    getattr(tableaus, name).check()  # those of high order are not checked when they are imported
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_order_of_the_solution(name):
     tableau, (problem, counts) = getattr(tableaus, name), GLOBAL[name]
     coarse, fine = (global_error(tableau, problem, n) for n in counts)

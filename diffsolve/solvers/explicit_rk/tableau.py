@@ -118,6 +118,8 @@ class Tableau:
         Length of the real interval of absolute stability, where known.
     interpolant
         Continuous extension. Default: the cubic Hermite polynomial.
+    checked
+        Whether to check the conditions now, rather than in ``check``.
 
     Raises
     ------
@@ -157,6 +159,7 @@ class Tableau:
         b_error_low: ArrayLike | None = None,
         stability_interval: float | None = None,
         interpolant: Interpolant | None = None,
+        checked: bool = True,
     ):
         c_array = np.asarray(c, dtype=np.float64)
         fields = {
@@ -176,7 +179,8 @@ class Tableau:
             object.__setattr__(self, key, value)
         self._check_shapes()
         object.__setattr__(self, "stages", self._extended())
-        self._check_conditions()
+        if checked:
+            self.check()
 
     @property
     def first_same_as_last(self) -> bool:
@@ -216,7 +220,14 @@ class Tableau:
         interpolant = self.interpolant or _cubic_hermite(a[-1], self.order)
         return Stages(a, c, padded(self.b_error), padded(self.b_error_low), interpolant)
 
-    def _check_conditions(self) -> None:
+    def check(self) -> None:
+        """Check the order conditions of the method, its estimates and its interpolant.
+
+        Raises
+        ------
+        TableauError
+            If one fails.
+        """
         a, c = self.stages.a, self.stages.c
         # but for the last row: that is b, whose sum is an order condition
         nodes = np.abs(a.sum(1) - c)[:-1].max()
