@@ -75,7 +75,8 @@ class SaveTimes:
         if not isinstance(saveat, Tensor):
             values = torch.as_tensor(np.asarray(saveat, dtype=np.float64))
         # a transform wraps tensors; a time that moves is never the same
-        plain = not (_internals._are_functorch_transforms_active() or values.requires_grad)
+        plain = values.device.type == "cpu" and values.dtype is torch.float64
+        plain &= not (_internals._are_functorch_transforms_active() or values.requires_grad)
         known = _recent.get((t0, t1)) if plain else None
         if known is not None and torch.equal(known[0], values):
             return known[1]
@@ -89,7 +90,7 @@ class SaveTimes:
         times[0], times[-1] = (snapped(float(t), (t0, t1), eps) for t in (times[0], times[-1]))
         _check_order(times, t0, t1)
         found = cls(times, given)
-        if plain and values.dtype is torch.float64 and values.device.type == "cpu":
+        if plain:
             if len(_recent) > 10:
                 _recent.clear()
             _recent[t0, t1] = values.detach().clone(), found

@@ -6,6 +6,7 @@ import collections
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -109,10 +110,6 @@ def test_gradient_of_a_tensor_put_in_the_place_of_another(equal: bool) -> None:
     store = collections.OrderedDict(w=torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True))
     net = nn.Linear(2, 2, dtype=F64)
 
-    def run() -> Tensor:
-        f = lambda t, u, p: -store["w"] * u + 0.1 * p["net"](u)  # noqa: E731
-        return solve(ODEProblem(f, ones(), (0.0, 1.0), {"net": net}), Tsit5()).u[-1].sum()
-
     def kept(t: Tensor, u: Tensor, p: Any) -> Tensor:
         return -store["w"] * u + 0.1 * p["net"](u)
 
@@ -126,7 +123,6 @@ def test_gradient_of_a_tensor_put_in_the_place_of_another(equal: bool) -> None:
     )
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-12)
-    assert run().requires_grad
 
 
 class Slotted:
@@ -270,15 +266,9 @@ def test_what_cuts_gradients_off_cuts_them_off_here_too(kind: str) -> None:
         grads = torch.autograd.grad(sol.u[-1].sum(), [u0, w])
         return torch.cat(grads)
 
-    with pytest.warns(UserWarning) if kind != "grad" else _nothing():
+    with pytest.warns(UserWarning) if kind != "grad" else nullcontext():
         expected = gradient("torch")
     torch.testing.assert_close(gradient("auto"), expected, rtol=1e-9, atol=1e-12)
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *args: Any) -> None: ...
 
 
 def test_values_that_go_around_torch_are_not_frozen() -> None:

@@ -186,7 +186,8 @@ def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: boo
 
 def _numbers_vary(known: dict[Any, Any], key: Any) -> bool:
     """Whether so many solves differed in nothing but Python's numbers in ``p``, to no good end."""
-    return sum(1 for other in known if other[:-1] == key[:-1]) >= _MOST_NUMBERS
+    with _lock:  # another thread may add one
+        return sum(1 for other in known if other[:-1] == key[:-1]) >= _MOST_NUMBERS
 
 
 def _ready(entry: _Entry, leaves: list[Any], trace_s: float) -> NativeField:
