@@ -283,6 +283,17 @@ def arenstorf_defect() -> float:
     return float(largest(end - start))
 
 
+def write(stored: dict[str, dict[str, Any]]) -> None:
+    """Write all references, one state a line."""
+    blocks = []
+    for name in sorted(stored):
+        entry = dict(stored[name])
+        rows = ",\n    ".join(json.dumps(row) for row in entry.pop("u"))
+        fields = "".join(f'  "{key}": {json.dumps(value)},\n' for key, value in entry.items())
+        blocks.append(f'{json.dumps(name)}: {{\n{fields}  "u": [\n    {rows}]}}')
+    TARGET.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("problem", nargs="*", help="default: all")
@@ -315,13 +326,7 @@ def main() -> None:
     if not args.problem or "arenstorf" in args.problem:
         print(f"arenstorf, decimal data: orbit closes to {arenstorf_defect():.1e}")
     if not args.check:
-        blocks = []
-        for name in sorted(stored):
-            rows = ",\n    ".join(json.dumps(row) for row in stored[name]["u"])
-            blocks.append(
-                f'"{name}": {{\n  "t": {json.dumps(stored[name]["t"])},\n  "u": [\n    {rows}]}}'
-            )
-        TARGET.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
+        write(stored)
 
 
 if __name__ == "__main__":

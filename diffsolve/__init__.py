@@ -10,6 +10,7 @@ from diffsolve.problems.ode import ODEProblem
 from diffsolve.solution import ReturnCode, Solution, SolveError, Stats, Steps
 from diffsolve.solve import solve
 from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.continuous_extension import Interpolant
 from diffsolve.solvers.controllers import Controller, IController, PIController, PIDController
 from diffsolve.solvers.explicit_rk.methods import (
     BS3,
@@ -26,7 +27,8 @@ from diffsolve.solvers.explicit_rk.methods import (
     Vern7,
     Vern9,
 )
-from diffsolve.solvers.explicit_rk.tableau import Interpolant, Tableau, TableauError
+from diffsolve.solvers.explicit_rk.tableau import Tableau
+from diffsolve.solvers.order_conditions import TableauError
 
 __version__ = "0.1.0"
 

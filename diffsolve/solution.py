@@ -19,6 +19,7 @@ class ReturnCode(Enum):
     MAX_ITERS = "maxiters steps were not enough"
     DT_LESS_THAN_MIN = "the step size fell below dtmin or the resolution of time"
     UNSTABLE = "the state, its derivative or the error estimate is NaN or Inf"
+    NEWTON_FAILED = "Newton's iteration did not converge, or its matrix is singular"
 
     @property
     def successful(self) -> bool:

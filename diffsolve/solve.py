@@ -26,9 +26,13 @@ from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.explicit_rk.methods import Tsit5, Vern7
 from diffsolve.solvers.interpolation import DenseOutput
+from diffsolve.solvers.jacobian import given_jacobian
+from diffsolve.solvers.jacobian_layout import checked_pattern
 from diffsolve.solvers.norms import Tolerance
+from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 from diffsolve.times import SaveTimes, ordered_stops, snapped
 
+_MOST_UNKNOWNS = 500  # up to which alg=None may use dense matrices
 _STEPS_NEED_DISCRETE = (
     "sol.steps.{name} has no gradient under {sensealg}: a continuous adjoint differentiates the "
     "equation, not the solver's steps. Use sensealg=DiscreteAdjoint(), or the local regularizer "
@@ -69,8 +73,12 @@ def solve(
     prob
         The problem.
     alg
-        Method. None: ``Tsit5()``, or ``Vern7()`` where ``rtol`` is below 1e-6 and the state is in
-        double precision.
+        Method. None: ``AutoTsit5()``, or ``AutoVern7()`` where ``rtol`` is below 1e-6 and the
+        state is in double precision: explicit methods that hand over to ``Rodas5P()`` where the
+        problem is stiff. ``Tsit5()`` or ``Vern7()`` alone where no matrix is to be had: for complex
+        states; for those of more than 500 numbers, unless they are a batch ``(..., d)`` of rows
+        with ``d <= 500``; with fixed steps; under ``torch.func`` transforms and forward mode.
+        ``sol.stats.alg`` tells.
     sensealg
         How to differentiate. None: ``DiscreteAdjoint()`` where something requires a gradient;
         ``DiscreteAdjoint(tape=True)`` under ``torch.func`` transforms and forward mode.
@@ -136,7 +144,7 @@ def solve(
     if engine not in ("auto", "torch", "native"):
         raise ValueError(f'engine must be "auto", "torch" or "native", got {engine!r}')
     field = VectorField.of(prob)
-    alg = _checked_algorithm(alg, prob, rtol, field)
+    alg = _checked_algorithm(alg, prob, rtol, adaptive, field)
     t0, t1 = (float(detached(t)) for t in prob.tspan)
     direction = 1.0 if t1 >= t0 else -1.0
     saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
@@ -144,6 +152,11 @@ def solve(
     settings = Settings(
         tolerance=Tolerance.build(rtol, atol, field.structure, norm),
         controller=alg.default_controller() if controller is None else controller,
+        controller_stiff=(
+            alg.stiff.default_controller()
+            if controller is None and isinstance(alg, AutoSwitch)
+            else None
+        ),
         adaptive=adaptive and alg.adaptive,
         dt=None if dt is None else _constant("dt", dt),
         dtmin=float(dtmin),
@@ -153,10 +166,13 @@ def solve(
         progress=progress,
     )
     _check(settings, alg)
+    field.accuracy = settings.tolerance
 
     transformed = transforms_active()
     recording = torch.is_grad_enabled() and not transformed
     u0 = field.structure.ravel(prob.u0)
+    if alg.is_implicit:
+        _check_jacobian(field, field.after(t0, direction), u0.detach())
     moving = u0.requires_grad or saves.differentiable(prob.tspan)
     stats = Stats(engine="torch", alg=alg.name)
     native, du0, asked = None, None, sensealg
@@ -214,12 +230,26 @@ def solve(
     return solution
 
 
+def _chosen_algorithm(rtol: Any, adaptive: bool, field: VectorField) -> Algorithm:
+    """What ``alg=None`` means; see ``solve``."""
+    structure = field.structure
+    tight = isinstance(rtol, (int, float)) and rtol < 1e-6
+    tight = tight and structure.time_dtype == torch.float64
+    rows = structure.is_tensor and len(structure.shapes[0]) > 1
+    size = structure.shapes[0][-1] if rows else structure.size
+    alone = structure.dtype.is_complex or size > _MOST_UNKNOWNS
+    if alone or not adaptive or transforms_active():
+        return Vern7() if tight else Tsit5()
+    # rows may turn out to be coupled: the explicit method then goes on
+    field.largest_matrix = _MOST_UNKNOWNS
+    return AutoVern7() if tight else AutoTsit5()
+
+
 def _checked_algorithm(
-    alg: Algorithm | None, prob: ODEProblem, rtol: Any, field: VectorField
+    alg: Algorithm | None, prob: ODEProblem, rtol: Any, adaptive: bool, field: VectorField
 ) -> Algorithm:
     if alg is None:
-        tight = isinstance(rtol, (int, float)) and rtol < 1e-6
-        alg = Vern7() if tight and field.structure.time_dtype == torch.float64 else Tsit5()
+        alg = _chosen_algorithm(rtol, adaptive, field)
     if not isinstance(alg, Algorithm):
         hint = f"; write {alg.__name__}()" if isinstance(alg, type) else ""
         raise TypeError(f"alg must be a method such as Tsit5(), got {alg!r}{hint}")
@@ -228,7 +258,21 @@ def _checked_algorithm(
             f"{alg.name} cannot solve M du/dt = f with a mass matrix; where M is regular, "
             "multiply f by its inverse"
         )
+    if alg.is_implicit and field.dtype.is_complex:
+        raise ValueError(
+            f"{alg.name} is implicit and needs a real state, got {field.dtype}: write u as its real "
+            "and imaginary parts (torch.view_as_real), or use an explicit method"
+        )
     return alg
+
+
+def _check_jacobian(field: VectorField, t: Tensor, u: Tensor) -> None:
+    """Refuse a ``jac`` or ``jac_sparsity`` of a wrong shape before any work."""
+    if field.jac_sparsity is not None:
+        checked_pattern(field.jac_sparsity, field.structure.size)
+    if field.jac is not None:
+        with torch.no_grad():
+            given_jacobian(field, t, u)
 
 
 def _constant(name: str, value: Any) -> float:
@@ -271,7 +315,9 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
     if u.requires_grad and not isinstance(sensealg, (NoAdjoint, DiscreteAdjoint)):
         steps = _refusing_gradients(steps, u, sensealg)
     native = isinstance(trajectory, NativeTrajectory)
-    stats.nf = trajectory.nf if native else field.nf
+    done = trajectory if native else field
+    stats.nf, stats.njac, stats.nlu = done.nf, done.njac, done.nlu
+    stats.nsolve, stats.nnewton = done.nsolve, done.nnewton
     stats.naccept, stats.nreject = trajectory.naccept, trajectory.nreject
 
     return Solution(

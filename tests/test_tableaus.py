@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from diffsolve.solvers.continuous_extension import Interpolant
 from diffsolve.solvers.explicit_rk import tableaus
-from diffsolve.solvers.explicit_rk.tableau import Interpolant, Tableau, TableauError
+from diffsolve.solvers.explicit_rk.tableau import Tableau
+from diffsolve.solvers.order_conditions import TableauError
 
 Real = np.longdouble
 # Where the single steps start that local errors are taken from. The interpolant of Vern6 shows its

@@ -21,7 +21,7 @@ from diffsolve.adjoints.native import run_continuous
 from diffsolve.adjoints.reversal import reverse_failure, reverse_stops
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
 from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.method import method_of
+from diffsolve.engines.native.prepare import compile_adjoint
 from diffsolve.engines.torch_engine import OnStop, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.structure import StateStructure
@@ -83,9 +83,7 @@ class ContinuousAdjoint(Sensealg):
     along_path: ClassVar[bool] = False
 
     def compile(self, native: NativeField, alg: Algorithm) -> None:
-        method_of(self.alg or alg)
-        compiled = native.compiled
-        (compiled.interpolating if self.along_path else compiled.backsolve)(native.active)
+        compile_adjoint(native, self.alg or alg, self.along_path)
 
     def run(self, job: Job) -> Outputs:
         if job.native is not None:

@@ -15,8 +15,7 @@ from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.kernels import kernel
-from diffsolve.engines.native.method import method_of
+from diffsolve.engines.native.prepare import compile_sweep
 from diffsolve.engines.torch_engine import Saving, Settings, integrate
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.solution import Stats
@@ -75,10 +74,7 @@ class DiscreteAdjoint(Sensealg):
     def compile(self, native: NativeField, alg: Algorithm) -> None:
         if self.tape:
             raise Declined("DiscreteAdjoint(tape=True) records the operations of torch")
-        active = native.active
-        kernel("sweep", native.compiled.single)
-        native.compiled.vjp(active)
-        native.compiled.step_vjp(method_of(alg).stages, active)
+        compile_sweep(native, alg)
 
     def run(self, job: Job) -> Outputs:
         if self.tape:
@@ -142,5 +138,6 @@ class _Discrete(torch.autograd.Function):
         sweep = Sweep(job, cotangents, ctx.final)
         du0, dparams = sweep.run(tape)
         stats.nf, stats.naccept = sweep.nf, len(tape.records)
+        sweep.field.count_in(stats)
         stats.wall_s = time.perf_counter() - started
         return (None, du0, *dparams)

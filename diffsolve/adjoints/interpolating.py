@@ -14,6 +14,7 @@ from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
+from diffsolve.engines.native.method import method_of
 from diffsolve.engines.torch_engine import Trajectory
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
@@ -57,7 +58,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     def compile(self, native: NativeField, alg: Algorithm) -> None:
         super().compile(native, alg)
         if self.checkpoints is not None:
-            kernel("replay", native.compiled.single)
+            kernel("replay", method_of(alg).family, native.compiled.single)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,13 +115,12 @@ class _Segments:
     def _make(self, segment: tuple[int, int]) -> DenseOutput:
         records = self.tape.records
         begin, end = segment
-        alg, field = self.job.alg, self.job.field
-        states = self.tape.states(segment, alg, field)
+        field = self.job.field
+        states = self.tape.states(segment, field)
         dense = DenseOutput(records[begin].t, self.direction, states[0][0])
         with torch.no_grad():
             for i, state in zip(range(begin, end), states, strict=True):
                 record = records[i]
                 t_end = records[i + 1].t if i + 1 < len(records) else self.end
-                step = alg.step(field, record.t, record.h, state)
-                dense.append(t_end, step.interpolant)
+                dense.append(t_end, record.repeat(field, state).interpolant)
         return dense

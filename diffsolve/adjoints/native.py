@@ -162,6 +162,7 @@ def _reverse(
             z=z,
             blocks=[n, n + extra, len(z)],
             settings=_settings(sensealg, job, n, len(z), times),
+            jacobian=lambda: compiled.adjoint_jacobian(active, not along),
             path=Path(memory, kept[0], _checkpoints(sensealg) is None) if along else None,
             saved=saved if reset else None,
         )

@@ -33,6 +33,7 @@ from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import summands
 from diffsolve.solvers.norms import measure
+from diffsolve.solvers.switching import AutoSwitch
 
 # Measured on a CPU: a call of f with its reverse pass costs about 100 us beyond its arithmetic,
 # and an entry of a tensor about 1 ns. Batching saves the calls and repeats the arithmetic.
@@ -51,6 +52,8 @@ class ParallelSweep:
 
     Attributes
     ----------
+    alg
+        The method of such steps.
     enabled
         Whether a batch may still be tried.
     extra_nf
@@ -65,6 +68,7 @@ class ParallelSweep:
         cotangents: Sequence[Tensor | None],
     ):
         self.job, self.field, self.params = job, field, params
+        self.alg = job.alg.nonstiff if isinstance(job.alg, AutoSwitch) else job.alg
         self.of_saved, *self.of_estimates = cotangents
         self.extra_nf = 0
         self.batch = max(1, min(_MOST_STEPS, _MOST_WORK // max(job.field.work, 1)))
@@ -74,7 +78,7 @@ class ParallelSweep:
             and (2 * self.size + 2) * job.field.work <= _WORK_WORTH_A_CALL
             and not field.dtype.is_complex
             and not field.breaks  # one-sided times are decided step by step, on the host
-            and job.alg.is_one_step
+            and self.alg.is_one_step
         )
 
     def _blocks(self) -> tuple[int, int]:
@@ -88,7 +92,8 @@ class ParallelSweep:
         return 1, structure.size
 
     def suits(self, records: list[Record]) -> bool:
-        return self.enabled and len(records) >= _FEWEST_STEPS + self.size // 2
+        enough = len(records) >= _FEWEST_STEPS + self.size // 2
+        return self.enabled and enough and all(r.alg is self.alg for r in records)
 
     def through(
         self,
@@ -169,7 +174,7 @@ class ParallelSweep:
 
     def _run_again(self, records: list[Record], u: Tensor) -> tuple[Tensor, ...]:
         """New states ``(m, N)``, their summands, values ``(m, most, N)`` inside, estimates."""
-        alg, field, tolerance = self.job.alg, self.field, self.job.settings.tolerance
+        alg, field, tolerance = self.alg, self.field, self.job.settings.tolerance
         most = max(len(r.thetas) for r in records) if self.of_saved is not None else 0
         thetas = [[*r.thetas, *[0.0] * (most - len(r.thetas))] for r in records] if most else []
         times = torch.tensor([(r.t, r.h) for r in records], dtype=torch.float64).to(u.device)

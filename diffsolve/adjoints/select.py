@@ -10,13 +10,14 @@ from torch.autograd import forward_ad
 
 from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.sensealg import NoAdjoint, Sensealg
+from diffsolve.problems.structure import under_transform
 
 _internals: Any = torch._C  # has no public way to ask for active transforms
 
 
 def transforms_active() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is looking on."""
-    return _internals._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return under_transform() or forward_ad._current_level >= 0
 
 
 def refuse_moving_times(times: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,9 +15,15 @@ from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.vector_field import CHANGED
 from diffsolve.solvers.algorithm import summands
-from diffsolve.solvers.norms import measure
+from diffsolve.solvers.norms import measure, rms
 
 StateBar = list[Tensor | None]
+
+
+def _runs(records: list[Record]) -> list[tuple[int, int]]:
+    """Ranges of consecutive steps of one method."""
+    starts = [i for i, r in enumerate(records) if i == 0 or r.alg is not records[i - 1].alg]
+    return list(pairwise([*starts, len(records)]))
 
 
 class Sweep:
@@ -38,6 +45,7 @@ class Sweep:
         self.of_saved = cotangents[0]
         self.of_estimates = cotangents[1:]
         self.field, self.params = job.field.for_vjp()
+        self.field.first_order = True
         self.final = final
         self._expect(final)
         self.dparams: list[Tensor | None] = [None] * len(self.params)
@@ -51,10 +59,12 @@ class Sweep:
         """Gradients by the flat initial state and by the parameters."""
         job = self.job
         state_bar: StateBar = []
-        for begin, records, states in tape.backward(job.alg, self.field):
+        for begin, records, states in tape.backward(self.field):
             state_bar = state_bar or [None] * len(states[0])
-            state_bar = self._through_segment(begin, records, states, state_bar)
-            self._after = states[0][0]
+            for low, high in reversed(_runs(records)):
+                run = slice(low, high)
+                state_bar = self._through_run(begin + low, records[run], states[run], state_bar)
+                self._after = states[low][0]
         if not float(self._off) <= 1 and not (self.field.low_eps and self._repeats(tape)):
             raise RuntimeError(CHANGED)
         u_bar = state_bar[0] if state_bar else None
@@ -65,7 +75,7 @@ class Sweep:
         dparams = zip(self.params, self.dparams, strict=True)
         return u_bar, [torch.zeros_like(p) if g is None else g for p, g in dparams]
 
-    def _through_segment(
+    def _through_run(
         self,
         begin: int,
         records: list[Record],
@@ -97,8 +107,8 @@ class Sweep:
         pulled: list[tuple[Tensor, Tensor]] = []
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in state]
-            step = self.job.alg.step(self.field, record.t, record.h, tuple(leaves))
-            self._compare(step.state[0], state, record.h)
+            step = record.repeat(self.field, tuple(leaves))
+            self._compare(step.state[0], record, state)
             pulled += [
                 (y, bar) for y, bar in zip(step.state, state_bar, strict=True) if bar is not None
             ]
@@ -123,7 +133,7 @@ class Sweep:
         with torch.enable_grad():
             u = state[0].detach().requires_grad_()
             after = self.field.after(record.t, record.h)
-            made = self.job.alg.init(self.field, record.t, u, self.field(after, u))
+            made = record.alg.init(self.field, record.t, u, self.field(after, u))
             pulled = [(y, bar) for y, bar in zip(made, state_bar, strict=True) if bar is not None]
         (u_bar,) = self._pull(pulled, [u])
         return [u_bar, *[None] * (len(state) - 1)]
@@ -135,21 +145,25 @@ class Sweep:
         that can be as large as the work of random numbers, where its terms cancel.
         """
         self._expect(self.final)
-        alg, field = self.job.alg, self.field
         with torch.no_grad():
-            for _, records, states in tape.backward(alg, field):
+            for _, records, states in tape.backward(self.field):
                 for record, state in zip(reversed(records), reversed(states), strict=True):
-                    step = alg.step(field, record.t, record.h, state)
-                    self._compare(step.state[0], state, record.h)
+                    step = record.repeat(self.field, state)
+                    self._compare(step.state[0], record, state)
         return float(self._off) <= 1
 
     def _expect(self, final: Tensor) -> None:
         self._after = final  # the state that the step at hand must lead to
         self._off = torch.zeros((), device=final.device)  # by how much steps missed that, at most
 
-    def _compare(self, reached: Tensor, state: tuple[Tensor, ...], h: float) -> None:
+    def _compare(self, reached: Tensor, record: Record, state: tuple[Tensor, ...]) -> None:
         """Note whether a step leads where it led; read at the end, to wait for no device."""
-        off = self.field.rounding_error(reached, self._after, summands(state, h))
+        off = self.field.rounding_error(reached, self._after, summands(state, record.h))
+        if record.alg.is_implicit:
+            # an iteration stops at a part of the tolerance, and a matrix magnifies rounding
+            tolerance = self.job.settings.tolerance
+            distance = (reached.detach() - self._after) / tolerance.scale(self._after.abs())
+            off = torch.minimum(off, rms(distance).to(off))
         self._off = torch.maximum(self._off, off.to(self._off))
         self._after = state[0]
 

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.algorithm import Algorithm
 
 
 def check_checkpoints(checkpoints: int | None) -> None:
     """Raise a ``ValueError`` if that is no number of states to keep."""
     if checkpoints is not None and not (isinstance(checkpoints, int) and checkpoints >= 1):
         raise ValueError(f"checkpoints must be a positive integer, got {checkpoints!r}")
+
+
+def _forget(record: Record) -> None:
+    record.state = record.solved = ()
 
 
 class StepTape:
@@ -35,7 +38,8 @@ class StepTape:
         self.checkpoints = checkpoints
         self.records: list[Record] = []
         self._stride = 1
-        self._kept: list[tuple[int, int]] = []  # where unloaded states belong, and their lengths
+        # where unloaded states and solutions belong, and their lengths
+        self._kept: list[tuple[int, int, int]] = []
 
     def append(self, record: Record) -> None:
         index = len(self.records)
@@ -43,28 +47,30 @@ class StepTape:
         if self.checkpoints is None or index == 0:
             return
         if index % self._stride:
-            record.state = ()
+            _forget(record)
         elif index // self._stride >= self.checkpoints:
             self._stride *= 2
             for i, kept in enumerate(self.records):
                 if i % self._stride:
-                    kept.state = ()
+                    _forget(kept)
 
     def unload(self) -> list[Tensor]:
-        """Give the kept states away, for autograd to save; ``loaded`` takes them back."""
-        self._kept = [(i, len(r.state)) for i, r in enumerate(self.records) if r.state]
-        tensors = [x for record in self.records for x in record.state]
-        for record in self.records:
-            record.state = ()
+        """Give what is kept away, for autograd to save; ``loaded`` takes it back."""
+        records = self.records
+        self._kept = [(i, len(r.state), len(r.solved)) for i, r in enumerate(records) if r.state]
+        tensors = [x for record in records for x in (*record.state, *record.solved)]
+        for record in records:
+            _forget(record)
         return tensors
 
     def loaded(self, tensors: Sequence[Tensor]) -> StepTape:
-        """This tape with the states that ``unload`` gave away."""
+        """This tape with what ``unload`` gave away."""
         tape = StepTape(self.checkpoints)
         tape.records = [replace(record) for record in self.records]
         rest = iter(tensors)
-        for i, count in self._kept:
-            tape.records[i].state = tuple(next(rest) for _ in range(count))
+        for i, states, solutions in self._kept:
+            tape.records[i].state = tuple(next(rest) for _ in range(states))
+            tape.records[i].solved = tuple(next(rest) for _ in range(solutions))
         return tape
 
     def segments(self) -> list[tuple[int, int]]:
@@ -72,9 +78,7 @@ class StepTape:
         starts = [i for i, record in enumerate(self.records) if record.state]
         return list(pairwise([*starts, len(self.records)]))
 
-    def states(
-        self, segment: tuple[int, int], alg: Algorithm, field: VectorField
-    ) -> list[tuple[Tensor, ...]]:
+    def states(self, segment: tuple[int, int], field: VectorField) -> list[tuple[Tensor, ...]]:
         """States at the steps of a segment, repeated from the one that was kept."""
         begin, end = segment
         state = self.records[begin].state
@@ -82,15 +86,17 @@ class StepTape:
         with torch.no_grad():
             for i in range(begin, end - 1):
                 record, following = self.records[i], self.records[i + 1]
-                state = alg.step(field, record.t, record.h, state).state
+                state = record.repeat(field, state).state
                 if following.restart:
                     after = field.after(following.t, following.h)
-                    state = alg.init(field, following.t, state[0], field(after, state[0]))
+                    state = following.alg.init(
+                        field, following.t, state[0], field(after, state[0])
+                    )
                 states.append(state)
         return states
 
     def backward(
-        self, alg: Algorithm, field: VectorField
+        self, field: VectorField
     ) -> Iterator[tuple[int, list[Record], list[tuple[Tensor, ...]]]]:
         """Segments, the last one first: index of the first step, the records, their states."""
         if self.checkpoints is None:
@@ -99,4 +105,4 @@ class StepTape:
             return
         for segment in reversed(self.segments()):
             begin, end = segment
-            yield begin, self.records[begin:end], self.states(segment, alg, field)
+            yield begin, self.records[begin:end], self.states(segment, field)

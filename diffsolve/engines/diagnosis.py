@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffsolve.problems.structure import detached
 from diffsolve.solution import ReturnCode
+from diffsolve.solvers.algorithm import Trouble
 from diffsolve.solvers.norms import Estimates
 
 
@@ -23,8 +24,14 @@ def explain(
     dtmin: float,
     maxiters: int,
     state: Tensor,
+    trouble: Trouble | None = None,
+    own_jacobian: bool = False,
 ) -> str:
-    """A message for a solve that stopped at ``t`` with a next step of size ``h``."""
+    """A message for a solve that stopped at ``t`` with a next step of size ``h``.
+
+    ``trouble`` is that of the last attempt, and ``own_jacobian`` tells whether the method used a
+    ``jac`` of the user's.
+    """
     size = float(torch.linalg.vector_norm(state.detach(), ord=math.inf))
     error = math.nan if estimates is None else float(detached(estimates.error))
     stiffness = math.nan if estimates is None else float(detached(estimates.stiffness))
@@ -50,10 +57,25 @@ def explain(
                 "f may jump or be singular there, or the tolerance is below rounding; list jumps "
                 "in tstops, loosen rtol and atol, or use float64"
             )
+    elif code is ReturnCode.NEWTON_FAILED:
+        if trouble is Trouble.SINGULAR:
+            what = f"the matrix I - h gamma J of {alg} is singular {where}, at every step size"
+            why = "f, or its Jacobian, is too large there for the precision; try float64"
+        else:
+            what = f"Newton's iteration of {alg} did not converge {where}, at any step size"
+            why = "f may jump there, or have a kink; list jumps in tstops, or try a Rosenbrock method"
+    elif trouble is Trouble.JACOBIAN:
+        what = f"the Jacobian that {alg} needs holds NaN or Inf {where}"
+        why = (
+            "a derivative of f does not exist there (that of a root or a norm at zero, say), "
+            "though f does"
+        )
     else:
         what = f"{alg} met NaN or Inf {where}"
         why = (
             "f, or the state, left the range where it is defined (a root or log of a negative "
             "number, a division by zero, an overflow); check f there, or pass a smaller dt or dtmax"
         )
+    if own_jacobian and code is not ReturnCode.UNSTABLE:
+        why = f"jac is not the Jacobian of f: compare it with check_jacobian(prob). Or else: {why}"
     return f"{what}. {facts}. Likely: {why}."

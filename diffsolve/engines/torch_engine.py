@@ -12,16 +12,19 @@ from torch import Tensor
 
 from diffsolve.engines.diagnosis import explain
 from diffsolve.problems.structure import detached
-from diffsolve.problems.vector_field import VectorField
+from diffsolve.problems.vector_field import CHANGED, VectorField
 from diffsolve.solution import ReturnCode
-from diffsolve.solvers.algorithm import Algorithm, Step
+from diffsolve.solvers.algorithm import Algorithm, Step, Trouble
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.initial_step import initial_step
 from diffsolve.solvers.interpolation import DenseOutput
+from diffsolve.solvers.jacobian_layout import MatrixTooLarge
 from diffsolve.solvers.norms import Estimates, Tolerance, measure
+from diffsolve.solvers.switching import FACTOR, AutoSwitch, Switch
 
 _STRETCH = 1.01  # a step may grow by this much to land on a stop (Hairer's dopri5)
 _ROUNDING = 1 + 1e-8  # the same for fixed steps, which only round
+_AFTER_FAILURE = 0.5  # factor of the size after a step whose equations were not solved
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class Settings:
         Whether step sizes are differentiated.
     progress
         Whether to show a progress bar.
+    controller_stiff
+        What takes the place of ``controller`` while the stiff method of an ``AutoSwitch`` is
+        active; None: the same.
     """
 
     tolerance: Tolerance
@@ -58,6 +64,7 @@ class Settings:
     tstops: tuple[float, ...] = ()
     h_on_tape: bool = False
     progress: bool = False
+    controller_stiff: Controller | None = None
 
 
 @dataclass(slots=True)
@@ -70,6 +77,10 @@ class Record:
         Arguments of the step.
     restart
         Whether ``state`` was made anew by ``alg.init`` at ``t``.
+    alg
+        The method that took it.
+    solved
+        What its iterations found (``Step.solved``).
     first_save, thetas
         Saved values inside the step: indices from ``first_save`` on, at these fractions of it.
     end_save
@@ -80,9 +91,28 @@ class Record:
     h: float
     state: tuple[Tensor, ...]
     restart: bool
+    alg: Algorithm
+    solved: tuple[Tensor, ...] = ()
     first_save: int = 0
     thetas: list[float] = field(default_factory=list)
     end_save: int | None = None
+
+    def repeat(self, field: VectorField, state: tuple[Tensor, ...]) -> Step:
+        """The step again, from ``state``; under autograd at the solutions that it found.
+
+        Raises
+        ------
+        RuntimeError
+            If its equations cannot be solved again.
+        """
+        take: Any = self.alg.step  # a method that leaves solutions takes them
+        options = {"solved": self.solved} if self.solved else {}
+        step = take(field, self.t, self.h, state, **options)
+        if not step.converged:
+            raise RuntimeError(
+                f"the step from t = {self.t:.8g} cannot be repeated: {step.trouble.value}. {CHANGED}"
+            )
+        return step
 
 
 class Recorder(Protocol):
@@ -179,14 +209,27 @@ class _Loop:
         saving: Saving,
         on_stop: OnStop | None,
     ):
-        self.rhs, self.alg, self.u0, self.t0, self.t1 = rhs, alg, u0, t0, t1
+        self.rhs, self.u0, self.t0, self.t1 = rhs, u0, t0, t1
         self.settings, self.saving, self.on_stop = settings, saving, on_stop
+        self.whole = alg
+        self.switch = Switch(alg.stability_size) if isinstance(alg, AutoSwitch) else None
+        self._activate()
+        rhs.accuracy = settings.tolerance
         self.on_tape = torch.is_grad_enabled()
         self.direction = 1.0 if t1 >= t0 else -1.0
         self.stops = [*settings.tstops, t1]
         self.result = Trajectory()
         if saving.dense:
             self.result.dense = DenseOutput(_plain(t0), self.direction, u0)
+
+    def _activate(self) -> None:
+        """Take up the method whose turn it is, and its controller."""
+        self.alg, self.controller = self.whole, self.settings.controller
+        if isinstance(self.whole, AutoSwitch) and self.switch is not None:
+            self.alg = self.whole.stiff if self.switch.stiff else self.whole.nonstiff
+            if self.switch.stiff and self.settings.controller_stiff is not None:
+                self.controller = self.settings.controller_stiff
+        self.memory = self.controller.start()
 
     def run(self, du0: Tensor | None) -> Trajectory:
         bar = progress_bar(self.t0, self.t1) if self.settings.progress else None
@@ -217,8 +260,8 @@ class _Loop:
         self.last: Estimates | None = None  # estimates of the last attempt
         self.rejections = 0  # in a row
         self.not_finite = False  # whether the last rejection was for NaN or Inf
+        self.trouble: Trouble | None = None  # of the last attempt
         self.restarted = True
-        self.memory = settings.controller.start()
         self.anchor, self.since = self.t0, 0  # last stop, and the steps since
         if du0 is None:
             du0 = self.rhs(self.rhs.after(self.t0, self.direction), self.u0)
@@ -253,13 +296,20 @@ class _Loop:
         size, lands = self._fit()
         floor = max(settings.dtmin if settings.adaptive else 0.0, 4 * math.ulp(_plain(t)))
         if not lands and self.size < floor:
-            code = ReturnCode.UNSTABLE if self.not_finite else ReturnCode.DT_LESS_THAN_MIN
-            return self._fail(code, self.last)
+            return self._fail(self._why_too_small(), self.last)
         if self.attempts >= settings.maxiters:
             return self._fail(ReturnCode.MAX_ITERS, self.last)
         self.attempts += 1
         self.h = h = self.direction * size
-        step = self.alg.step(self.rhs, t, h, self.state)
+        try:
+            step = self.alg.step(self.rhs, t, h, self.state)
+        except MatrixTooLarge:
+            if self.switch is None:
+                raise
+            return self._stay_explicit()
+        self.trouble = step.trouble
+        if not step.converged:
+            return self._give_up(size)
         estimates = self.last = measure(step, self.state[0], settings.tolerance, self.on_tape)
         error = estimates.error
         if self.on_tape:
@@ -271,7 +321,7 @@ class _Loop:
                 error = float(torch.as_tensor(error).detach())
         accept, factor = error < math.inf, 1.0
         if settings.adaptive:
-            accept, factor, memory = settings.controller.propose(
+            accept, factor, memory = self.controller.propose(
                 error, self.memory, self.rejections > 0
             )
             if not (lands and size < self.size):  # one cut short has an error of no account
@@ -291,7 +341,37 @@ class _Loop:
             self.size = max(size * factor, min(self.size, settings.dtmax))
         else:
             self.size = size * factor
+        if accept and self.switch is not None:
+            self._consider_switching(estimates, h)
         return None
+
+    def _give_up(self, size: Any) -> None:
+        """The equations of a step were not solved: it says nothing of the error."""
+        self.result.nreject += 1
+        self.rejections += 1
+        self.not_finite = self.trouble in (Trouble.NOT_FINITE, Trouble.JACOBIAN)
+        self.size = size * _AFTER_FAILURE
+        if not self.settings.adaptive:
+            self._fail(self._why_too_small(), None)
+
+    def _why_too_small(self) -> ReturnCode:
+        if self.not_finite:
+            return ReturnCode.UNSTABLE
+        unsolved = self.trouble in (Trouble.DIVERGED, Trouble.SINGULAR)
+        return ReturnCode.NEWTON_FAILED if unsolved else ReturnCode.DT_LESS_THAN_MIN
+
+    def _stay_explicit(self) -> None:
+        """The implicit method of two cannot be used: the other one goes on alone."""
+        assert isinstance(self.whole, AutoSwitch)
+        self.whole, self.switch = self.whole.nonstiff, None
+        self._activate()
+        self.size = self.size / FACTOR
+
+    def _consider_switching(self, estimates: Estimates, h: Any) -> None:
+        assert self.switch is not None
+        if self.switch.changes(_plain(estimates.stiffness), _plain(h)):
+            self._activate()
+            self.size = self.size * (FACTOR if self.switch.stiff else 1 / FACTOR)
 
     def _fit(self) -> tuple[Any, bool]:
         """Size of the next step, and whether it lands on the next stop."""
@@ -320,7 +400,7 @@ class _Loop:
             t_new = self.anchor + self.since * h
         record = None
         if saving.recorder is not None:
-            record = Record(start, h, self.state, self.restarted)
+            record = Record(start, h, self.state, self.restarted, self.alg, step.solved)
         self._save_within(step, start, h, t_new, record)
         if record is not None and saving.recorder is not None:
             saving.recorder.append(record)
@@ -392,6 +472,8 @@ class _Loop:
             dtmin=self.settings.dtmin,
             maxiters=self.settings.maxiters,
             state=self.state[0],
+            trouble=self.trouble,
+            own_jacobian=self.alg.is_implicit and self.rhs.jac is not None,
         )
 
 

@@ -34,9 +34,14 @@ class ODEProblem:
         Parameters: a tensor, a pytree of tensors and other values, ``module.parameters()``, or
         None. Whatever else ``f`` touches is found and gets its gradient as well.
     jac
-        Jacobian ``jac(t, u, p)``, for implicit methods; explicit ones do not need it.
+        Jacobian ``jac(t, u, p)``, or ``jac(t, u)`` when ``p`` is None, for implicit methods: ``(N,
+        N)`` over the raveled state, or ``(..., d, d)`` where ``u`` is a batch ``(..., d)`` of rows
+        that ``f`` treats independently. None: computed from ``f``, exactly where autograd can.
+        ``check_jacobian`` compares the two. Gradients never use it.
     jac_sparsity
-        Sparsity pattern of the Jacobian, for implicit methods.
+        Which entries of the Jacobian can be other than zero, ``(N, N)``, dense or sparse. Where it
+        is computed by autograd, rows that share no column are then computed at once; a pattern that
+        lacks an entry is refused when that is found. Linear systems are dense all the same.
     mass_matrix
         ``M`` in ``M du/dt = f``; refused by methods that cannot use it.
 
@@ -65,6 +70,8 @@ class ODEProblem:
     def __post_init__(self) -> None:
         if not callable(self.f):
             raise TypeError(f"f must be callable as f(t, u, p), got {type(self.f).__name__}")
+        if self.jac is not None and not callable(self.jac):
+            raise TypeError(f"jac must be callable as jac(t, u, p), got {type(self.jac).__name__}")
         if isinstance(self.p, Iterator):  # module.parameters() can be read only once
             object.__setattr__(self, "p", tuple(self.p))
         _check_state(self.u0)

@@ -15,6 +15,12 @@ def detached(x: Any) -> Any:
 
 
 _LEAF = pytree.tree_structure(0)
+_internals: Any = torch._C  # has no public way to ask for active transforms
+
+
+def under_transform() -> bool:
+    """Whether a ``torch.func`` transform is looking on."""
+    return _internals._are_functorch_transforms_active()
 
 
 class StateStructure:

@@ -52,6 +52,17 @@ class VectorField:
         model that ``f`` never calls, or to a later branch of it.
     nf
         Evaluations so far.
+    njac, nlu, nsolve, nnewton
+        Jacobians, factorisations, linear solves and Newton iterations of implicit methods so far.
+    jac, jac_sparsity
+        Jacobian and its pattern as the user gave them, or None.
+    accuracy
+        Tolerance that iterations within a step are measured by, set by who takes the steps; None:
+        they go on to rounding.
+    largest_matrix
+        Most unknowns that a dense Jacobian is made for. Default 5000: 200 MB, seconds to factor.
+    first_order
+        Whether what autograd records is differentiated once only.
     work
         Entries that one evaluation computes, about. Filled by ``discover``.
     scratch
@@ -62,6 +73,9 @@ class VectorField:
         Relative rounding inside ``f`` where autocast lowers its precision, else zero.
     """
 
+    #: How implicit methods linearise it, ``(t, h, u, slope)``, where not in the usual way.
+    linearise: Callable[..., Any] | None = None
+
     def __init__(self, f: Callable[..., Any], p: Any, structure: StateStructure):
         self.f = f
         self.p = p
@@ -69,6 +83,12 @@ class VectorField:
         self.params: list[Tensor] = []
         self.used: set[int] = set()
         self.nf = 0
+        self.njac = self.nlu = self.nsolve = self.nnewton = 0
+        self.jac: Callable[..., Any] | None = None
+        self.jac_sparsity: Any = None
+        self.accuracy: Any = None
+        self.largest_matrix = 5000
+        self.first_order = False
         self.work = 0
         self.scratch: dict[Any, Any] = {}
         self.breaks: tuple[float, ...] = ()
@@ -88,7 +108,9 @@ class VectorField:
     def of(cls, prob: ODEProblem) -> VectorField:
         structure = StateStructure(prob.u0)
         f = under_current_autocast(prob.f, structure.device, structure.dtype)
-        return cls(f, prob.p, structure)
+        field = cls(f, prob.p, structure)
+        field.jac, field.jac_sparsity = prob.jac, prob.jac_sparsity
+        return field
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,6 +142,11 @@ class VectorField:
         if getattr(du, "shape", None) != self._shape or du.dtype is not self.dtype:
             self._refuse(du)
         row.copy_(du)
+
+    def count_in(self, stats: Any) -> None:
+        """Write the work of implicit methods to ``stats``."""
+        stats.njac, stats.nlu = self.njac, self.nlu
+        stats.nsolve, stats.nnewton = self.nsolve, self.nnewton
 
     def _refuse(self, du: Any) -> None:
         mismatch = self.structure.describe_mismatch(du)
@@ -290,18 +317,23 @@ class VectorField:
         """
         fresh = {id(x): (x, x.detach().requires_grad_()) for x in self.params if _is_derived(x)}
         if not fresh:
-            field = VectorField(self.f, self.p, self.structure)
-            field.breaks, field.params = self.breaks, self.params
-            field._buffer = self._buffer
+            field = self._sibling(self.f, self.p)
+            field.params = self.params
             return field, field.params
         leaves, spec = pytree.tree_flatten(self.p)
         p = pytree.tree_unflatten([fresh[id(x)][1] if id(x) in fresh else x for x in leaves], spec)
         in_p = {id(x) for x in leaves} - {id(x) for x in reachable_tensors(self.f)}
         f = self.f if in_p.issuperset(fresh) else Substitute(self.f, fresh)
-        field = VectorField(f, p, self.structure)
-        field.breaks, field._buffer = self.breaks, self._buffer
+        field = self._sibling(f, p)
         field.params = [fresh[id(x)][1] if id(x) in fresh else x for x in self.params]
         return field, field.params
+
+    def _sibling(self, f: Callable[..., Any], p: Any) -> VectorField:
+        field = VectorField(f, p, self.structure)
+        field.breaks, field._buffer = self.breaks, self._buffer
+        field.jac, field.jac_sparsity = self.jac, self.jac_sparsity
+        field.accuracy, field.largest_matrix = self.accuracy, self.largest_matrix
+        return field
 
 
 def _is_derived(x: Tensor) -> bool:

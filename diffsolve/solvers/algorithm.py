@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from typing import Any, ClassVar, Protocol
 
@@ -35,6 +36,15 @@ class StepInterpolant(Protocol):
         ...
 
 
+class Trouble(Enum):
+    """Why the equations of a step have no solution that could be found."""
+
+    DIVERGED = "Newton's iteration did not converge"
+    SINGULAR = "the matrix of the step is singular"
+    NOT_FINITE = "a stage is NaN or Inf"
+    JACOBIAN = "the Jacobian holds NaN or Inf"
+
+
 @dataclass(slots=True)
 class Step:
     """Result of one attempted step.
@@ -46,20 +56,31 @@ class Step:
     error
         Local error estimate ``(N,)`` in units of the state, or None.
     stiffness
-        Estimate of the dominant eigenvalue's magnitude: a 0-d tensor, or the pair (difference of
-        two derivatives, difference of their states) whose ratio of norms it is.
+        Estimate of the dominant eigenvalue's magnitude: a 0-d tensor, what computes it when asked,
+        or the pair (difference of two derivatives, difference of their states) whose ratio of norms
+        it is.
     interpolant
         Continuous extension, valid until the next step unless kept.
     error_low
         Second estimate that damps the first: with scaled norms ``e`` and ``e_low`` the step's
         error is ``e**2 / sqrt(e**2 + 0.01 e_low**2)`` (Hairer's 8(5,3) method).
+    converged
+        False: the equations of the step could not be solved. The rest then has no meaning, and the
+        step is tried again with half the size.
+    solved
+        Solutions of those equations that an iteration found, for ``step(..., solved=...)``.
+    trouble
+        What went wrong.
     """
 
     state: tuple[Tensor, ...]
     error: Tensor | None
-    stiffness: Tensor | tuple[Tensor, Tensor]
+    stiffness: Tensor | tuple[Tensor, Tensor] | Callable[[], Tensor]
     interpolant: StepInterpolant
     error_low: Tensor | None = None
+    converged: bool = True
+    solved: tuple[Tensor, ...] = ()
+    trouble: Trouble | None = None
 
 
 def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
@@ -89,12 +110,21 @@ class Algorithm(ABC):
         Whether it can solve ``M du/dt = f``.
     is_one_step
         Whether the state of the method follows from ``(t, u)``, as ``init`` makes it.
+    kernels
+        Folder of the family whose compiled kernels take this class's steps; None: there are none.
+    is_implicit
+        Whether a step solves equations: it then needs a Jacobian and a real state. Where an
+        iteration solves them, what it found is in ``Step.solved``; ``step`` then takes it as the
+        keyword ``solved`` and, under autograd, differentiates the equations there (the implicit
+        function theorem) instead of solving them.
     """
 
     order: int
     adaptive: bool
     supports_mass_matrix: ClassVar[bool] = False
     is_one_step: ClassVar[bool] = False
+    kernels: ClassVar[str | None] = None
+    is_implicit: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -26,13 +26,19 @@ class Controller(ABC):
         Factor on every proposal; default 0.9.
     factor_min, factor_max
         Limits of the change of step size; default 0.2 and 10.
+    steady
+        An accepted step whose factor is between 1 and this keeps its size, and so a method the
+        matrix that it factored; default 1.
     """
 
     safety: float = 0.9
     factor_min: float = 0.2
     factor_max: float = 10.0
+    steady: float = 1.0
 
     def __post_init__(self) -> None:
+        if not self.steady >= 1:
+            raise ValueError(f"{type(self).__name__}: need steady >= 1, got {self.steady}")
         if not (0 < self.safety <= 1 and 0 < self.factor_min < 1 < self.factor_max):
             raise ValueError(
                 f"{type(self).__name__}: need 0 < safety <= 1 and factor_min < 1 < factor_max, "
@@ -79,7 +85,8 @@ class Controller(ABC):
             return True, 1.0 if after_rejection else self.factor_max, memory
         factor, memory = self.accepted(error, memory)
         limit = 1.0 if after_rejection else self.factor_max
-        return True, max(self.factor_min, min(self.safety * factor, limit)), memory
+        factor = max(self.factor_min, min(self.safety * factor, limit))
+        return True, 1.0 if 1 <= factor <= self.steady else factor, memory
 
 
 @dataclass(frozen=True)

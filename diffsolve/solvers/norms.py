@@ -135,7 +135,7 @@ def measure(step: Step, u: Tensor, tolerance: Tolerance, on_tape: bool) -> Estim
 
 
 def _measure_on_tape(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
-    stiffness = step.stiffness
+    stiffness = step.stiffness() if callable(step.stiffness) else step.stiffness
     if isinstance(stiffness, tuple):
         stiffness = _safe_ratio(*(torch.linalg.vector_norm(x) for x in stiffness))
     if step.error is None:
@@ -154,8 +154,7 @@ def _measure_on_tape(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
 def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
     new = step.state[0]
     rows = [step.error] if step.error is not None else [new]  # a norm shows what is not finite
-    if isinstance(step.stiffness, tuple):
-        rows += step.stiffness
+    rows += step.stiffness if isinstance(step.stiffness, tuple) else step.state[1:]
     scaled: list[Tensor] = []
     if step.error is not None:
         scale = tolerance.scale(torch.maximum(u.abs(), new.abs()))
@@ -175,7 +174,7 @@ def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
     if isinstance(step.stiffness, tuple):
         stiffness = norms[1] / norms[2] if norms[2] > 0 else 0.0
     else:
-        stiffness = float(step.stiffness)
+        stiffness = float(step.stiffness() if callable(step.stiffness) else step.stiffness)
     if step.error is None:
         return Estimates(0.0, 0.0, stiffness)
     root = math.sqrt(u.numel())

@@ -17,8 +17,12 @@ from numba.core import config
 from diffsolve.engines.native.llvm import machine
 from diffsolve.engines.native.loop import advance, read
 from diffsolve.engines.native.sweep import replay, sweep
+from diffsolve.solvers.explicit_rk import kernel as explicit_rk
+from diffsolve.solvers.kernels.implicit import measure, reverse_estimates
+from diffsolve.solvers.kernels.rows import nothing_to_complete
+from diffsolve.solvers.rosenbrock import kernel as rosenbrock
+from diffsolve.solvers.sdirk import kernel as sdirk
 
-_KERNELS = {"advance": advance, "sweep": sweep, "read": read, "replay": replay}
 _ARGUMENTS = (types.CPointer(types.int64), types.CPointer(types.float64))
 #: What is left for the linker: the mathematical library and the compiler's own helpers.
 _OUTSIDE = re.compile(
@@ -26,20 +30,46 @@ _OUTSIDE = re.compile(
 )
 
 
-def kernel_ir(name: str, single: bool) -> str:
+def _kernels(family: Any, measure: Any, estimates: Any, complete: Any, reverse_complete: Any):
+    """The kernels of a family of methods: loops, and the functions of its steps that they call."""
+    step, reverse = family.take_step, (family.combine_results, estimates, family.reverse_step)
+    return {
+        "advance": (advance, (step, measure, complete)),
+        "sweep": (sweep, (step, *reverse, complete, reverse_complete)),
+        "read": (read, (complete,)),
+        "replay": (replay, (step, complete)),
+    }
+
+
+_IMPLICIT = measure, reverse_estimates, nothing_to_complete, nothing_to_complete
+_FAMILIES = {
+    "explicit_rk": _kernels(
+        explicit_rk,
+        explicit_rk.measure,
+        explicit_rk.reverse_estimates,
+        explicit_rk.add_extra_stages,
+        explicit_rk.reverse_extra_stages,
+    ),
+    "rosenbrock": _kernels(rosenbrock, *_IMPLICIT),
+    "sdirk": _kernels(sdirk, *_IMPLICIT),
+}
+
+
+def kernel_ir(name: str, family: str, single: bool) -> str:
     """IR of ``int64 {name}(int64*, double*)``; the placeholder stands for the function's name.
 
     Parameters
     ----------
     name
         ``"advance"``, ``"sweep"``, ``"read"`` or ``"replay"``.
+    family
+        Of methods: the name of its folder.
     single
         Whether states are float32 rather than float64.
     """
-    kernel, like = _KERNELS[name], np.float32(0.0) if single else np.float64(0.0)
-
-    def entry(integers: Any, reals: Any) -> Any:
-        return kernel(integers, reals, like)
+    kernel, parts = _FAMILIES[family][name]
+    like = np.float32(0.0) if single else np.float64(0.0)
+    entry = _ENTRIES[len(parts)](kernel, *parts, like)
 
     optimise: Any = config.OPT  # type: ignore[attr-defined]
     config.OPT = type(optimise)(0)  # type: ignore[attr-defined]  # done below, and once
@@ -63,6 +93,28 @@ def kernel_ir(name: str, single: bool) -> str:
     if strange:
         raise RuntimeError(f"the kernel {name} needs {strange} of Numba at run time")
     return str(module).replace("plain_kernel", "{name}")
+
+
+# Numba must see each function by itself: a tuple of them would be called through pointers.
+def _entry_of_one(kernel: Any, a: Any, like: Any) -> Any:
+    return lambda I, R: kernel(I, R, a, like)
+
+
+def _entry_of_two(kernel: Any, a: Any, b: Any, like: Any) -> Any:
+    return lambda I, R: kernel(I, R, a, b, like)
+
+
+def _entry_of_three(kernel: Any, a: Any, b: Any, c: Any, like: Any) -> Any:
+    return lambda I, R: kernel(I, R, a, b, c, like)
+
+
+def _entry_of_six(
+    kernel: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, like: Any
+) -> Any:
+    return lambda I, R: kernel(I, R, a, b, c, d, e, f, like)
+
+
+_ENTRIES = {1: _entry_of_one, 2: _entry_of_two, 3: _entry_of_three, 6: _entry_of_six}
 
 
 def _plain_call(inner: str) -> str:

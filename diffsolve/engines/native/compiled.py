@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.derivative import vjp
+from diffsolve.engines.native.derivative import jacobian, jvp, time_derivative, vjp
 from diffsolve.engines.native.expression import Node, Pool, needed, substitute
 from diffsolve.engines.native.llvm import FIELD, Code, Output, Signature, compile_function
 from diffsolve.solvers.explicit_rk.step import stiffness_stage
@@ -30,11 +30,51 @@ _STEP_VJP = Signature(
         *("bar", "p_bar"),
     ),
 )
+_JVP = Signature(("t",), ("u", "p", "v", "out"))
 _log = logging.getLogger("diffsolve")
 #: A derivative of more operations than this takes a second and more to compile.
 _MOST_IN_DERIVATIVE = 25_000
 #: A whole step is made one function where it has no more operations than this.
 _MOST_IN_STEP = 3_000
+
+
+class Jacobian:
+    """The Jacobian of a right-hand side by the state, and its derivative by the time.
+
+    Attributes
+    ----------
+    address
+        ``jac(t, u, p, out)``: the entries that are not zero by structure, in the order of
+        ``rows`` and ``columns``; then, if ``time_terms``, all of the time derivative.
+    rows, columns
+        Where the entries belong.
+    head
+        Columns from this one on are zero: components that nothing depends on.
+    entries, time_terms
+        How many there are; no time terms where ``f`` does not depend on the time.
+    nodes
+        Expressions of all of them.
+    """
+
+    def __init__(
+        self, pool: Pool, entries: dict[tuple[int, int], Node], slopes: Sequence[Node | None]
+    ):
+        self.rows, self.columns = (
+            np.ascontiguousarray([place[i] for place in entries], dtype=np.int64) for i in (0, 1)
+        )
+        self.head = 1 + max(self.columns.tolist(), default=-1)
+        zero = pool.const(0.0)
+        slopes = [zero if x is None else x for x in slopes]
+        self.entries, self.time_terms = len(entries), 0 if _are_zero(slopes) else len(slopes)
+        self.nodes = [*entries.values(), *slopes[: self.time_terms]]
+        self.address = 0
+
+    def outputs(self) -> list[Output]:
+        return [Output("out", i, x) for i, x in enumerate(self.nodes)]
+
+
+def _are_zero(nodes: Sequence[Node]) -> bool:
+    return all(x.is_const and x.data == 0 for x in nodes)
 
 
 class Compiled:
@@ -71,6 +111,7 @@ class Compiled:
         self._outputs, self._pool = outputs, pool
         self.templates: dict[Any, Any] = {}  # of solves, kept by the engine
         self._codes: dict[Any, Code | None] = {}
+        self._jacobians: dict[Any, Jacobian] = {}
         self._lock = threading.RLock()
         pool.most = 10 * _MOST_IN_DERIVATIVE
 
@@ -162,6 +203,71 @@ class Compiled:
             table["u", i] = target.input(*place)
         found = substitute(values, table, target)
         return FIELD, [Output("out", i, x) for i, x in enumerate(found)]
+
+    # -- for implicit methods --------------------------------------------------------------------
+
+    def jacobian(self) -> Jacobian:
+        """``jac(t, u, p, out)`` of the right-hand side."""
+
+        def make() -> Jacobian:
+            pool = self._pool
+            entries = jacobian(self._outputs, pool.inputs("u", self.n))
+            return Jacobian(pool, entries, time_derivative(self._outputs, pool.input("t", 0)))
+
+        return self._jacobian("jacobian", make)
+
+    def _jacobian(self, key: Any, make: Callable[[], Jacobian]) -> Jacobian:
+        found = self._jacobians.get(key)
+        if found is None:
+            with self._lock:
+                found = make()
+                found.address = self._code(key, lambda: (FIELD, found.outputs()))
+                self._jacobians[key] = found
+        return found
+
+    def jvp(self) -> int:
+        """``jvp(t, u, p, v, out)``."""
+        return self._code("jvp", lambda: (_JVP, self._jvp_outputs()))
+
+    def _jvp_outputs(self) -> list[Output]:
+        pool = self._pool
+        pairs = zip(pool.inputs("u", self.n), pool.inputs("v", self.n), strict=True)
+        found = jvp(self._outputs, dict(pairs))
+        return [Output("out", i, pool.const(0.0) if x is None else x) for i, x in enumerate(found)]
+
+    def jacobian_vjp(self, active: tuple[bool, ...]) -> int:
+        """``jac_vjp(t, u, p, jac_bar, u_bar, p_bar)``, which adds to both."""
+        return self._code(
+            ("jacobian_vjp", active), lambda: (_VJP, self._jacobian_vjp_outputs(active))
+        )
+
+    def _jacobian_vjp_outputs(self, active: tuple[bool, ...]) -> list[Output]:
+        pool, n = self._pool, self.n
+        values = self.jacobian().nodes
+        places = [("u", i) for i in range(n)] + [("p", i) for i in self.active_entries(active)]
+        wrt = [pool.input(*place) for place in places]
+        found = zip(places, vjp(values, pool.inputs("w", len(values)), wrt), strict=True)
+        return [Output(f"{block}_bar", i, x, add=True) for (block, i), x in found if x is not None]
+
+    def adjoint_jacobian(self, active: tuple[bool, ...], with_state: bool) -> Jacobian:
+        """Jacobian of ``backsolve`` (``with_state``) or ``interpolating``.
+
+        The time derivative of the latter goes through the forward solution, too, whose slope is
+        read behind it.
+        """
+
+        def make() -> Jacobian:
+            _, outputs = self._adjoint(active, with_state)
+            nodes = [x.node for x in outputs]
+            pool, n = nodes[0].pool, self.n
+            tangents: dict[Node, Any] = {pool.input("t", 0): 1.0}
+            if not with_state:
+                path = [pool.input("p", self.n_params + i) for i in range(2 * n)]
+                tangents |= dict(zip(path[:n], path[n:], strict=True))
+            entries = jacobian(nodes, pool.inputs("u", len(nodes)))
+            return Jacobian(pool, entries, jvp(nodes, tangents))
+
+        return self._jacobian(("adjoint_jacobian", active, with_state), make)
 
     # -- whole steps -----------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,23 +14,31 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.diagnosis import explain
-from diffsolve.engines.native.compiled import Compiled
+from diffsolve.engines.native.compiled import Compiled, Jacobian
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import Kernel, kernel
 from diffsolve.engines.native.method import Method, address, method_of, set_controller
+from diffsolve.engines.native.prepare import compile_sweep
+from diffsolve.engines.native.switching import join_dense, switch
 from diffsolve.engines.torch_engine import Settings, progress_bar
 from diffsolve.solution import ReturnCode
-from diffsolve.solvers.algorithm import Algorithm
-from diffsolve.solvers.explicit_rk.methods import ExplicitRK
+from diffsolve.solvers.algorithm import Algorithm, Trouble
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Estimates, Tolerance
+from diffsolve.solvers.switching import AutoSwitch
 
 RETCODES = {
     L.DONE: ReturnCode.SUCCESS,
     L.MAX_ITERS: ReturnCode.MAX_ITERS,
     L.DT_LESS_THAN_MIN: ReturnCode.DT_LESS_THAN_MIN,
     L.UNSTABLE: ReturnCode.UNSTABLE,
+    L.NEWTON_FAILED: ReturnCode.NEWTON_FAILED,
+}
+_TROUBLES = {
+    L.NOT_CONVERGED: Trouble.DIVERGED,
+    L.SINGULAR: Trouble.SINGULAR,
+    L.JAC_NOT_FINITE: Trouble.JACOBIAN,
 }
 _FIRST_ROOM = 256  # steps; doubled when they are not enough
 _ROOM_IN_NUMBERS = 1_000_000  # for large states: less to begin with
@@ -41,6 +49,10 @@ _WORK_A_CALL = 1e8  # operations before a kernel returns to Python: a fraction o
 _TIMES = (L.STEP_T, L.STEP_H)
 _ESTIMATES = (L.ERROR, L.ERROR_NORM, L.STIFFNESS)
 _RECORDS = (L.PARAMS, L.STEP_T, L.MARKS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL)
+
+
+def _nothing() -> None:
+    """No more than the method itself needs."""
 
 
 def write_tolerance(
@@ -64,6 +76,15 @@ class Template:
     """
 
     def __init__(self, compiled: Compiled, alg: Algorithm, settings: Settings):
+        #: Makes the template of the stiff method, where two share a solve.
+        self.other: Callable[[], Template] | None = None
+        self.stiff: Algorithm | None = None
+        if isinstance(alg, AutoSwitch):
+            stiff, self.stability, alg = alg.stiff, alg.stability_size, alg.nonstiff
+            own = settings.controller_stiff or settings.controller
+            theirs = replace(settings, controller=own, controller_stiff=None)
+            self.other = lambda: template(compiled, stiff, theirs)
+            self.stiff = stiff
         self.method = method_of(alg)
         if settings.tolerance.norm is not None:
             raise Declined("it has a norm of its own")
@@ -73,16 +94,23 @@ class Template:
         self.reals = reals = np.zeros(L.N_REALS)
         set_controller(settings.controller, integers, reals)
         self.held: dict[int, Any] = {}
+        self.compiled = compiled
         self.settings = settings  # whose identities the cache goes by
-        self.advance = kernel("advance", compiled.single)
+        self.advance = kernel("advance", self.method.family, compiled.single)
         integers[L.FIELD] = compiled.field()
-        integers[L.FUSED] = compiled.step(self.method.stages)
+        if self.method.is_implicit:
+            integers[L.JVP] = compiled.jvp() if self.method.needs_jvp else 0
+        else:
+            integers[L.FUSED] = compiled.step(self.method.stages)
+        reals[L.NEWTON_ETA] = 1.0
         slots = L.RTOL, L.RTOL_STRIDE, L.ATOL, L.ATOL_STRIDE
         write_tolerance(settings.tolerance, slots, integers, self.held)
         integers[L.ADAPTIVE] = settings.adaptive
         integers[L.MAXITERS] = min(settings.maxiters, _MOST_STEPS)
         cost = (compiled.size + 10 * compiled.n) * self.method.n
         most = 50 if settings.progress else 1_000_000
+        if self.method.is_implicit or self.stiff is not None:
+            cost += 10 * compiled.size + compiled.n**3
         integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
         reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
         reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
@@ -90,10 +118,12 @@ class Template:
 
 def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
     """The template of such solves, from those that were made before."""
+    methods = (alg.nonstiff, alg.stiff) if isinstance(alg, AutoSwitch) else (alg,)
     key = (
-        alg.tableau.stages if isinstance(alg, ExplicitRK) else alg,
-        type(alg),
+        *(getattr(x, "tableau", x) for x in methods),
+        *map(type, methods),
         settings.controller,
+        settings.controller_stiff,
         id(settings.tolerance),
         *(settings.adaptive, settings.dt, settings.dtmin, settings.dtmax),
         *(settings.maxiters, settings.progress, settings.h_on_tape),
@@ -158,8 +188,8 @@ class Memory:
         Size of the state.
     params
         Flat parameters that ``field`` is given.
-    field
-        Address of what is integrated; default: the right-hand side.
+    field, jacobian
+        Address of what is integrated, and its Jacobian; default: the right-hand side.
     """
 
     def __init__(
@@ -170,9 +200,13 @@ class Memory:
         params: Tensor,
         breaks: Sequence[float],
         field: int | None = None,
+        jacobian: Callable[[], Jacobian] | None = None,
     ):
-        self.native = native
+        self.native, self.template = native, template
         self.method: Method = template.method
+        self.most_rows, self.most_stages = self.method.rows, self.method.n
+        self.runs = [(0, template)]
+        self.prepare_stiff: Callable[[], Any] = _nothing
         self.n = n
         self.dtype = torch.float32 if native.compiled.single else torch.float64
         self.item = 4 if native.compiled.single else 8
@@ -184,6 +218,14 @@ class Memory:
         integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = 1, self.arguments[0] + 8 * L.N
         if field is not None:
             integers[L.FIELD], integers[L.FUSED] = field, 0
+        self.fused = int(integers[L.FUSED])
+        self.jacobian = jacobian or native.compiled.jacobian
+        if template.stiff is not None:
+            stiff = method_of(template.stiff)
+            self.most_rows = max(self.most_rows, stiff.rows)
+            self.most_stages = max(self.most_stages, stiff.n)
+            integers[L.SWITCH], integers[L.DENSE_ROWS] = L.NONSTIFF, 1 + self.most_rows
+            reals[L.STABILITY] = template.stability
         self.hold(L.PARAMS, params)
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
@@ -192,9 +234,29 @@ class Memory:
 
     def work(self) -> None:
         """A work space, which each call of a kernel that may run beside others needs."""
-        rows = self.method.rows
+        rows = self.most_rows
         size = (L.W_STAGES + 2 * rows + L.W_BARS) * self.n + rows
         self.hold(L.WORK, torch.empty(size, dtype=self.dtype))
+        if self.method.is_implicit:
+            self.work_of_systems()
+
+    def work_of_systems(self) -> None:
+        """Room for the Jacobian, its factors and the vectors that are solved for."""
+        found, integers = self.jacobian(), self.integers
+        integers[L.JAC], integers[L.HEAD] = found.address, found.head
+        integers[L.JAC_ENTRIES], integers[L.TIME_TERMS] = found.entries, found.time_terms
+        integers[L.JAC_ROWS], integers[L.JAC_COLUMNS] = address(found.rows), address(found.columns)
+        values = found.entries + found.time_terms
+        room = [(L.MATRIX, found.head**2), (L.PIVOTS, found.head), (L.VECTOR, 2 * self.n)]
+        room += [(L.JAC_VALUES, values), (L.JAC_BAR, values)]
+        table = np.zeros(sum(count for _, count in room))
+        self.held[L.MATRIX], place = table, address(table)
+        for slot, count in room:
+            integers[slot] = place
+            place += 8 * count
+        for slot in (L.HAS_JAC, L.FRESH, L.STALE, L.FACTORED):
+            integers[slot] = 0
+        self.reals[L.NEWTON_ETA] = 1.0
 
     def records(self) -> Memory:
         """What is noted of the steps, to be kept: without states, stages and results."""
@@ -262,7 +324,7 @@ class Memory:
 
     def want(self, wanted: Wanted) -> None:
         """Room for what is to be kept."""
-        integers, n, rows = self.integers, self.n, self.method.rows
+        integers, n, rows = self.integers, self.n, self.most_rows
         times = wanted.times
         each = (2 if wanted.states else 0) * n + ((rows + 1) * n if wanted.dense else 0) + n
         room = max(8, min(_FIRST_ROOM, _ROOM_IN_NUMBERS // each))
@@ -285,23 +347,28 @@ class Memory:
             kept = room if wanted.checkpoints is None else wanted.checkpoints
             integers[L.STATE_ROOM] = kept
             integers[L.THINNING] = wanted.checkpoints is not None
-            rows_kept = 1 + self.method.n if self._keeps_stages(wanted) else 2
+            rows_kept = 1 + self.most_stages if self._keeps_stages(wanted) else 2
             integers[L.STATE_ROWS] = rows_kept
             self.hold(L.STATES, torch.empty(kept, rows_kept, n, dtype=self.dtype))
         if wanted.dense:
             shapes.append((L.DENSE, (rows + 1, n), self.dtype))
             shapes.append((L.COMPLETE, (), torch.int64))
-            integers[L.ALWAYS_COMPLETE] = wanted.complete
+            integers[L.ALWAYS_COMPLETE] = wanted.complete or self.template.stiff is not None
         for slot, shape, dtype in shapes:
             self.hold(slot, torch.empty(room, *shape, dtype=dtype))
 
     def _keeps_stages(self, wanted: Wanted) -> bool:
         """Whether the reverse sweep is to find the stages, rather than to evaluate them again.
 
-        They take little memory for a small state; and a fused step makes them as fast anew.
+        They take little memory for a small state; and a fused step makes them as fast anew. Those
+        of an implicit step are its solution, which is not to be looked for again.
         """
+        if wanted.checkpoints is not None:
+            return False
+        if self.method.is_implicit or self.template.stiff is not None:
+            return True
         small = (1 + self.method.n) * self.n <= _MOST_KEPT_A_STEP
-        return small and wanted.checkpoints is None and not self.integers[L.FUSED]
+        return small and not self.integers[L.FUSED]
 
     def make_room(self) -> None:
         """Twice as much, for what is full."""
@@ -330,6 +397,14 @@ class Memory:
         new[: len(old)] = old
         self.hold(slot, new)
 
+    def advance(self, bar: Any = None) -> int:
+        """Integrate until the end, with both of two methods; returns how it ended."""
+        while True:
+            status = self.run(self.runs[-1][1].advance, bar)
+            if status != L.SWITCHED:
+                return status
+            switch(self)
+
     def run(self, function: Kernel, bar: Any = None) -> int:
         """Call a kernel until it is done; returns how it ended."""
         reals = self.reals
@@ -357,6 +432,10 @@ class NativeTrajectory:
     error_norm: Tensor
     stiffness: Tensor
     nf: int
+    njac: int
+    nlu: int
+    nsolve: int
+    nnewton: int
     nreject: int
     final_t: float
     final_h: float
@@ -392,11 +471,12 @@ def integrate(
     memory.span(t0, t1, settings.tstops)
     memory.want(wanted)
     memory.start(u0)
-    function = native.template.advance
+    if wanted.states and native.template.stiff is not None:
+        memory.prepare_stiff = lambda: compile_sweep(native, native.template.stiff)
     bar = progress_bar(t0, t1) if settings.progress else None
     started = time.perf_counter()
     try:
-        status = memory.run(function, bar)
+        status = memory.advance(bar)
     finally:
         if bar is not None:
             bar.close()
@@ -420,6 +500,10 @@ def integrate(
         error_norm=error_norm,
         stiffness=stiffness,
         nf=int(integers[L.NF]),
+        njac=int(integers[L.NJAC]),
+        nlu=int(integers[L.NLU]),
+        nsolve=int(integers[L.NSOLVE]),
+        nnewton=int(integers[L.NNEWTON]),
         nreject=int(integers[L.REJECTED]),
         final_t=float(reals[L.T]),
         final_h=float(reals[L.LAST_H]) if integers[L.ATTEMPTS] else math.nan,
@@ -430,7 +514,10 @@ def integrate(
     if status != L.DONE:
         found.message = message_of(status, memory, alg, settings, t1)
     del held[L.WORK], held[L.START]
+    held.pop(L.MATRIX, None)
     if wanted.dense:
+        if len(memory.runs) > 1:
+            join_dense(memory)
         found.dense = NativeDense(memory, t0, u0)
     return found
 
@@ -450,6 +537,7 @@ def message_of(status: int, memory: Memory, alg: Algorithm, settings: Settings, 
         dtmin=settings.dtmin,
         maxiters=settings.maxiters,
         state=memory.state(),
+        trouble=_TROUBLES.get(int(memory.integers[L.FAILURE])),
     )
 
 
@@ -478,5 +566,5 @@ class NativeDense:
         memory.hold(L.READ_OUT, out)
         integers[L.N_READ], integers[L.DERIVATIVE] = len(times), derivative
         memory.work()
-        memory.run(kernel("read", memory.native.compiled.single))
+        memory.run(kernel("read", memory.method.family, memory.native.compiled.single))
         return out

@@ -19,22 +19,27 @@ _SOURCES = (
     "solvers/kernels/layout.py",
     "solvers/kernels/memory.py",
     "solvers/kernels/norms.py",
-    "solvers/explicit_rk/kernel.py",
+    "solvers/kernels/rows.py",
+    "solvers/kernels/estimates.py",
     "engines/native/loop.py",
     "engines/native/sweep.py",
     "engines/native/build.py",
 )
+_OF_IMPLICIT = ("solvers/kernels/linear.py", "solvers/kernels/implicit.py")
 Kernel = Callable[[int, int], int]
 
 
 @functools.cache
-def _source() -> str:
-    return "\n".join((_ROOT / name).read_text() for name in _SOURCES)
+def _source(family: str) -> str:
+    names = [*_SOURCES, f"solvers/{family}/kernel.py"]
+    if family != "explicit_rk":
+        names += _OF_IMPLICIT
+    return "\n".join((_ROOT / name).read_text() for name in names)
 
 
 @functools.cache
-def kernel(name: str, single: bool) -> Kernel:
-    """One of the kernels ``"advance"``, ``"sweep"``, ``"read"`` and ``"replay"``.
+def kernel(name: str, family: str, single: bool) -> Kernel:
+    """One of the kernels ``"advance"``, ``"sweep"``, ``"read"`` and ``"replay"`` of a family.
 
     ``single``: for float32 states rather than float64 ones. It is called with the addresses of
     the two arrays of ``solvers/kernels/layout.py``, runs without Python's lock, and returns one
@@ -42,7 +47,9 @@ def kernel(name: str, single: bool) -> Kernel:
     """
     try:
         with llvm.lock:
-            code = llvm.cached_code(f"{name} {single}\n{_source()}", lambda: _build(name, single))
+            code = llvm.cached_code(
+                f"{name} {family} {single}\n{_source(family)}", lambda: _build(name, family, single)
+            )
     except Exception as error:  # a Numba or an LLVM that this was not written for
         reason = f"{type(error).__name__}: {error}"
         _log.warning("diffsolve: its kernel %r could not be made: %s", name, reason)
@@ -53,8 +60,12 @@ def kernel(name: str, single: bool) -> Kernel:
     return function
 
 
-def _build(name: str, single: bool) -> str:
-    _log.warning("diffsolve: building its kernel %r, once on this machine (some seconds)", name)
+def _build(name: str, family: str, single: bool) -> str:
+    _log.warning(
+        "diffsolve: building its kernel %r of %s methods, once on this machine (some seconds)",
+        name,
+        family,
+    )
     from diffsolve.engines.native.build import kernel_ir
 
-    return kernel_ir(name, single)
+    return kernel_ir(name, family, single)

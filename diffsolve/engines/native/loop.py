@@ -1,5 +1,9 @@
 """The adaptive loop in machine code: ``engines/torch_engine.py``, decision by decision.
 
+What a family of methods does is given to it as functions: ``step`` takes a step from the rows of
+the work space and says whether it could, ``measure`` gives its estimates, and ``complete`` adds the
+stages that only the interpolant needs.
+
 Needs Numba, which is imported only to build this once on a machine. All of the loop's memory is
 in the two arrays of ``layout``, so that it can return to Python after any step: to let signals be
 handled, to make room, or because it is done.
@@ -9,22 +13,16 @@ from __future__ import annotations
 
 import math
 
-from diffsolve.solvers.explicit_rk.kernel import (
-    add_extra_stages,
-    field_at,
-    interpolate,
-    locate,
-    marks_of,
-    row,
-    stage,
-    take_step,
-)
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.memory import inlined, integers, reals, size_of, ulp, view
-from diffsolve.solvers.kernels.norms import add_scaled, copy, distance, larger, scaled_norm
+from diffsolve.solvers.kernels.norms import add_scaled, copy, scaled_norm
+from diffsolve.solvers.kernels.rows import field_at, interpolate, locate, marks_of, row, stage
 
 _STRETCH = 1.01  # as in the torch engine
 _ROUNDING = 1 + 1e-8
+_AFTER_NEWTON = 0.5  # factor of the step size where the stages could not be solved for
+_STIFF_ABOVE = 0.9  # of the explicit method's stability interval
+_STIFF_STEPS, _NONSTIFF_STEPS = 10, 3  # in a row, before the other method takes over
 _LEAST_MEMORY = math.log(1e-4)
 
 
@@ -116,80 +114,6 @@ def begin(I, R, like):
 
 
 @inlined
-def measure(I, R, like):
-    """Scaled error (returned), its norm and the stiffness of the step in the work space."""
-    error, norm, stiffness = quick_measure(I, like)
-    if not error + norm + stiffness < math.inf:
-        error, norm, stiffness = careful_measure(I, like)
-    R[L.LAST_ERROR], R[L.LAST_STIFFNESS] = error, stiffness
-    return error, norm, stiffness
-
-
-@inlined
-def quick_measure(I, like):
-    """The three norms in one loop; not finite where that is too simple."""
-    n = I[L.N]
-    if I[L.N_BLOCKS] != 1 or I[L.B_ERROR] == 0:
-        return math.nan, math.nan, math.nan
-    u, new = view(row(I, L.W_U, like), like), view(row(I, L.W_NEW, like), like)
-    last, same = (
-        view(stage(I, I[L.STAGES] - 1, like), like),
-        view(stage(I, I[L.STIFF_STAGE], like), like),
-    )
-    g = view(row(I, L.W_STIFF, like), like)
-    e, low = view(row(I, L.W_ERROR, like), like), view(row(I, L.W_LOW, like), like)
-    rtol, rtol_stride = reals(I[L.RTOL]), I[L.RTOL_STRIDE]
-    atol, atol_stride = reals(I[L.ATOL]), I[L.ATOL_STRIDE]
-    damped = I[L.B_LOW] != 0
-    scaled, plain, above, below, other = 0.0, 0.0, 0.0, 0.0, 0.0
-    for m in range(n):
-        scale = atol[m * atol_stride] + rtol[m * rtol_stride] * larger(u[m], new[m])
-        x = float(e[m])
-        q = x / scale
-        scaled += q * q
-        plain += x * x
-        dk = float(last[m]) - float(same[m])
-        dg = float(new[m]) - float(g[m])
-        above += dk * dk
-        below += dg * dg
-        if damped:
-            q = float(low[m]) / scale
-            other += q * q
-    if not scaled + plain + above + below + other < math.inf:
-        return math.nan, math.nan, math.nan
-    error = math.sqrt(scaled / n)
-    if damped and error > 0:
-        error = error * error / math.hypot(error, 0.1 * math.sqrt(other / n))
-    stiffness = math.sqrt(above / below) if below > 0 else 0.0
-    return error, math.sqrt(plain / n), stiffness
-
-
-@inlined
-def careful_measure(I, like):
-    """The same for blocks, without an estimate, and where squares overflow."""
-    n = I[L.N]
-    u, new = row(I, L.W_U, like), row(I, L.W_NEW, like)
-    last, stiff = stage(I, I[L.STAGES] - 1, like), stage(I, I[L.STIFF_STAGE], like)
-    numerator = distance(n, last, stiff, like)
-    denominator = distance(n, new, row(I, L.W_STIFF, like), like)
-    error, norm = 0.0, 0.0
-    if I[L.B_ERROR] == 0:
-        if not distance(n, new, 0, like) < math.inf:
-            error = math.nan
-    else:
-        norm = distance(n, row(I, L.W_ERROR, like), 0, like) / math.sqrt(n)
-        error = scaled_norm(I, row(I, L.W_ERROR, like), u, new, like)
-        if I[L.B_LOW] != 0:
-            low = scaled_norm(I, row(I, L.W_LOW, like), u, new, like)
-            if error > 0:
-                error = error * error / math.hypot(error, 0.1 * low)
-    stiffness = numerator / denominator if denominator > 0 else 0.0
-    if not numerator + denominator < math.inf:
-        error, stiffness = math.nan, math.nan
-    return error, norm, stiffness
-
-
-@inlined
 def pid(R, log_error):
     exponent = R[L.BETA1] * log_error + R[L.BETA2] * R[L.MEMORY1] + R[L.BETA3] * R[L.MEMORY2]
     return 1 + math.atan(math.exp(-exponent) - 1)
@@ -230,7 +154,8 @@ def propose(I, R, error, count):
         I[L.HAS_MEMORY] = 1
         R[L.MEMORY2] = R[L.MEMORY1]
         R[L.MEMORY1] = log_error if error > 1e-4 else _LEAST_MEMORY
-    return True, limited(safety * factor, smallest, limit)
+    factor = limited(safety * factor, smallest, limit)
+    return True, 1.0 if 1.0 <= factor <= R[L.STEADY] else factor
 
 
 @inlined
@@ -271,13 +196,13 @@ def keep_state(I, like):
 
 
 @inlined
-def save_within(I, R, t, h, end, like):
+def save_within(I, R, t, h, end, complete_step, like):
     """Save what lies in the step; returns the first index, how many inside, the one at the end."""
     first, n, size = I[L.SAVED], I[L.N], size_of(like)
     rows = I[L.STAGES] + I[L.EXTRA]
     complete = I[L.EXTRA] == 0
     if I[L.ALWAYS_COMPLETE] != 0 and not complete:
-        add_extra_stages(I, R, t, h, like)
+        complete_step(I, R, t, h, like)
         complete = True
     if I[L.N_SAVES] < 0:
         save(I, row(I, L.W_NEW, like), like)
@@ -291,7 +216,7 @@ def save_within(I, R, t, h, end, like):
             save(I, row(I, L.W_NEW, like), like)
             break
         if not complete:
-            add_extra_stages(I, R, t, h, like)
+            complete_step(I, R, t, h, like)
             complete = True
         out = I[L.OUT_U] + I[L.SAVED] * n * size
         base = row(I, L.W_BASE, like)  # the state right before the stages, as in a dense record
@@ -303,7 +228,7 @@ def save_within(I, R, t, h, end, like):
 
 
 @inlined
-def accept(I, R, h, lands, error, norm, stiffness, like):
+def accept(I, R, h, lands, error, norm, stiffness, complete_step, like):
     n, index, start, size = I[L.N], I[L.ACCEPTED], R[L.T], size_of(like)
     I[L.SINCE] += 1
     if lands:
@@ -313,7 +238,9 @@ def accept(I, R, h, lands, error, norm, stiffness, like):
     else:  # counted from the last stop, so that rounding does not add up
         t_new = R[L.ANCHOR] + I[L.SINCE] * h
     keep_state(I, like)
-    first, inside, end_save, complete = save_within(I, R, start, h, t_new, like)
+    first, inside, end_save, complete = save_within(
+        I, R, start, h, t_new, complete_step, like
+    )
     if I[L.MARKS] != 0:
         marks = marks_of(I, index)
         marks[L.MARK_RESTART] = I[L.RESTARTED]
@@ -322,7 +249,7 @@ def accept(I, R, h, lands, error, norm, stiffness, like):
         marks[L.MARK_END_SAVE] = end_save
     if I[L.DENSE] != 0:
         rows = I[L.STAGES] + I[L.EXTRA]
-        place = I[L.DENSE] + index * (rows + 1) * n * size
+        place = I[L.DENSE] + index * I[L.DENSE_ROWS] * n * size
         copy(n, row(I, L.W_U, like), place, like)
         count = rows if complete else I[L.STAGES]
         copy(count * n, stage(I, 0, like), place + n * size, like)
@@ -337,7 +264,7 @@ def accept(I, R, h, lands, error, norm, stiffness, like):
     R[L.T] = t_new
     copy(n, row(I, L.W_NEW, like), row(I, L.W_U, like), like)
     copy(n, stage(I, I[L.STAGES] - 1, like), row(I, L.W_DU, like), like)
-    I[L.REJECTIONS], I[L.NOT_FINITE], I[L.RESTARTED] = 0, 0, 0
+    I[L.REJECTIONS], I[L.FAILURE], I[L.RESTARTED], I[L.FRESH] = 0, 0, 0, 0
     if lands:
         R[L.ANCHOR], I[L.SINCE] = t_new, 0
         I[L.STOP] += 1
@@ -389,13 +316,13 @@ def below_floor(I, R, t):
 
 
 @inlined
-def attempt(I, R, like):
+def attempt(I, R, step, measure, complete_step, like):
     """One attempted step, accepted or not."""
     adaptive, t = I[L.ADAPTIVE] != 0, R[L.T]
     size, lands = fit(I, R)
     h = R[L.DIRECTION] * size
     if not lands and below_floor(I, R, t):
-        return L.UNSTABLE if I[L.NOT_FINITE] != 0 else L.DT_LESS_THAN_MIN
+        return reason_to_stop(I)
     if I[L.ATTEMPTS] >= I[L.MAXITERS]:
         return L.MAX_ITERS
     if outside_path(I, R, t, h):
@@ -403,18 +330,24 @@ def attempt(I, R, like):
         return L.NEED_PATH
     I[L.ATTEMPTS] += 1
     R[L.LAST_H] = h
-    take_step(I, R, t, h, like)
-    error, norm, stiffness = measure(I, R, like)
+    I[L.FAILURE] = 0
+    if not step(I, R, t, h, like):
+        I[L.REJECTED] += 1
+        I[L.REJECTIONS] += 1
+        R[L.LAST_ERROR] = R[L.LAST_STIFFNESS] = math.nan
+        R[L.SIZE] = _AFTER_NEWTON * size
+        return L.GO_ON if adaptive else reason_to_stop(I)
+    error, norm, stiffness = measure(I, R, t, h, like)
     accepted, factor = error < math.inf, 1.0
     if adaptive:
         # one cut short by a stop has an error of no account
         accepted, factor = propose(I, R, error, not (lands and size < R[L.SIZE]))
     if accepted:
-        accept(I, R, h, lands, error, norm, stiffness, like)
+        accept(I, R, h, lands, error, norm, stiffness, complete_step, like)
     else:
         I[L.REJECTED] += 1
         I[L.REJECTIONS] += 1
-        I[L.NOT_FINITE] = 0 if error < math.inf else 1
+        I[L.FAILURE] = 0 if error < math.inf else L.NOT_FINITE
         if not adaptive:
             return L.UNSTABLE
     if not adaptive:
@@ -424,7 +357,30 @@ def attempt(I, R, like):
         R[L.SIZE] = size * factor if size * factor > before else before
     else:
         R[L.SIZE] = size * factor
+    if accepted and I[L.SWITCH] != 0:
+        return consider_switch(I, R, stiffness * size)
     return L.GO_ON
+
+
+@inlined
+def reason_to_stop(I):
+    """What an attempt that failed makes of the solve when the step cannot be smaller."""
+    if I[L.FAILURE] == L.NOT_CONVERGED or I[L.FAILURE] == L.SINGULAR:
+        return L.NEWTON_FAILED
+    return L.UNSTABLE if I[L.FAILURE] != 0 else L.DT_LESS_THAN_MIN
+
+
+@inlined
+def consider_switch(I, R, product):
+    """Whether the other method is to go on; ``product``: of step size and spectral radius."""
+    stiff = not product < _STIFF_ABOVE * R[L.STABILITY]
+    if stiff == (I[L.SWITCH] == L.STIFF):
+        I[L.SWITCH_COUNT] = 0
+        return L.GO_ON
+    I[L.SWITCH_COUNT] += 1
+    if I[L.SWITCH_COUNT] < (_STIFF_STEPS if stiff else _NONSTIFF_STEPS):
+        return L.GO_ON
+    return L.SWITCHED
 
 
 @inlined
@@ -439,7 +395,7 @@ def no_room(I):
 
 
 @inlined
-def advance(I, R, like):
+def advance(I, R, step, measure, complete_step, like):
     """Integrate until the end, a failure, or a reason to return to Python for a moment."""
     if I[L.BEGUN] == 0:
         status = begin(I, R, like)
@@ -451,14 +407,14 @@ def advance(I, R, like):
             return L.DONE
         if no_room(I):
             return L.NEED_ROOM
-        status = attempt(I, R, like)
+        status = attempt(I, R, step, measure, complete_step, like)
         if status != L.GO_ON:
             return status
     return L.DONE if I[L.STOP] >= I[L.N_STOPS] else L.GO_ON
 
 
 @inlined
-def read(I, R, like):
+def read(I, R, complete_step, like):
     """Continuous extension of a solution at ``READ``, times inside of it."""
     count, n, size = I[L.N_READ], I[L.N], size_of(like)
     steps, rows, direction = I[L.ACCEPTED], I[L.STAGES] + I[L.EXTRA], R[L.DIRECTION]
@@ -469,11 +425,11 @@ def read(I, R, like):
         first = locate(starts, steps, t, direction)
         end = starts[first + 1] if first + 1 < steps else R[L.T]
         theta = (t - starts[first]) / (end - starts[first])
-        dense = I[L.DENSE] + first * (rows + 1) * n * size
+        dense = I[L.DENSE] + first * I[L.DENSE_ROWS] * n * size
         if complete[first] == 0:
             copy(n, dense, row(I, L.W_U, like), like)
             copy(I[L.STAGES] * n, dense + n * size, stage(I, 0, like), like)
-            add_extra_stages(I, R, starts[first], sizes[first], like)
+            complete_step(I, R, starts[first], sizes[first], like)
             copy(rows * n, stage(I, 0, like), dense + n * size, like)
             complete[first] = 1
         out = I[L.READ_OUT] + i * n * size

@@ -10,9 +10,7 @@ import numpy as np
 from diffsolve.engines.native.declined import Declined
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.controllers import Controller, IController, PIController, PIDController
-from diffsolve.solvers.explicit_rk.methods import ExplicitRK
 from diffsolve.solvers.explicit_rk.step import stiffness_stage
-from diffsolve.solvers.explicit_rk.tableau import Stages
 from diffsolve.solvers.kernels import layout as L
 
 
@@ -21,21 +19,29 @@ def address(x: np.ndarray) -> int:
 
 
 class Method:
-    """Coefficients of an explicit Runge-Kutta method, and the memory that they lie in.
+    """Coefficients of a one-step method, and the memory that they lie in.
 
     Attributes
     ----------
+    family
+        Name of the folder that its kernels come from.
     integers
         The kernels' integers, with those of the method filled in: to be copied.
-    rows
-        Stages, the extra ones of the interpolant included.
+    n, rows
+        Stages without and with the extra ones of the interpolant.
+    degree
+        Of the interpolant.
+    is_implicit, needs_jvp
+        Whether steps need the Jacobian, and products with one that is not at hand.
     """
 
-    def __init__(self, stages: Stages, order: int):
+    def __init__(self, family: str, stages: Any, order: int):
         dense = stages.interpolant
         extra = len(dense.c_extra)
-        self.stages = stages
+        self.family, self.stages = family, stages
         self.n, self.rows = stages.n, stages.n + extra
+        self.degree = dense.polynomial.shape[1]
+        self.is_implicit, self.needs_jvp = family != "explicit_rk", family == "sdirk"
         a_extra = np.zeros((max(extra, 1), self.rows))
         for i, row in enumerate(dense.a_extra):
             a_extra[i, : len(row)] = row
@@ -48,25 +54,38 @@ class Method:
             (L.B_LOW, stages.b_error_low),
             (L.POLY, dense.polynomial),
             (L.A_EXTRA, a_extra),
-            (L.C_EXTRA, np.asarray([*dense.c_extra, 0.0])),
+            (L.C_EXTRA, [*dense.c_extra, 0.0]),
         ):
-            if values is not None:
-                array = np.ascontiguousarray(values, dtype=np.float64)
-                self._arrays.append(array)
-                self.integers[slot] = address(array)
+            self._write(slot, values)
+        if self.is_implicit:
+            self._write(L.GAMMA, [stages.gamma])
+        if family == "rosenbrock":
+            self._write(L.COUPLING, stages.coupling)
+            self._write(L.TIME_WEIGHTS, stages.d)
+        if family == "sdirk":
+            self._write(L.PREDICTOR, stages.predictor)
+            self._write(L.IMPLICIT, stages.implicit, np.int64)
         for slot, value in (
             (L.STAGES, stages.n),
             (L.EXTRA, extra),
-            (L.DEGREE, dense.polynomial.shape[1]),
-            (L.STIFF_STAGE, stiffness_stage(stages)),
+            (L.DEGREE, self.degree),
+            (L.STIFF_STAGE, 0 if self.is_implicit else stiffness_stage(stages)),
+            (L.SMOOTHED, family == "sdirk" and stages.smoothed),
             (L.ORDER, order),
+            (L.DENSE_ROWS, 1 + self.rows),
         ):
             self.integers[slot] = value
 
+    def _write(self, slot: int, values: Any, dtype: Any = np.float64) -> None:
+        if values is not None:
+            array = np.ascontiguousarray(values, dtype=dtype)
+            self._arrays.append(array)
+            self.integers[slot] = address(array)
+
 
 @functools.lru_cache(maxsize=100)
-def _method(stages: Stages, order: int) -> Method:
-    return Method(stages, order)
+def _method(family: str, stages: Any, order: int) -> Method:
+    return Method(family, stages, order)
 
 
 def method_of(alg: Algorithm) -> Method:
@@ -78,11 +97,15 @@ def method_of(alg: Algorithm) -> Method:
         If there is no kernel for its steps.
     """
     kind = type(alg)
-    if not isinstance(alg, ExplicitRK) or kind.step is not ExplicitRK.step:
+    if alg.kernels is None:
         raise Declined(f"{alg.name} has no compiled step")
-    if kind.init is not ExplicitRK.init:
+    base = next(c for c in kind.__mro__ if "kernels" in vars(c))
+    if kind.step is not base.step:
+        raise Declined(f"{alg.name} has no compiled step")
+    if kind.init is not base.init:
         raise Declined(f"{alg.name} starts in its own way")
-    return _method(alg.tableau.stages, alg.order)
+    found: Any = alg
+    return _method(alg.kernels, found.tableau.stages, alg.order)
 
 
 def set_controller(controller: Controller, integers: Any, reals: Any) -> None:
@@ -96,6 +119,7 @@ def set_controller(controller: Controller, integers: Any, reals: Any) -> None:
     kind = type(controller)
     reals[L.SAFETY] = controller.safety
     reals[L.FACTOR_MIN], reals[L.FACTOR_MAX] = controller.factor_min, controller.factor_max
+    reals[L.STEADY] = controller.steady
     if kind is PIController:
         integers[L.CONTROLLER] = L.PI
         reals[L.BETA1], reals[L.BETA2] = controller.beta1, controller.beta2  # type: ignore[attr-defined]

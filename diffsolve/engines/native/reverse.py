@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.engines.native.compiled import Jacobian
 from diffsolve.engines.native.engine import Memory, message_of, template, write_tolerance
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
+from diffsolve.engines.native.switching import ranges, use
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
@@ -51,8 +53,6 @@ def sweep(
     memory.integers[L.NF] = 0
     integers, n, dtype = memory.integers, memory.n, memory.dtype
     integers[L.VJP] = compiled.vjp(active)
-    integers[L.FUSED_VJP] = compiled.step_vjp(memory.method.stages, active)
-    integers[L.SWEPT] = integers[L.ACCEPTED]
     bars = torch.zeros(2 * n + compiled.n_params, dtype=dtype)
     memory.hold(L.STATE_BAR, bars)
     integers[L.P_BAR] = integers[L.STATE_BAR] + 2 * n * memory.item
@@ -62,10 +62,20 @@ def sweep(
             memory.hold(slot, bar.contiguous())
     if integers[L.STRIDE] > 1:
         memory.hold(L.SEGMENT, torch.empty(int(integers[L.STRIDE]), 2, n, dtype=dtype))
-    function = kernel("sweep", compiled.single)
-    started = time.perf_counter()
-    memory.run(function)
-    kernel_s = time.perf_counter() - started
+    kernel_s = 0.0
+    for begin, end, run in reversed(ranges(memory)):
+        use(memory, run)
+        method = run.method
+        if method.is_implicit:
+            integers[L.JAC_VJP] = compiled.jacobian_vjp(active)
+            memory.work_of_systems()
+        else:
+            integers[L.FUSED_VJP] = compiled.step_vjp(method.stages, active)
+        integers[L.SWEPT], integers[L.SWEEP_END] = end, begin
+        function = kernel("sweep", method.family, compiled.single)
+        started = time.perf_counter()
+        memory.run(function)
+        kernel_s += time.perf_counter() - started
     return Swept(bars[:n], bars[2 * n :], int(integers[L.NF]), kernel_s)
 
 
@@ -108,12 +118,11 @@ class Path:
         end = self.end if last == len(self.starts) else float(self.starts[last])
         reals[L.PATH_END] = end
         reals[L.WINDOW_LOW], reals[L.WINDOW_HIGH] = sorted((float(starts[0]), end))
-        method = self.forward.method
+        of_forward = self.forward.integers
         integers[L.PRIMAL_N] = self.forward.n
-        integers[L.PATH_ROWS] = method.rows
-        integers[L.PATH_DEGREE] = method.integers[L.DEGREE]
-        integers[L.PATH_POLY] = method.integers[L.POLY]
-        self.method = method  # its arrays must live
+        integers[L.PATH_ROWS] = of_forward[L.STAGES] + of_forward[L.EXTRA]
+        integers[L.PATH_STRIDE] = of_forward[L.DENSE_ROWS]
+        integers[L.PATH_DEGREE], integers[L.PATH_POLY] = of_forward[L.DEGREE], of_forward[L.POLY]
 
     def _remade(self, first: int, last: int) -> Tensor:
         memory = self.forward.copy()
@@ -123,7 +132,7 @@ class Path:
         dense = torch.empty(last - first, rows, memory.n, dtype=memory.dtype)
         memory.hold(L.DENSE, dense)
         memory.integers[L.SWEPT], memory.integers[L.CHUNK] = first, last - first
-        memory.run(kernel("replay", memory.native.compiled.single))
+        memory.run(kernel("replay", memory.method.family, memory.native.compiled.single))
         return dense
 
 
@@ -133,8 +142,8 @@ class ReverseProblem:
 
     Attributes
     ----------
-    field
-        Address of its right-hand side over ``z``.
+    field, jacobian
+        Its right-hand side over ``z``, and the Jacobian of that for an implicit method.
     z
         Its state at the last saved time.
     blocks
@@ -151,6 +160,7 @@ class ReverseProblem:
     z: Tensor
     blocks: list[int]
     settings: Settings
+    jacobian: Callable[[], Jacobian] | None = None
     path: Path | None = None
     saved: Tensor | None = None
 
@@ -188,9 +198,9 @@ def solve_reverse(
         Row of ``bars`` to add at a stop, or -1.
     """
     n = len(bars[0])
-    params = torch.cat([native.params, torch.zeros(n, dtype=bars.dtype)])
+    params = torch.cat([native.params, torch.zeros(2 * n, dtype=bars.dtype)])
     made = template(native.compiled, alg, problem.settings)
-    memory = Memory(native, made, len(problem.z), params, breaks, field=problem.field)
+    memory = Memory(native, made, len(problem.z), params, breaks, problem.field, problem.jacobian)
     integers, reals = memory.integers, memory.reals
     stops = problem.settings.tstops
     memory.span(start, end, stops)
@@ -206,14 +216,13 @@ def solve_reverse(
         integers[L.PATH_OUT] = integers[L.PARAMS] + len(native.params) * memory.item
         problem.path.give(memory, start, start)
     memory.start(problem.z)
-    function = kernel("advance", native.compiled.single)
     started = time.perf_counter()
-    status = memory.run(function)
+    status = memory.advance()
     while status == L.NEED_PATH and problem.path is not None:
         low, high = sorted((float(reals[L.T]), float(reals[L.T] + reals[L.LAST_H])))
         low, high = max(low, reals[L.T_LOW]), min(high, reals[L.T_HIGH])
         problem.path.give(memory, low, high)
-        status = memory.run(function)
+        status = memory.advance()
     kernel_s = time.perf_counter() - started
     z = memory.state()
     message = ""

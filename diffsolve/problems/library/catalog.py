@@ -1,7 +1,8 @@
 """What a named test problem is: a function that makes an ``ODEProblem``, and a reference solution.
 
 The reference solutions that have no closed form are stored in ``references.json``, which
-``benchmarks/make_references.py`` makes in multiple precision.
+``benchmarks/make_references.py`` and ``benchmarks/make_stiff_references.py`` make in multiple
+precision.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache, update_wrapper
 from importlib.resources import files
-from typing import Generic, NamedTuple, ParamSpec
+from typing import Any, Generic, NamedTuple, ParamSpec
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Reference(NamedTuple):
 
 
 @cache
-def _stored() -> dict[str, dict[str, list]]:
+def _stored() -> dict[str, dict[str, Any]]:
     text = (
         files("diffsolve.problems.library").joinpath("references.json").read_text(encoding="utf-8")
     )
@@ -55,6 +56,8 @@ class LibraryProblem(Generic[P]):
     solution
         ``solution(t, problem)``: closed form at the times ``t``. Without one, the reference
         solution is a stored one.
+    stiff
+        Whether the problem is stiff: explicit methods take far too many steps.
 
     Attributes
     ----------
@@ -62,6 +65,8 @@ class LibraryProblem(Generic[P]):
         Name of the problem.
     source : str
         Where the problem is published.
+    stiff : bool
+        Whether the problem is stiff.
     """
 
     def __init__(
@@ -69,11 +74,13 @@ class LibraryProblem(Generic[P]):
         make: Callable[P, ODEProblem],
         source: str,
         solution: Callable[[NDArray[np.float64], ODEProblem], NDArray[np.float64]] | None = None,
+        stiff: bool = False,
     ):
         self._make = make
         self._solution = solution
         self.name: str = make.__name__
         self.source = source
+        self.stiff = stiff
         update_wrapper(self, make)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> ODEProblem:
@@ -85,37 +92,41 @@ class LibraryProblem(Generic[P]):
     def reference(self, *args: P.args, **kwargs: P.kwargs) -> Reference:
         """Solution at eleven times from one end of the interval to the other.
 
-        It belongs to the float64 values of the data, and is accurate to ``1e-12`` relative to
-        each component.
+        The times are evenly spaced; those of `rober` and `e5` are powers of ten. The solution
+        belongs to the float64 values of the data, and is accurate to ``1e-12`` relative to each
+        component.
 
         Parameters
         ----------
         *args, **kwargs
-            Parameters of the problem, where the solution has a closed form; else there are none,
-            and the reference is that of the default parameters.
+            Parameters of the problem, where the solution has a closed form. A stored reference is
+            that of the default parameters; `van_der_pol` has one for ``mu=1e6`` too, and `rober`
+            for ``tspan=(0, 1e11)``.
 
         Raises
         ------
         ValueError
-            Parameters are given to a problem without closed form.
+            There is no stored reference for these parameters.
         """
         if self._solution is not None:
             problem = self._make(*args, **kwargs)
             t = np.linspace(float(problem.tspan[0]), float(problem.tspan[1]), 11)
             return Reference(t, self._solution(t, problem))
-        if args or kwargs:
-            raise ValueError(f"{self.name} has a reference at its default parameters only")
-        entry = _stored()[self.name]
-        return Reference(np.array(entry["t"]), np.array(entry["u"]))
+        for key, entry in _stored().items():
+            given = {k: np.asarray(v).tolist() for k, v in kwargs.items()}
+            if key.partition("(")[0] == self.name and not args and entry.get("given", {}) == given:
+                return Reference(np.array(entry["t"]), np.array(entry["u"]))
+        raise ValueError(f"{self.name} has no reference but at its default parameters")
 
 
 def library_problem(
     source: str,
     solution: Callable[[NDArray[np.float64], ODEProblem], NDArray[np.float64]] | None = None,
+    stiff: bool = False,
 ) -> Callable[[Callable[P, ODEProblem]], LibraryProblem[P]]:
     """Make a `LibraryProblem` of the decorated function; see there for the parameters."""
 
     def decorate(make: Callable[P, ODEProblem]) -> LibraryProblem[P]:
-        return LibraryProblem(make, source, solution)
+        return LibraryProblem(make, source, solution, stiff)
 
     return decorate

@@ -7,140 +7,31 @@ rows; ``reverse_step`` pulls cotangents back through it by products with the Jac
 
 from __future__ import annotations
 
+import math
+
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.kernels.estimates import ERROR, LOW, NEW, SPARE, STIFF, TOTAL, reverse_error
 from diffsolve.solvers.kernels.memory import (
     beside_breaks,
-    call_field,
     call_step,
     call_step_vjp,
-    call_vjp,
     cast,
     inlined,
-    integers,
     reals,
-    size_of,
     view,
 )
-from diffsolve.solvers.kernels.norms import add_scaled, copy, fill_zero
-
-
-@inlined
-def row(I, index, like):
-    """Address of a row of the work space."""
-    return I[L.WORK] + index * I[L.N] * size_of(like)
-
-
-@inlined
-def stage(I, index, like):
-    return row(I, L.W_STAGES + index, like)
-
-
-@inlined
-def stage_bar(I, index, like):
-    """Address of the cotangent of a stage; the rows follow the stages and the times."""
-    rows = I[L.STAGES] + I[L.EXTRA]
-    return row(I, L.W_STAGES + rows + index, like) + rows * size_of(like)
-
-
-@inlined
-def interpolate(n, rows, degree, poly, theta, h, derivative, dense, out, like):
-    """Continuous extension of a step whose state and stages lie in ``rows + 1`` rows."""
-    coefficients = reals(poly)
-    size = size_of(like)
-    fill_zero(n, out, like)
-    scale = h
-    for _ in range(derivative):
-        scale /= h
-    for j in range(rows):
-        weight = 0.0
-        for i in range(degree - 1, -1, -1):  # Horner, of the derivative of theta**(i + 1)
-            power = i + 1
-            if power < derivative:
-                break
-            factor = 1.0
-            for d in range(derivative):
-                factor *= power - d
-            weight = weight * theta + factor * coefficients[j * degree + i]
-        if derivative == 0:
-            weight *= theta
-        if weight != 0.0:
-            add_scaled(n, weight * scale, dense + (j + 1) * n * size, out, like)
-    if derivative == 0:
-        add_scaled(n, 1.0, dense, out, like)  # last: its rounding is the largest
-
-
-@inlined
-def locate(starts, count, t, direction):
-    """Index of the last of the steps that starts before ``t``, in their direction of time."""
-    first, last = 0, count
-    while last - first > 1:
-        middle = (first + last) // 2
-        if direction * starts[middle] < direction * t:
-            first = middle
-        else:
-            last = middle
-    return first
-
-
-@inlined
-def read_path(I, R, t, like):
-    """Put the forward solution at ``t`` where the reverse right-hand side reads it."""
-    count, direction = I[L.PATH_STEPS], R[L.DIRECTION]
-    starts, sizes = reals(I[L.PATH_T]), reals(I[L.PATH_H])
-    low, high = R[L.T_LOW], R[L.T_HIGH]
-    t = low if t < low else high if t > high else t
-    backward = -direction  # the path was solved in the other direction
-    first = locate(starts, count, t, backward)
-    end = starts[first + 1] if first + 1 < count else R[L.PATH_END]
-    theta = (t - starts[first]) / (end - starts[first])
-    n = I[L.PRIMAL_N]
-    rows = I[L.PATH_ROWS]
-    dense = I[L.PATH] + first * (rows + 1) * n * size_of(like)
-    interpolate(
-        n,
-        rows,
-        I[L.PATH_DEGREE],
-        I[L.PATH_POLY],
-        theta,
-        sizes[first],
-        0,
-        dense,
-        I[L.PATH_OUT],
-        like,
-    )
-
-
-@inlined
-def field_at(I, R, value, start, end, u, out, like):
-    """``f`` at a time of a step that goes from ``start`` to ``end``."""
-    t = cast(beside_breaks(I, value, start, end, like), like)
-    if I[L.PATH] != 0:
-        read_path(I, R, float(t), like)
-    call_field(I[L.FIELD], t, u, I[L.PARAMS], out)
-    I[L.NF] += 1
-
-
-@inlined
-def combine(I, weights, offset, count, h, out, like):
-    """``out = W_U + h * sum_j weights[offset + j] * stage_j``."""
-    n = I[L.N]
-    coefficients = reals(weights)
-    fill_zero(n, out, like)
-    for j in range(count):
-        a = coefficients[offset + j]
-        if a != 0.0:
-            add_scaled(n, a * h, stage(I, j, like), out, like)
-    add_scaled(n, 1.0, row(I, L.W_U, like), out, like)
-
-
-@inlined
-def combine_error(I, weights, h, out, like):
-    n, stages = I[L.N], I[L.STAGES]
-    coefficients = reals(weights)
-    fill_zero(n, out, like)
-    for j in range(stages):
-        if coefficients[j] != 0.0:
-            add_scaled(n, coefficients[j] * h, stage(I, j, like), out, like)
+from diffsolve.solvers.kernels.norms import add_scaled, copy, distance, larger, scaled_norm
+from diffsolve.solvers.kernels.rows import (
+    bar_row,
+    combine,
+    combine_error,
+    field_at,
+    row,
+    stage,
+    stage_bar,
+    through_combination,
+    vjp_at,
+)
 
 
 @inlined
@@ -161,7 +52,7 @@ def stage_times(I, t, h, like):
 
 @inlined
 def take_step(I, R, t, h, like):
-    """Stages, new state and error rows of a step from ``W_U, W_DU``."""
+    """Stages, new state and error rows of a step from ``W_U, W_DU``; true: nothing to solve."""
     n, stages = I[L.N], I[L.STAGES]
     new, stiff = row(I, L.W_NEW, like), row(I, L.W_STIFF, like)
     error, low = row(I, L.W_ERROR, like), row(I, L.W_LOW, like)
@@ -171,7 +62,7 @@ def take_step(I, R, t, h, like):
         u, k = row(I, L.W_U, like), stage(I, 0, like)
         call_step(I[L.FUSED], cast(h, like), times, u, k, I[L.PARAMS], new, stiff, error, low)
         I[L.NF] += stages - 1
-        return
+        return True
     nodes = reals(I[L.C])
     if I[L.STIFF_STAGE] == 0:
         copy(n, row(I, L.W_U, like), stiff, like)
@@ -183,10 +74,11 @@ def take_step(I, R, t, h, like):
         combine_error(I, I[L.B_ERROR], h, error, like)
     if I[L.B_LOW] != 0:
         combine_error(I, I[L.B_LOW], h, low, like)
+    return True
 
 
 @inlined
-def combine_results(I, h, like):
+def combine_results(I, R, h, like):
     """What a step gives, from stages that are known."""
     stages, same = I[L.STAGES], I[L.STIFF_STAGE]
     combine(I, I[L.A], same * stages, same, h, row(I, L.W_STIFF, like), like)
@@ -208,30 +100,87 @@ def add_extra_stages(I, R, t, h, like):
         field_at(I, R, t + nodes[i] * h, t, t + h, g, stage(I, stages + i, like), like)
 
 
+@inlined
+def measure(I, R, t, h, like):
+    """Scaled error (returned), its norm and the stiffness of the step in the work space."""
+    error, norm, stiffness = quick_measure(I, like)
+    if not error + norm + stiffness < math.inf:
+        error, norm, stiffness = careful_measure(I, like)
+    R[L.LAST_ERROR], R[L.LAST_STIFFNESS] = error, stiffness
+    return error, norm, stiffness
+
+
+@inlined
+def quick_measure(I, like):
+    """The three norms in one loop; not finite where that is too simple."""
+    n = I[L.N]
+    if I[L.N_BLOCKS] != 1 or I[L.B_ERROR] == 0:
+        return math.nan, math.nan, math.nan
+    u, new = view(row(I, L.W_U, like), like), view(row(I, L.W_NEW, like), like)
+    last, same = (
+        view(stage(I, I[L.STAGES] - 1, like), like),
+        view(stage(I, I[L.STIFF_STAGE], like), like),
+    )
+    g = view(row(I, L.W_STIFF, like), like)
+    e, low = view(row(I, L.W_ERROR, like), like), view(row(I, L.W_LOW, like), like)
+    rtol, rtol_stride = reals(I[L.RTOL]), I[L.RTOL_STRIDE]
+    atol, atol_stride = reals(I[L.ATOL]), I[L.ATOL_STRIDE]
+    damped = I[L.B_LOW] != 0
+    scaled, plain, above, below, other = 0.0, 0.0, 0.0, 0.0, 0.0
+    for m in range(n):
+        scale = atol[m * atol_stride] + rtol[m * rtol_stride] * larger(u[m], new[m])
+        x = float(e[m])
+        q = x / scale
+        scaled += q * q
+        plain += x * x
+        dk = float(last[m]) - float(same[m])
+        dg = float(new[m]) - float(g[m])
+        above += dk * dk
+        below += dg * dg
+        if damped:
+            q = float(low[m]) / scale
+            other += q * q
+    if not scaled + plain + above + below + other < math.inf:
+        return math.nan, math.nan, math.nan
+    error = math.sqrt(scaled / n)
+    if damped and error > 0:
+        error = error * error / math.hypot(error, 0.1 * math.sqrt(other / n))
+    stiffness = math.sqrt(above / below) if below > 0 else 0.0
+    return error, math.sqrt(plain / n), stiffness
+
+
+@inlined
+def careful_measure(I, like):
+    """The same for blocks, without an estimate, and where squares overflow."""
+    n = I[L.N]
+    u, new = row(I, L.W_U, like), row(I, L.W_NEW, like)
+    last, stiff = stage(I, I[L.STAGES] - 1, like), stage(I, I[L.STIFF_STAGE], like)
+    numerator = distance(n, last, stiff, like)
+    denominator = distance(n, new, row(I, L.W_STIFF, like), like)
+    error, norm = 0.0, 0.0
+    if I[L.B_ERROR] == 0:
+        if not distance(n, new, 0, like) < math.inf:
+            error = math.nan
+    else:
+        norm = distance(n, row(I, L.W_ERROR, like), 0, like) / math.sqrt(n)
+        error = scaled_norm(I, row(I, L.W_ERROR, like), u, new, like)
+        if I[L.B_LOW] != 0:
+            low = scaled_norm(I, row(I, L.W_LOW, like), u, new, like)
+            if error > 0:
+                error = error * error / math.hypot(error, 0.1 * low)
+    stiffness = numerator / denominator if denominator > 0 else 0.0
+    if not numerator + denominator < math.inf:
+        error, stiffness = math.nan, math.nan
+    return error, norm, stiffness
+
+
 # -- reverse -------------------------------------------------------------------------------------
 
 
 @inlined
-def vjp_at(I, value, start, end, u, w, u_bar, like):
-    """``u_bar = J^T w`` at a time of a step; the parameters' part is added up in ``P_BAR``."""
-    t = cast(beside_breaks(I, value, start, end, like), like)
-    call_vjp(I[L.VJP], t, u, I[L.PARAMS], w, u_bar, I[L.P_BAR])
-    I[L.NF] += 1
-
-
-@inlined
-def through_combination(I, weights, offset, count, h, bar, like):
-    """Cotangents of the stages that were combined with ``weights``."""
-    n = I[L.N]
-    coefficients = reals(weights)
-    for j in range(count):
-        a = coefficients[offset + j]
-        if a != 0.0:
-            add_scaled(n, a * h, bar, stage_bar(I, j, like), like)
-
-
-@inlined
-def reverse_extra_stages(I, t, h, total, like):
+def reverse_extra_stages(I, R, t, h, like):
+    """Pull the cotangents of the extra stages back to those of the others."""
+    total = bar_row(I, TOTAL, like)
     stages, rows, n = I[L.STAGES], I[L.STAGES] + I[L.EXTRA], I[L.N]
     nodes = reals(I[L.C_EXTRA])
     g, bar = row(I, L.W_TEMP, like), row(I, L.W_DU, like)
@@ -244,13 +193,42 @@ def reverse_extra_stages(I, t, h, total, like):
 
 
 @inlined
-def reverse_step(I, t, h, new_bar, stiff_bar, error_bar, low_bar, total, like):
-    """Add the cotangent of the state that the step started from to ``total``.
+def reverse_estimates(I, R, t, h, index, like):
+    """Cotangents of the step's estimates to those of its stages, states and error rows."""
+    n = I[L.N]
+    new, spare = row(I, L.W_NEW, like), bar_row(I, SPARE, like)
+    reverse_error(I, index, like)
+    if I[L.STIFFNESS_BARS] == 0:
+        return
+    bar = float(view(I[L.STIFFNESS_BARS], like)[index])
+    last, same = I[L.STAGES] - 1, I[L.STIFF_STAGE]
+    below = distance(n, new, row(I, L.W_STIFF, like), like)
+    if below > 0 and bar != 0:
+        above = distance(n, stage(I, last, like), stage(I, same, like), like)
+        copy(n, stage(I, last, like), spare, like)
+        add_scaled(n, -1.0, stage(I, same, like), spare, like)
+        if above > 0:
+            factor = bar / (below * above)
+            add_scaled(n, factor, spare, stage_bar(I, last, like), like)
+            add_scaled(n, -factor, spare, stage_bar(I, same, like), like)
+        copy(n, new, spare, like)
+        add_scaled(n, -1.0, row(I, L.W_STIFF, like), spare, like)
+        factor = -bar * above / (below * below * below)
+        add_scaled(n, factor, spare, bar_row(I, NEW, like), like)
+        add_scaled(n, -factor, spare, bar_row(I, STIFF, like), like)
 
-    The cotangents of the stages lie in their rows, those of the other results are given; that of
-    stage 0 is left in its row. ``W_DU`` is used as work space.
+
+@inlined
+def reverse_step(I, R, t, h, like):
+    """Pull the cotangents of a step's results back to its start.
+
+    That of the state is added to the row ``TOTAL``, that of the derivative there is left in its
+    row. ``W_DU`` is used as work space.
     """
     stages, n = I[L.STAGES], I[L.N]
+    new_bar, stiff_bar = bar_row(I, NEW, like), bar_row(I, STIFF, like)
+    error_bar, low_bar = bar_row(I, ERROR, like), bar_row(I, LOW, like)
+    total = bar_row(I, TOTAL, like)
     if I[L.FUSED_VJP] != 0:
         times = stage_times(I, t, h, like)
         call_step_vjp(
@@ -292,20 +270,3 @@ def reverse_step(I, t, h, new_bar, stiff_bar, error_bar, low_bar, total, like):
             add_scaled(n, 1.0, stiff_bar, bar, like)
         add_scaled(n, 1.0, bar, total, like)
         through_combination(I, I[L.A], i * stages, i, h, bar, like)
-
-
-@inlined
-def interpolation_weight(I, j, theta):
-    """Weight of stage ``j`` in the continuous extension."""
-    degree = I[L.DEGREE]
-    coefficients = reals(I[L.POLY])
-    weight = 0.0
-    for i in range(degree - 1, -1, -1):
-        weight = weight * theta + coefficients[j * degree + i]
-    return weight * theta
-
-
-@inlined
-def marks_of(I, index):
-    """The four integers that are noted of a step."""
-    return integers(I[L.MARKS] + index * 32)

@@ -10,8 +10,9 @@ from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step
 from diffsolve.solvers.controllers import Controller, IController
 from diffsolve.solvers.explicit_rk import tableaus, tableaus_high_order
-from diffsolve.solvers.explicit_rk.step import RKState, take_step
+from diffsolve.solvers.explicit_rk.step import take_step
 from diffsolve.solvers.explicit_rk.tableau import Tableau
+from diffsolve.solvers.stage_rows import RKState
 
 
 class ExplicitRK(Algorithm):
@@ -34,6 +35,7 @@ class ExplicitRK(Algorithm):
     """
 
     is_one_step = True
+    kernels = "explicit_rk"
 
     def __init__(self, tableau: Tableau):
         if not isinstance(tableau, Tableau):

@@ -9,63 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[np.float64]
-_TOLERANCE = 1e-11  # decimal coefficients in the literature carry 1e-14 or so
-
-
-class TableauError(ValueError):
-    """A tableau is inconsistent: wrong shape, row sums, weights or order."""
-
-
-@dataclass(frozen=True, eq=False)
-class Interpolant:
-    """Continuous extension ``u(t + theta h) = u + h sum_i w_i(theta) k_i``.
-
-    Parameters
-    ----------
-    order
-        Order of the interpolant: its local error is ``O(h**(order + 1))``.
-    polynomial
-        ``(n, d)``: ``w_i(theta) = sum_j polynomial[i, j] * theta**(j + 1)``. The ``n`` rows are
-        the stages of the method, the derivative at the new point, then the extra stages.
-    a_extra, c_extra
-        Rows and nodes of the extra stages, evaluated only when the interpolant is asked for. Each
-        row covers the stages of the method, the derivative at the new point, and the extra stages
-        before it.
-    """
-
-    order: int
-    polynomial: Array
-    a_extra: tuple[Array, ...] = ()
-    c_extra: tuple[float, ...] = ()
-
-    def __init__(
-        self,
-        order: int,
-        polynomial: ArrayLike,
-        a_extra: ArrayLike | tuple = (),
-        c_extra: ArrayLike | tuple = (),
-    ):
-        rows = tuple(np.asarray(row, dtype=np.float64) for row in a_extra)  # type: ignore[union-attr]
-        object.__setattr__(self, "order", order)
-        object.__setattr__(self, "polynomial", np.atleast_2d(np.asarray(polynomial, np.float64)))
-        object.__setattr__(self, "a_extra", rows)
-        object.__setattr__(self, "c_extra", tuple(float(c) for c in c_extra))  # type: ignore[union-attr]
-
-    def weights(self, theta: float | Array, derivative: int = 0) -> Array:
-        """Weights of the stages at ``theta``, or their derivative with respect to ``theta``."""
-        theta = np.asarray(theta, dtype=np.float64)
-        powers = np.arange(1, self.polynomial.shape[1] + 1)
-        factors = np.ones(len(powers))
-        for i in range(derivative):
-            factors = factors * (powers - i)
-        exponents = np.maximum(powers - derivative, 0)
-        return (factors * theta[..., None] ** exponents) @ self.polynomial.T
+from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
+from diffsolve.solvers.order_conditions import (
+    Array,
+    TableauError,
+    check_order,
+    require,
+    triangle,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +121,7 @@ class Tableau:
             "name": name,
             "source": source,
             "order": order,
-            "a": _lower_triangle(name, a, len(c_array)),
+            "a": triangle(name, a, len(c_array)),
             "b": np.asarray(b, dtype=np.float64),
             "c": c_array,
             "b_error": None if b_error is None else np.asarray(b_error, dtype=np.float64),
@@ -217,7 +172,7 @@ class Tableau:
                 raise TableauError(f"{self.name}: {len(weights)} error weights for {n} stages")
             return np.append(weights, np.zeros(n - len(weights)))
 
-        interpolant = self.interpolant or _cubic_hermite(a[-1], self.order)
+        interpolant = self.interpolant or cubic_hermite(a[-1], self.order)
         return Stages(a, c, padded(self.b_error), padded(self.b_error_low), interpolant)
 
     def check(self) -> None:
@@ -231,13 +186,13 @@ class Tableau:
         a, c = self.stages.a, self.stages.c
         # but for the last row: that is b, whose sum is an order condition
         nodes = np.abs(a.sum(1) - c)[:-1].max()
-        _require(nodes, a, f"{self.name}: a row of a does not sum to its node")
-        _check_order(f"{self.name}", a, a[-1], self.order)
+        require(nodes, a, f"{self.name}: a row of a does not sum to its node")
+        check_order(f"{self.name}", a, a[-1], self.order)
         if self.stages.b_error is not None:
             b_hat = a[-1] - self.stages.b_error
-            _check_order(f"{self.name}: embedded solution", a, b_hat, self.error_order or 1)
+            check_order(f"{self.name}: embedded solution", a, b_hat, self.error_order or 1)
         if self.stages.b_error_low is not None:
-            _check_order(f"{self.name}: second estimate", a, a[-1] - self.stages.b_error_low, 1)
+            check_order(f"{self.name}: second estimate", a, a[-1] - self.stages.b_error_low, 1)
         self._check_interpolant()
 
     def _check_interpolant(self) -> None:
@@ -254,20 +209,10 @@ class Tableau:
         for i, row in enumerate(dense.a_extra):
             a[n + i, : len(row)] = row
         c = np.append(self.stages.c, dense.c_extra)
-        _require(np.abs(a.sum(1) - c).max(), a, f"{self.name}: interpolant row sums")
+        require(np.abs(a.sum(1) - c).max(), a, f"{self.name}: interpolant row sums")
         for theta in (0.25, 0.5, 0.75, 1.0):
             label = f"{self.name}: interpolant at theta={theta}"
-            _check_order(label, a, dense.weights(theta), dense.order, theta)
-
-
-def _lower_triangle(name: str, rows: ArrayLike | tuple, s: int) -> Array:
-    a = np.zeros((s, s))
-    for i, row in enumerate(rows):  # type: ignore[arg-type]
-        values = np.asarray(row, dtype=np.float64)
-        if i >= s or len(values) > s or np.any(values[i:]):
-            raise TableauError(f"{name}: row {i} of a does not fit {s} explicit stages")
-        a[i, : len(values)] = values
-    return a
+            check_order(label, a, dense.weights(theta), dense.order, theta)
 
 
 def settle_rounding(a: ArrayLike | tuple, b: ArrayLike, c: ArrayLike) -> tuple[Array, Array]:
@@ -279,7 +224,7 @@ def settle_rounding(a: ArrayLike | tuple, b: ArrayLike, c: ArrayLike) -> tuple[A
     coefficients of each row, in exact arithmetic.
     """
     nodes = [Fraction(float(x)) for x in np.asarray(c, np.float64)]
-    rows = _lower_triangle("settle_rounding", a, len(nodes))
+    rows = triangle("settle_rounding", a, len(nodes))
     weights = np.array(b, dtype=np.float64)
     half = Fraction(1, 2)
     targets = [(row, x, x * x * half) for row, x in zip(rows[4:], nodes[4:], strict=True)]
@@ -291,66 +236,3 @@ def settle_rounding(a: ArrayLike | tuple, b: ArrayLike, c: ArrayLike) -> tuple[A
             known[3] = Fraction(float(row[3]))
             row[0] = float(known[0] + total - sum(known, Fraction(0)))
     return rows, weights
-
-
-def _cubic_hermite(b: Array, order: int) -> Interpolant:
-    """Third-order Hermite polynomial through both ends, written with the stages."""
-    first, last = np.eye(len(b))[0], np.eye(len(b))[-1]
-    columns = [first, 3 * b - 2 * first - last, first + last - 2 * b]
-    return Interpolant(min(3, order), np.stack(columns, 1))
-
-
-def _require(defect: float, scale: Array, message: str) -> None:
-    if not defect <= _TOLERANCE * max(1.0, float(np.abs(scale).sum(-1).max())):
-        raise TableauError(f"{message} (defect {defect:.3g})")
-
-
-def _check_order(name: str, a: Array, b: Array, order: int, theta: float = 1.0) -> None:
-    """Check ``b . Phi(tree) = theta**|tree| / gamma(tree)`` for every tree up to ``order``."""
-    weights = _elementary_weights(a, order)
-    for tree, (size, density) in rooted_trees(order).items():
-        phi = weights[tree]
-        defect = abs(b @ phi - theta**size / density)
-        scale = max(1.0, float(np.abs(b) @ np.abs(phi)))
-        if not defect <= _TOLERANCE * scale:
-            raise TableauError(
-                f"{name}: order condition of a tree with {size} nodes fails (defect {defect:.3g}); "
-                f"the method does not have order {order}"
-            )
-
-
-def _elementary_weights(a: Array, order: int) -> dict[tuple, Array]:
-    weights: dict[tuple, Array] = {}
-    for tree in rooted_trees(order):
-        phi = np.ones(len(a))
-        for child in tree:
-            phi = phi * (a @ weights[child])
-        weights[tree] = phi
-    return weights
-
-
-@cache
-def rooted_trees(order: int) -> dict[tuple, tuple[int, float]]:
-    """Rooted trees with at most ``order`` nodes, as sorted tuples of their children.
-
-    Returns
-    -------
-    dict
-        Tree to its number of nodes and its density ``gamma``, smaller trees first.
-    """
-    sized: dict[int, list[tuple]] = {1: [()]}
-    info: dict[tuple, tuple[int, float]] = {(): (1, 1.0)}
-    for size in range(2, order + 1):
-        found = set()
-        for part in range(1, size):
-            # graft one branch of `part` nodes onto the root of a smaller tree
-            for branch in sized[part]:
-                for rest in sized[size - part]:
-                    found.add(tuple(sorted((*rest, branch))))
-        sized[size] = sorted(found)
-        for tree in sized[size]:
-            density = float(size)
-            for child in tree:
-                density *= info[child][1]
-            info[tree] = (size, density)
-    return info

@@ -8,7 +8,8 @@ six and above are written out in ``tableaus_high_order`` and are available from 
 
 from __future__ import annotations
 
-from diffsolve.solvers.explicit_rk.tableau import Interpolant, Tableau
+from diffsolve.solvers.continuous_extension import Interpolant
+from diffsolve.solvers.explicit_rk.tableau import Tableau
 from diffsolve.solvers.explicit_rk.tableaus_high_order import (
     DP8,
     VERN6,

@@ -10,12 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from diffsolve.solvers.explicit_rk.tableau import (
-    Array,
-    Interpolant,
-    Tableau,
-    settle_rounding,
-)
+from diffsolve.solvers.continuous_extension import Interpolant
+from diffsolve.solvers.explicit_rk.tableau import Tableau, settle_rounding
+from diffsolve.solvers.order_conditions import Array
 
 
 def nested_polynomial(b: ArrayLike, d: ArrayLike, new: int) -> Array:

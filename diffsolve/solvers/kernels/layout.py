@@ -42,6 +42,36 @@ POLY = _integer("POLY")  # float64 (STAGES + EXTRA, DEGREE)
 A_EXTRA = _integer("A_EXTRA")  # float64 (EXTRA, STAGES + EXTRA)
 C_EXTRA = _integer("C_EXTRA")
 ORDER = _integer("ORDER")
+# those of implicit methods
+GAMMA = _integer("GAMMA")  # float64: the diagonal of the method's matrix
+IMPLICIT = _integer("IMPLICIT")  # integers (STAGES): whether a stage is implicit
+PREDICTOR = _integer("PREDICTOR")  # float64 (STAGES, STAGES): a stage's first guess
+COUPLING = _integer("COUPLING")  # float64 (STAGES, STAGES): sums of stages beside f (Rosenbrock)
+TIME_WEIGHTS = _integer("TIME_WEIGHTS")  # float64 (STAGES): of the time derivative (Rosenbrock)
+SMOOTHED = _integer("SMOOTHED")  # whether the error goes through the matrix of the stages
+
+# -- the Jacobian and what is solved with it -----------------------------------------------------
+JAC = _integer("JAC")  # jac(t, u, p, out): entries of the Jacobian, then of the time derivative
+JAC_ENTRIES = _integer("JAC_ENTRIES")
+JAC_ROWS = _integer("JAC_ROWS")  # integers (JAC_ENTRIES)
+JAC_COLUMNS = _integer("JAC_COLUMNS")
+TIME_TERMS = _integer("TIME_TERMS")  # entries of the time derivative: N, or 0 where it is zero
+HEAD = _integer("HEAD")  # columns of the Jacobian from here on are zero: quadratures
+JVP = _integer("JVP")  # jvp(t, u, p, v, out)
+JAC_VJP = _integer("JAC_VJP")  # cotangents of what JAC gives, added to those of u and p
+JAC_VALUES = _integer("JAC_VALUES")  # what JAC gave
+JAC_BAR = _integer("JAC_BAR")
+MATRIX = _integer("MATRIX")  # float64 (HEAD, HEAD), factored
+PIVOTS = _integer("PIVOTS")  # integers (HEAD)
+VECTOR = _integer("VECTOR")  # float64 (2, N): to solve in
+HAS_JAC = _integer("HAS_JAC")
+FRESH = _integer("FRESH")  # whether it is the Jacobian at the start of the step
+STALE = _integer("STALE")  # whether Newton was slow with it
+FACTORED = _integer("FACTORED")
+NJAC = _integer("NJAC")
+NLU = _integer("NLU")
+NSOLVE = _integer("NSOLVE")
+NNEWTON = _integer("NNEWTON")
 
 # -- the error and the step size -----------------------------------------------------------------
 RTOL = _integer("RTOL")  # float64, RTOL_STRIDE 0: one number for all
@@ -79,7 +109,7 @@ STATE_ROWS = _integer("STATE_ROWS")  # 2: u and du at the start; 1 + STAGES: u a
 STATE_ROOM = _integer("STATE_ROOM")
 STRIDE = _integer("STRIDE")  # 0: no states
 THINNING = _integer("THINNING")  # whether to drop every second state when there is no room
-DENSE = _integer("DENSE")  # (STEP_ROOM, 1 + STAGES + EXTRA, N): u and the stages; 0: none
+DENSE = _integer("DENSE")  # (STEP_ROOM, DENSE_ROWS, N): u and the stages; 0: none
 COMPLETE = _integer("COMPLETE")  # integers (STEP_ROOM): whether the extra stages are there
 ALWAYS_COMPLETE = _integer("ALWAYS_COMPLETE")
 
@@ -97,9 +127,10 @@ PATH_STEPS = _integer("PATH_STEPS")
 PATH_T = _integer("PATH_T")
 PATH_H = _integer("PATH_H")
 PATH_ROWS = _integer("PATH_ROWS")  # stages and extra stages
+PATH_STRIDE = _integer("PATH_STRIDE")  # rows of a record
 PATH_DEGREE = _integer("PATH_DEGREE")
 PATH_POLY = _integer("PATH_POLY")
-PATH_OUT = _integer("PATH_OUT")  # where f reads the primal state: behind the parameters
+PATH_OUT = _integer("PATH_OUT")  # where f reads the primal state and its slope: behind the parameters
 
 # -- the loop ------------------------------------------------------------------------------------
 START = _integer("START")  # the state to begin with
@@ -110,7 +141,7 @@ NF = _integer("NF")
 ATTEMPTS = _integer("ATTEMPTS")
 REJECTED = _integer("REJECTED")
 REJECTIONS = _integer("REJECTIONS")  # in a row
-NOT_FINITE = _integer("NOT_FINITE")
+FAILURE = _integer("FAILURE")  # why the last attempt failed, other than by its error
 RESTARTED = _integer("RESTARTED")
 SINCE = _integer("SINCE")
 
@@ -125,6 +156,12 @@ ERROR_NORM_BARS = _integer("ERROR_NORM_BARS")
 STIFFNESS_BARS = _integer("STIFFNESS_BARS")
 SEGMENT = _integer("SEGMENT")  # states made again between two that were kept
 SWEPT = _integer("SWEPT")  # steps that are still to be swept
+SWEEP_END = _integer("SWEEP_END")  # the sweep goes back to this step
+
+# -- switching between two methods ---------------------------------------------------------------
+SWITCH = _integer("SWITCH")  # 0: no; NONSTIFF or STIFF: which of them is at work
+SWITCH_COUNT = _integer("SWITCH_COUNT")  # steps in a row that ask for the other
+DENSE_ROWS = _integer("DENSE_ROWS")  # rows of a record of DENSE
 
 # -- the times at which a solution is read -------------------------------------------------------
 N_READ = _integer("N_READ")
@@ -143,6 +180,7 @@ ANCHOR = _real("ANCHOR")  # the last stop
 SAFETY = _real("SAFETY")
 FACTOR_MIN = _real("FACTOR_MIN")
 FACTOR_MAX = _real("FACTOR_MAX")
+STEADY = _real("STEADY")
 BETA1 = _real("BETA1")
 BETA2 = _real("BETA2")
 BETA3 = _real("BETA3")
@@ -158,6 +196,9 @@ T_HIGH = _real("T_HIGH")
 WINDOW_LOW = _real("WINDOW_LOW")  # the part of it that PATH holds
 WINDOW_HIGH = _real("WINDOW_HIGH")
 PATH_END = _real("PATH_END")
+FACTORED_H = _real("FACTORED_H")  # step size in MATRIX
+NEWTON_ETA = _real("NEWTON_ETA")  # of the last stage that converged
+STABILITY = _real("STABILITY")  # length of the explicit method's stability interval
 
 N_INTEGERS = len(_integers)
 N_REALS = len(_reals)
@@ -181,6 +222,18 @@ NEED_PATH = 3
 MAX_ITERS = 4
 DT_LESS_THAN_MIN = 5
 UNSTABLE = 6
+NEWTON_FAILED = 7
+SWITCHED = 8
+
+# why an attempt failed
+NOT_FINITE = 1
+NOT_CONVERGED = 2
+SINGULAR = 3
+JAC_NOT_FINITE = 4
+
+# which method of two is at work
+NONSTIFF = 1
+STIFF = 2
 
 # rows of N numbers at the start of WORK; the stages follow
 W_U = 0

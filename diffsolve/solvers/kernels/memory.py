@@ -106,6 +106,18 @@ def call_vjp(typingctx, address, t, u, p, w, u_bar, p_bar):
 
 
 @intrinsic
+def call_jvp(typingctx, address, t, u, p, v, out):
+    """``jvp(t, u, p, v, out)``."""
+    return types.void(address, t, u, p, v, out), _caller(1, 4)
+
+
+@intrinsic
+def call_jac_vjp(typingctx, address, t, u, p, jac_bar, u_bar, p_bar):
+    """Reverse of ``jac``; added to: ``u_bar`` and ``p_bar``."""
+    return types.void(address, t, u, p, jac_bar, u_bar, p_bar), _caller(1, 5)
+
+
+@intrinsic
 def call_step(typingctx, address, h, times, u, k, p, new, stiff, error, low):
     """``step(h, times, u, k, p, new, stiff, error, low)``."""
     return types.void(address, h, times, u, k, p, new, stiff, error, low), _caller(1, 8)

@@ -1,0 +1,91 @@
+"""Solutions of equations inside a step, put on the tape: the implicit function theorem.
+
+Let ``x_hat`` solve ``R(x, p) = 0`` at the numbers of ``p``. One Newton correction on the tape with
+a constant matrix, ``x = x_hat - R_x^{-1} R(x_hat, p)``, is ``x_hat`` with the derivative
+``-R_x^{-1} R_p`` of the solution. A second correction makes second derivatives exact as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.jacobian import Push, differentiator
+from diffsolve.solvers.linear import BlockLU, factor
+
+
+def stage_on_tape(
+    field: VectorField,
+    time: Tensor,
+    base: Tensor,
+    step: Any,
+    gamma: float,
+    known: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The stage ``k = f(time, base + step gamma k)`` of a method, on the tape.
+
+    Parameters
+    ----------
+    field, time
+        Right-hand side and node.
+    base, step, gamma
+        Of the equation; ``step`` is the step size as a factor of states.
+    known
+        Its solution.
+
+    Returns
+    -------
+    k, g
+        The stage, and the state where ``f`` is evaluated.
+
+    Raises
+    ------
+    RuntimeError
+        If its matrix is singular, so that there is no derivative.
+    """
+    k, lu = known.detach(), None
+    for _ in range(1 if field.first_order else 2):
+        g = base + (step * gamma) * k
+        value = field(time, g)
+        if lu is None:
+            blocks = differentiator(field).exact_at(time, g, value)
+            lu = factor(field, blocks, -float(torch.as_tensor(step).detach()), gamma)
+            if lu is None:
+                raise RuntimeError(
+                    "a stage has no derivative: its matrix I - h gamma J is singular or not finite"
+                )
+        k = k + lu.solve((value - k) / gamma)
+    return k, base + (step * gamma) * k
+
+
+def linear_on_tape(
+    lu: BlockLU,
+    known: Tensor,
+    right: Tensor,
+    push: Push,
+    step: Any,
+    gamma: float,
+    d: float,
+) -> Tensor:
+    """The solution of ``(I / gamma - h J) x = right + h d f_t``, with the Jacobian on the tape.
+
+    Parameters
+    ----------
+    lu
+        Factors of the matrix, constants.
+    known
+        The solution.
+    right
+        Right-hand side, on the tape.
+    push
+        Directional derivatives of ``f``, from ``push_forward``: the only thing asked of ``J``.
+    step, gamma, d
+        Of the equation; ``step`` is the step size as a factor of states.
+    """
+    x = known.detach()
+    for _ in range(1 if lu.field.first_order else 2):
+        x = x + lu.solve(right - x / gamma + step * push(x, d))
+    return x

@@ -1,0 +1,57 @@
+"""What the steps of implicit methods say of themselves: their stiffness, and that they failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Step, Trouble
+from diffsolve.solvers.continuous_extension import Interpolant
+from diffsolve.solvers.jacobian import Push, differentiator, push_forward
+from diffsolve.solvers.spectral_radius import spectral_radius
+from diffsolve.solvers.stage_rows import RKInterpolant, RKState
+
+_NOTHING = Interpolant(1, [[1.0]])
+
+
+def failed(field: VectorField, state: RKState, trouble: Trouble) -> Step:
+    """A step whose equations were not solved."""
+    zero = torch.zeros((), dtype=field.dtype, device=field.device)
+    dense = RKInterpolant(field, 0.0, 0.0, state.u, state.du[None], _NOTHING)
+    return Step(state, None, zero, dense, converged=False, trouble=trouble)
+
+
+def radius_off_tape(
+    field: VectorField, t: float, h: float, u: Tensor, here: Any, at_hand: Any
+) -> Tensor:
+    """Spectral radius of the Jacobian at the start of a step.
+
+    Parameters
+    ----------
+    field, t, h, u
+        The step.
+    here
+        The Jacobian there, or None.
+    at_hand
+        An older one, which must do where products are not to be had.
+    """
+    if here is not None:
+        return spectral_radius(here.product, u)
+    usual = field.linearise is None
+    if not usual or differentiator(field).by_differences:
+        return spectral_radius(at_hand.product, u)
+    count = field.nf
+    push = push_forward(field, t, h, u)
+    field.nf = count  # part of the estimate
+    return spectral_radius(lambda v: push(v, 0.0).detach(), u)
+
+
+def radius_on_tape(
+    field: VectorField, t: Any, h: Any, state: RKState, push: Push | None
+) -> Tensor:
+    """The same, differentiable; ``push`` from ``push_forward`` where there is one."""
+    pushed = push_forward(field, t, h, state.u, state.du) if push is None else push
+    return spectral_radius(lambda v: pushed(v, 0.0), state.u)

@@ -1,0 +1,360 @@
+"""The Jacobian of a right-hand side where a step needs it: the user's, exact, or by differences.
+
+Exact Jacobians come from reverse-mode products, many at once, so ``f`` itself need not support
+batching. A state ``(..., d)`` is often a batch of independent rows: then ``d`` products give every
+row's block. That is never assumed: each time one more product, with random signs, must agree.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsolve.problems.structure import detached, under_transform
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.jacobian_layout import Layout, first_layout
+from diffsolve.solvers.linear import Jacobian
+
+_START = np.zeros(1)
+_ENDS = np.array([0.0, 1.0])
+_MOST_AT_ONCE = 4_000_000  # entries of the products that are computed in one batch
+
+
+def linearise(
+    field: VectorField, t: Any, h: Any, u: Tensor, slope: bool = False, exact: bool = False
+) -> Any:
+    """``df/du``, and ``df/dt``, at the start of a step.
+
+    Parameters
+    ----------
+    field, t, h, u
+        Right-hand side and the step's start; the sign of ``h`` matters where ``f`` jumps.
+    slope
+        Whether ``df/dt`` is wanted.
+    exact
+        Whether the user's ``jac`` is passed over.
+
+    Returns
+    -------
+    Jacobian
+        Off the tape; or what ``field.linearise`` gives, which can do the same.
+
+    Raises
+    ------
+    ValueError
+        If the user's ``jac`` or ``jac_sparsity`` is wrong, or a dense matrix would be too large.
+    """
+    field.njac += 1
+    t, h = (float(detached(x)) for x in (t, h))
+    if field.linearise is not None:
+        return field.linearise(t, h, u.detach(), slope)
+    return differentiator(field).at(t, h, u.detach(), slope, exact)
+
+
+def differentiator(field: VectorField) -> Differentiator:
+    """The one of this field."""
+    if "jacobian" not in field.scratch:
+        field.scratch["jacobian"] = Differentiator(field)
+    return field.scratch["jacobian"]
+
+
+class _NotDifferentiable(Exception):
+    """Autograd does not see how ``f`` depends on the state."""
+
+
+class Differentiator:
+    """Computes Jacobians of one field and remembers how that works.
+
+    Attributes
+    ----------
+    layout
+        Which products make the matrix.
+    by_differences
+        Whether autograd cannot go through ``f``, so that differences must do.
+    moves_unseen
+        Whether ``f`` depends on time in a way that autograd does not see; None: not known yet.
+    """
+
+    def __init__(self, field: VectorField):
+        self.field = field
+        self.layout: Layout = first_layout(field)
+        self.by_differences = False
+        self.moves_unseen: bool | None = None
+        self._batched = True
+
+    def at(self, t: float, h: float, u: Tensor, slope: bool, exact: bool) -> Jacobian:
+        field, count = self.field, self.field.nf
+        (time,) = field.times(t, h, _START)
+        given = None
+        if field.jac is not None and not exact:
+            with torch.no_grad():
+                given = given_jacobian(field, time, u)
+        if not self.by_differences:
+            try:
+                made = self._automatic(time, t, h, u, slope, given)
+                field.nf = count  # part of the Jacobian
+                return made
+            except _NotDifferentiable:
+                self.by_differences = True
+        with torch.no_grad():
+            y = field(time, u)
+            blocks = self._differences(time, u, y) if given is None else given
+            return Jacobian(field, blocks, self._unseen_slope(t, h, u, y) if slope else None)
+
+    # -- by autograd ---------------------------------------------------------------------------
+
+    def _automatic(
+        self, time: Tensor, t: float, h: float, u: Tensor, slope: bool, given: Tensor | None
+    ) -> Jacobian:
+        if given is not None and not slope:
+            return Jacobian(self.field, given)
+        if under_transform():
+            return self._transformed(time, u, slope, given)
+        y, leaf, moving = self._graph(time, u, slope)
+        blocks = self.of_graph(y, leaf) if given is None else given
+        if not slope:
+            return Jacobian(self.field, blocks)
+        w = torch.zeros_like(y, requires_grad=True)
+        (by_time,) = torch.autograd.grad(y, moving, w, create_graph=True, allow_unused=True)
+        if by_time is None:
+            return Jacobian(self.field, blocks, self._unseen_slope(t, h, u, y.detach()))
+        (pushed,) = torch.autograd.grad(by_time, w, torch.ones_like(by_time))
+        return Jacobian(self.field, blocks, pushed)
+
+    def _graph(self, time: Tensor, u: Tensor, moving: bool) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            time = time.detach().requires_grad_() if moving else time
+            try:
+                y = self.field(time, leaf)
+            except RuntimeError as error:  # as .numpy() does
+                raise _NotDifferentiable from error
+        if not y.requires_grad:
+            raise _NotDifferentiable
+        return y, leaf, time
+
+    def exact_at(self, time: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        """Blocks of ``df/du`` where ``y = f(time, u)`` may be on the tape."""
+        self.field.njac += 1
+        if under_transform():
+            return self._transformed(time.detach(), u.detach(), False, None).blocks
+        try:
+            if u.requires_grad and y.requires_grad:
+                return self.of_graph(y, u)
+            y, u, _ = self._graph(time.detach(), u.detach(), False)
+            return self.of_graph(y, u)
+        except _NotDifferentiable:
+            with torch.no_grad():
+                return self._differences(time, u.detach(), self.field(time, u.detach()))
+
+    def of_graph(self, y: Tensor, u: Tensor) -> Tensor:
+        """Blocks of ``dy/du``, off the tape, where ``y = f(u)`` is on it."""
+        while True:
+            rows = self._products(y, u)
+            if rows is None:
+                raise _NotDifferentiable
+            blocks = self.layout.blocks(rows.detach())
+            if blocks is not None:
+                return blocks
+            self.layout = self.layout.denser()
+
+    def _products(self, y: Tensor, u: Tensor) -> Tensor | None:
+        """Products of ``dy/du`` with the layout's cotangents, or None where y ignores u."""
+        chunk = max(1, _MOST_AT_ONCE // y.numel())
+        parts = []
+        for bars in self.layout.cotangents.split(chunk):
+            part = self._batch(y, u, bars) if self._batched else None
+            if part is None:
+                rows = [
+                    torch.autograd.grad(y, u, bar, retain_graph=True, allow_unused=True)[0]
+                    for bar in bars
+                ]
+                if rows[0] is None:
+                    return None
+                part = torch.stack(rows)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _batch(self, y: Tensor, u: Tensor, bars: Tensor) -> Tensor | None:
+        try:
+            return torch.autograd.grad(
+                y, u, bars, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )[0]
+        except RuntimeError:  # an operation of f that torch.vmap does not know
+            self._batched = False
+            return None
+
+    def _transformed(self, time: Tensor, u: Tensor, slope: bool, given: Tensor | None) -> Jacobian:
+        """The same in the way of ``torch.func``, whose transforms nest."""
+        blocks = given
+        while blocks is None:
+            _, pull = torch.func.vjp(lambda x: self.field(time, x), u)
+            (rows,) = torch.vmap(pull)(self.layout.cotangents)
+            blocks = self.layout.blocks(rows.detach())
+            if blocks is None:
+                self.layout = self.layout.denser()
+        pushed = _nested_push(self.field, time, u, None, 1.0).detach() if slope else None
+        return Jacobian(self.field, blocks, pushed)
+
+    # -- by differences ------------------------------------------------------------------------
+
+    def _differences(self, time: Tensor, u: Tensor, y: Tensor) -> Tensor:
+        layout = self.layout
+        while True:
+            count, size = layout.shape
+            steps = _difference_step(u).reshape(count, size)
+
+            def moved(direction: Tensor) -> Tensor:
+                change = self.field(time, u + direction.reshape(-1)) - y
+                return change.reshape(count, size)  # noqa: B023
+
+            columns = []
+            for j in range(size):
+                direction = torch.zeros_like(steps)
+                direction[:, j] = steps[:, j]
+                columns.append(moved(direction) / steps[:, j, None])
+            blocks = torch.stack(columns, -1)
+            if count == 1:
+                return blocks
+            signed = steps * layout.signs.reshape(count, size)
+            if layout.agree(moved(signed), blocks * signed[:, None, :], 1e-3):
+                return blocks
+            layout = self.layout = layout.denser()
+
+    def _unseen_slope(self, t: float, h: float, u: Tensor, y: Tensor) -> Tensor | None:
+        """``df/dt`` by a difference, where autograd saw no dependence on time; None: it has none.
+
+        That is found out once, so that an ``f`` of the state alone costs one evaluation a solve.
+        """
+        if self.moves_unseen is False:
+            return None
+        with torch.no_grad():
+            slope = self.time_difference(t, h, u, y)
+        if self.moves_unseen is None:
+            self.moves_unseen = bool((slope != 0).any())
+        return slope if self.moves_unseen else None
+
+    def time_difference(self, t: float, h: float, u: Tensor, y: Tensor) -> Tensor:
+        """``df/dt`` by a difference to the inside of the step; ``y`` is ``f(t, u)``."""
+        eps = torch.finfo(self.field.structure.time_dtype).eps
+        size = math.copysign(math.sqrt(eps * max(1e-5, abs(t))), h)
+        now, later = self.field.times(t, size, _ENDS)
+        return (self.field(later, u) - y) / (later - now)
+
+
+def _difference_step(x: Tensor) -> Tensor:
+    """Increments of one-sided differences (Hairer, Wanner, Solving ODEs II, code RODAS)."""
+    return torch.sqrt(torch.finfo(x.dtype).eps * x.abs().clamp(min=1e-5))
+
+
+Push = Callable[[Tensor | None, float], Tensor]
+
+
+def push_forward(
+    field: VectorField, t: Any, h: Any, u: Tensor, anchor: Tensor | None = None
+) -> Push:
+    """Directional derivatives of ``f`` at the start of a step, on the tape where ``u`` is.
+
+    Two reverse passes make one forward: what the first gives is linear in its cotangent.
+
+    Parameters
+    ----------
+    field, t, h, u
+        Right-hand side, and where.
+    anchor
+        A tensor on the tape. What is made here hangs from it, so that a graph leads to no leaf
+        that nobody knows.
+
+    Returns
+    -------
+    callable
+        From ``(v, d)`` to ``J v + d df/dt``, flat; None for ``v`` is zero.
+    """
+    (time,) = field.times(t, h, _START)
+    if under_transform():
+        return functools.partial(_nested_push, field, time, u)
+    unseen = differentiator(field).moves_unseen is True
+    with torch.enable_grad():
+        zero: Any = None
+        if anchor is not None and anchor.requires_grad:
+            zero = 0 * anchor.reshape(-1)[0]
+        if not u.requires_grad:
+            u = u.view_as(u).requires_grad_()
+        if not time.requires_grad:
+            time = time.clone().requires_grad_() if zero is None else time + zero
+        y = field(time, u)
+        w = torch.zeros_like(y, requires_grad=True) if zero is None else torch.zeros_like(y) + zero
+        pulled: Any = (None, None)
+        if y.requires_grad:
+            pulled = torch.autograd.grad(y, (u, time), w, create_graph=True, allow_unused=True)
+
+    def push(v: Tensor | None, d: float) -> Tensor:
+        pairs = [
+            (p, x)
+            for p, x in zip(pulled, (v, torch.full_like(time, d) if d else None), strict=True)
+            if p is not None and x is not None and p.requires_grad
+        ]
+        pushed = None
+        if pairs:
+            outputs, tangents = zip(*pairs, strict=True)
+            (pushed,) = torch.autograd.grad(
+                outputs, w, tangents, create_graph=True, allow_unused=True
+            )
+        total = torch.zeros_like(u) if pushed is None else pushed
+        if unseen and d:
+            plain = (float(detached(x)) for x in (t, h))
+            total = total + d * differentiator(field).time_difference(*plain, u, y)
+        return total
+
+    return push
+
+
+def _nested_push(
+    field: VectorField, time: Tensor, u: Tensor, v: Tensor | None, d: float
+) -> Tensor:
+    """The same in the way of ``torch.func``."""
+
+    def pull(w: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.vjp(lambda s, x: field(s, x), time, u)[1](w)
+
+    _, push = torch.func.vjp(pull, torch.zeros_like(u))
+    return push((torch.full_like(time, d), torch.zeros_like(u) if v is None else v))[0]
+
+
+def given_jacobian(field: VectorField, time: Tensor, u: Tensor) -> Tensor:
+    """The user's ``jac`` at a point, checked, as blocks ``(B, d, d)``.
+
+    Raises
+    ------
+    ValueError
+        If it returns no matrix of this state.
+    """
+    structure = field.structure
+    assert field.jac is not None
+    given = field.jac(time, structure.unravel(u), *field._args)
+    what = f"jac({field._signature}) is wrong: it returned"
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{what} {type(given).__name__}, expected a tensor")
+    shape = structure.shapes[0] if structure.is_tensor else None
+    n = structure.size
+    if given.shape == (n, n) or (shape is not None and given.shape == (*shape, *shape)):
+        blocks = given.reshape(1, n, n)
+    elif shape is not None and len(shape) > 1 and given.shape == (*shape, shape[-1]):
+        blocks = given.reshape(-1, shape[-1], shape[-1])
+    else:
+        rows = ""
+        if shape is not None and len(shape) > 1:
+            rows = f", or {(*shape, shape[-1])} where rows are independent"
+        raise ValueError(f"{what} shape {tuple(given.shape)}, expected {(n, n)}{rows}")
+    if given.dtype != structure.dtype or given.device != structure.device:
+        raise ValueError(
+            f"{what} {given.dtype} on {given.device}, the state has {structure.dtype} on "
+            f"{structure.device}"
+        )
+    return blocks.detach()

@@ -1,0 +1,185 @@
+"""Which products with a Jacobian make the matrix: all rows, independent blocks, or colours."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.problems.vector_field import VectorField
+
+
+class MatrixTooLarge(ValueError):
+    """An implicit step would need a dense matrix that is too large."""
+
+
+class Layout:
+    """Cotangents ``(C, N)``, and how the products with them make the matrix.
+
+    Attributes
+    ----------
+    shape
+        ``(B, d)``: number and size of the diagonal blocks.
+    cotangents
+        What the Jacobian is multiplied with from the left.
+    signs
+        Random signs ``(N,)`` for a product that tells whether the structure is as assumed.
+    """
+
+    shape: tuple[int, int]
+    cotangents: Tensor
+    signs: Tensor
+
+    def blocks(self, products: Tensor) -> Tensor | None:
+        """The matrix ``(B, d, d)`` from the products; None where its structure is another."""
+        raise NotImplementedError
+
+    def denser(self) -> Layout:
+        """The layout to try where this one does not hold."""
+        raise NotImplementedError
+
+    def agree(self, known: Tensor, terms: Tensor, rtol: float) -> bool:
+        """Whether ``known`` is the sum of ``terms`` over the last axis, up to rounding."""
+        off = (known - terms.sum(-1)).abs()
+        sizes = terms.abs().sum(-1) + known.abs()
+        # NaN and Inf are found elsewhere, and show nothing of the structure
+        return not bool((off > rtol * sizes.amax()).any())
+
+
+class Dense(Layout):
+    """Every row of one block."""
+
+    def __init__(self, field: VectorField):
+        n = field.structure.size
+        if n > field.largest_matrix:
+            raise MatrixTooLarge(
+                f"an implicit method needs the Jacobian of this f, whose {n} x {n} entries are too "
+                "many for a dense matrix: use an explicit method such as Tsit5(), or write a batch "
+                "as u of shape (..., d) whose rows f treats independently"
+            )
+        self.shape = (1, n)
+        self.cotangents = torch.eye(n, dtype=field.dtype, device=field.device)
+
+    def blocks(self, products: Tensor) -> Tensor:
+        return products[None]
+
+
+class Rows(Layout):
+    """Blocks of a state ``(..., d)`` whose rows ``f`` treats independently."""
+
+    def __init__(self, field: VectorField):
+        shape = field.structure.shapes[0]
+        count, size = self.shape = (math.prod(shape[:-1]), shape[-1])
+        self.field = field
+        self.signs = random_signs(field)
+        n = count * size
+        chosen = torch.zeros(size + 1, count, size, dtype=field.dtype, device=field.device)
+        for j in range(size):
+            chosen[j, :, j] = 1
+        chosen[size] = self.signs.reshape(count, size)
+        self.cotangents = chosen.reshape(size + 1, n)
+
+    def blocks(self, products: Tensor) -> Tensor | None:
+        count, size = self.shape
+        *rows, known = products.reshape(size + 1, count, size).unbind(0)
+        blocks = torch.stack(rows, 1)
+        terms = (blocks * self.signs.reshape(count, size, 1)).mT
+        return blocks if self.agree(known, terms, rounding(self.field)) else None
+
+    def denser(self) -> Layout:
+        return first_layout(self.field, rows=False)
+
+
+class Coloured(Layout):
+    """Rows of a sparse matrix, added up where they share no column.
+
+    References
+    ----------
+    Curtis, Powell, Reid, IMA J. Appl. Math. 13 (1974) 117.
+    """
+
+    def __init__(self, field: VectorField, pattern: Tensor):
+        n = field.structure.size
+        self.shape = (1, n)
+        self.field, self.signs = field, random_signs(field)
+        self.colours = _colours(pattern).to(field.device)
+        self.mask = pattern.to(field.dtype).to(field.device)
+        chosen = torch.nn.functional.one_hot(self.colours).to(self.mask).T
+        self.cotangents = torch.cat([chosen, self.signs[None]])
+
+    def blocks(self, products: Tensor) -> Tensor:
+        matrix = products[self.colours] * self.mask
+        if not self.agree(products[-1], (matrix * self.signs[:, None]).T, rounding(self.field)):
+            raise ValueError(
+                "jac_sparsity is wrong: the Jacobian of f has entries outside of it; compare it "
+                "with jacobian_sparsity(prob)"
+            )
+        return matrix[None]
+
+
+def first_layout(field: VectorField, rows: bool = True) -> Layout:
+    """The layout that a field suggests.
+
+    Parameters
+    ----------
+    field
+        The right-hand side.
+    rows
+        Whether the rows of its state may be independent.
+    """
+    structure = field.structure
+    if field.jac_sparsity is not None:
+        pattern = checked_pattern(field.jac_sparsity, structure.size)
+        if int(_colours(pattern).max()) + 2 < structure.size:
+            return Coloured(field, pattern)
+        return Dense(field)
+    shape = structure.shapes[0]
+    # lower precision is too coarse to tell that rows are independent
+    if rows and structure.is_tensor and len(shape) > 1 and not field.low_eps:
+        if math.prod(shape[:-1]) > 1:
+            return Rows(field)
+    return Dense(field)
+
+
+def checked_pattern(pattern: Any, n: int) -> Tensor:
+    """A pattern as a dense tensor of booleans on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If it is no matrix of ``n`` rows and columns.
+    """
+    found = pattern.to_dense() if isinstance(pattern, Tensor) else torch.as_tensor(pattern)
+    if found.shape != (n, n):
+        raise ValueError(f"jac_sparsity has shape {tuple(found.shape)}, expected {(n, n)}")
+    return (found.detach() != 0).cpu()
+
+
+def random_signs(field: VectorField) -> Tensor:
+    """Signs ``(N,)``, the same each time and from no generator that anyone else uses."""
+    generator = torch.Generator().manual_seed(4)
+    bits = torch.randint(2, (field.structure.size,), generator=generator)
+    return (2 * bits - 1).to(dtype=field.dtype, device=field.device)
+
+
+def rounding(field: VectorField) -> float:
+    """By how much sums of products may differ, relative to the largest."""
+    return 1e4 * torch.finfo(field.dtype).eps + 8 * field.low_eps
+
+
+def _colours(pattern: Tensor) -> Tensor:
+    """Colour of each row, greedily: rows of a colour share no column."""
+    taken: list[Tensor] = []  # columns of each colour
+    colours = []
+    for row in pattern:
+        for colour, columns in enumerate(taken):
+            if not bool((columns & row).any()):
+                columns |= row
+                break
+        else:
+            colour = len(taken)
+            taken.append(row.clone())
+        colours.append(colour)
+    return torch.tensor(colours)

@@ -1,0 +1,188 @@
+"""Rows of numbers in the work space of a solve: stages, their sums, evaluations and products.
+
+Every family's step goes from the rows ``W_U, W_DU`` to stages, all in units of the derivative:
+states are ``W_U + h * (weighted sum of stages)``, row 0 is the derivative at the start of the step
+and the last row the one at its end.
+"""
+
+from __future__ import annotations
+
+from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.kernels.memory import (
+    beside_breaks,
+    call_field,
+    call_vjp,
+    cast,
+    inlined,
+    integers,
+    reals,
+    size_of,
+)
+from diffsolve.solvers.kernels.norms import add_scaled, fill_zero
+
+
+@inlined
+def row(I, index, like):
+    """Address of a row of the work space."""
+    return I[L.WORK] + index * I[L.N] * size_of(like)
+
+
+@inlined
+def stage(I, index, like):
+    return row(I, L.W_STAGES + index, like)
+
+
+@inlined
+def stage_bar(I, index, like):
+    """Address of the cotangent of a stage; the rows follow the stages and the times."""
+    rows = I[L.STAGES] + I[L.EXTRA]
+    return row(I, L.W_STAGES + rows + index, like) + rows * size_of(like)
+
+
+@inlined
+def bar_row(I, index, like):
+    """Address of a cotangent of the step's results, behind those of the stages."""
+    rows = I[L.STAGES] + I[L.EXTRA]
+    return stage_bar(I, rows + index, like)
+
+
+@inlined
+def interpolate(n, rows, degree, poly, theta, h, derivative, dense, out, like):
+    """Continuous extension of a step whose state and stages lie in ``1 + rows`` rows."""
+    coefficients = reals(poly)
+    size = size_of(like)
+    fill_zero(n, out, like)
+    scale = h
+    for _ in range(derivative):
+        scale /= h
+    for j in range(rows):
+        weight = 0.0
+        for i in range(degree - 1, -1, -1):  # Horner, of the derivative of theta**(i + 1)
+            power = i + 1
+            if power < derivative:
+                break
+            factor = 1.0
+            for d in range(derivative):
+                factor *= power - d
+            weight = weight * theta + factor * coefficients[j * degree + i]
+        if derivative == 0:
+            weight *= theta
+        if weight != 0.0:
+            add_scaled(n, weight * scale, dense + (j + 1) * n * size, out, like)
+    if derivative == 0:
+        add_scaled(n, 1.0, dense, out, like)  # last: its rounding is the largest
+
+
+@inlined
+def locate(starts, count, t, direction):
+    """Index of the last of the steps that starts before ``t``, in their direction of time."""
+    first, last = 0, count
+    while last - first > 1:
+        middle = (first + last) // 2
+        if direction * starts[middle] < direction * t:
+            first = middle
+        else:
+            last = middle
+    return first
+
+
+@inlined
+def read_path(I, R, t, derivative, out, like):
+    """The forward solution at ``t``, or its derivative, for the reverse right-hand side."""
+    count, direction = I[L.PATH_STEPS], R[L.DIRECTION]
+    starts, sizes = reals(I[L.PATH_T]), reals(I[L.PATH_H])
+    low, high = R[L.T_LOW], R[L.T_HIGH]
+    t = low if t < low else high if t > high else t
+    backward = -direction  # the path was solved in the other direction
+    first = locate(starts, count, t, backward)
+    end = starts[first + 1] if first + 1 < count else R[L.PATH_END]
+    theta = (t - starts[first]) / (end - starts[first])
+    n = I[L.PRIMAL_N]
+    rows = I[L.PATH_ROWS]
+    dense = I[L.PATH] + first * I[L.PATH_STRIDE] * n * size_of(like)
+    interpolate(
+        n,
+        rows,
+        I[L.PATH_DEGREE],
+        I[L.PATH_POLY],
+        theta,
+        sizes[first],
+        derivative,
+        dense,
+        out,
+        like,
+    )
+
+
+@inlined
+def field_at(I, R, value, start, end, u, out, like):
+    """``f`` at a time of a step that goes from ``start`` to ``end``."""
+    t = cast(beside_breaks(I, value, start, end, like), like)
+    if I[L.PATH] != 0:
+        read_path(I, R, float(t), 0, I[L.PATH_OUT], like)
+    call_field(I[L.FIELD], t, u, I[L.PARAMS], out)
+    I[L.NF] += 1
+
+
+@inlined
+def combine(I, weights, offset, count, h, out, like):
+    """``out = W_U + h * sum_j weights[offset + j] * stage_j``."""
+    n = I[L.N]
+    coefficients = reals(weights)
+    fill_zero(n, out, like)
+    for j in range(count):
+        a = coefficients[offset + j]
+        if a != 0.0:
+            add_scaled(n, a * h, stage(I, j, like), out, like)
+    add_scaled(n, 1.0, row(I, L.W_U, like), out, like)
+
+
+@inlined
+def combine_error(I, weights, h, out, like):
+    n, stages = I[L.N], I[L.STAGES]
+    coefficients = reals(weights)
+    fill_zero(n, out, like)
+    for j in range(stages):
+        if coefficients[j] != 0.0:
+            add_scaled(n, coefficients[j] * h, stage(I, j, like), out, like)
+
+
+@inlined
+def vjp_at(I, value, start, end, u, w, u_bar, like):
+    """``u_bar = J^T w`` at a time of a step; the parameters' part is added up in ``P_BAR``."""
+    t = cast(beside_breaks(I, value, start, end, like), like)
+    call_vjp(I[L.VJP], t, u, I[L.PARAMS], w, u_bar, I[L.P_BAR])
+    I[L.NF] += 1
+
+
+@inlined
+def through_combination(I, weights, offset, count, h, bar, like):
+    """Cotangents of the stages that were combined with ``weights``."""
+    n = I[L.N]
+    coefficients = reals(weights)
+    for j in range(count):
+        a = coefficients[offset + j]
+        if a != 0.0:
+            add_scaled(n, a * h, bar, stage_bar(I, j, like), like)
+
+
+@inlined
+def interpolation_weight(I, j, theta):
+    """Weight of stage ``j`` in the continuous extension."""
+    degree = I[L.DEGREE]
+    coefficients = reals(I[L.POLY])
+    weight = 0.0
+    for i in range(degree - 1, -1, -1):
+        weight = weight * theta + coefficients[j * degree + i]
+    return weight * theta
+
+
+@inlined
+def marks_of(I, index):
+    """The four integers that are noted of a step."""
+    return integers(I[L.MARKS] + index * 32)
+
+
+@inlined
+def nothing_to_complete(I, R, t, h, like):
+    """For methods whose interpolant has no stages of its own."""

@@ -1,0 +1,111 @@
+"""One step of a Rosenbrock method in machine code, and its reverse; the formulas of ``step.py``.
+
+Row 0 of the stages is the derivative at the start, then come the solutions of the linear systems,
+then the derivative at the end.
+"""
+
+from __future__ import annotations
+
+from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.kernels.estimates import NEW, TOTAL
+from diffsolve.solvers.kernels.implicit import combine_smoothed
+from diffsolve.solvers.kernels.linear import (
+    add_outer,
+    evaluate_jacobian,
+    factor,
+    jacobian_of_step,
+    solve,
+    solve_transposed,
+    through_jacobian,
+)
+from diffsolve.solvers.kernels.memory import inlined, reals, size_of
+from diffsolve.solvers.kernels.norms import add_scaled, copy
+from diffsolve.solvers.kernels.rows import (
+    bar_row,
+    combine,
+    field_at,
+    row,
+    stage,
+    stage_bar,
+    through_combination,
+    vjp_at,
+)
+
+
+@inlined
+def take_step(I, R, t, h, like):
+    """Stages, new state and error row of a step from ``W_U, W_DU``; whether it could be taken."""
+    n, stages = I[L.N], I[L.STAGES]
+    copy(n, row(I, L.W_DU, like), stage(I, 0, like), like)
+    if not jacobian_of_step(I, R, t, h, row(I, L.W_U, like), like):
+        return False
+    if not factor(I, R, h, like):
+        return False
+    nodes, coupling, weights = reals(I[L.C]), reals(I[L.COUPLING]), reals(I[L.TIME_WEIGHTS])
+    slope = I[L.JAC_VALUES] + I[L.JAC_ENTRIES] * size_of(like)  # by the time
+    g = row(I, L.W_NEW, like)
+    for i in range(1, stages - 1):
+        k = stage(I, i, like)
+        if i == 1:
+            copy(n, stage(I, 0, like), k, like)
+        else:
+            combine(I, I[L.A], i * stages, i, h, g, like)
+            field_at(I, R, t + nodes[i] * h, t, t + h, g, k, like)
+        for j in range(1, i):
+            if coupling[i * stages + j] != 0.0:
+                add_scaled(n, coupling[i * stages + j], stage(I, j, like), k, like)
+        if I[L.TIME_TERMS] != 0 and weights[i] != 0.0:
+            add_scaled(n, h * weights[i], slope, k, like)
+        solve(I, R, k, like)
+    last = stages - 1
+    combine(I, I[L.A], last * stages, last, h, g, like)
+    field_at(I, R, t + h, t, t + h, g, stage(I, last, like), like)
+    if I[L.B_ERROR] != 0:
+        combine_smoothed(I, R, h, like)
+    return True
+
+
+@inlined
+def combine_results(I, R, h, like):
+    """The new state, from stages that are known."""
+    last = I[L.STAGES] - 1
+    combine(I, I[L.A], last * I[L.STAGES], last, h, row(I, L.W_NEW, like), like)
+
+
+@inlined
+def reverse_step(I, R, t, h, like):
+    """Pull the cotangents of the stages and of the new state back to the start of the step.
+
+    That of the state is added to the row ``TOTAL``, that of the derivative there is left in its
+    row. ``W_DU`` is used as work space.
+    """
+    n, stages = I[L.N], I[L.STAGES]
+    nodes, coupling, weights = reals(I[L.C]), reals(I[L.COUPLING]), reals(I[L.TIME_WEIGHTS])
+    total, g, bar = bar_row(I, TOTAL, like), row(I, L.W_TEMP, like), row(I, L.W_DU, like)
+    last = stages - 1
+    vjp_at(I, t + h, t, t + h, row(I, L.W_NEW, like), stage_bar(I, last, like), bar, like)
+    add_scaled(n, 1.0, bar_row(I, NEW, like), bar, like)
+    add_scaled(n, 1.0, bar, total, like)
+    through_combination(I, I[L.A], last * stages, last, h, bar, like)
+    if I[L.FRESH] == 0:
+        evaluate_jacobian(I, R, t, t, t + h, row(I, L.W_U, like), like)
+    if I[L.FACTORED] == 0:
+        factor(I, R, h, like)
+    slope_bar = I[L.JAC_BAR] + I[L.JAC_ENTRIES] * size_of(like)
+    for i in range(stages - 2, 0, -1):
+        w = stage_bar(I, i, like)
+        solve_transposed(I, R, w, like)
+        add_outer(I, h, w, stage(I, i, like), like)
+        if I[L.TIME_TERMS] != 0 and weights[i] != 0.0:
+            add_scaled(n, h * weights[i], w, slope_bar, like)
+        for j in range(1, i):
+            if coupling[i * stages + j] != 0.0:
+                add_scaled(n, coupling[i * stages + j], w, stage_bar(I, j, like), like)
+        if i == 1:
+            add_scaled(n, 1.0, w, stage_bar(I, 0, like), like)
+        else:
+            combine(I, I[L.A], i * stages, i, h, g, like)
+            vjp_at(I, t + nodes[i] * h, t, t + h, g, w, bar, like)
+            add_scaled(n, 1.0, bar, total, like)
+            through_combination(I, I[L.A], i * stages, i, h, bar, like)
+    through_jacobian(I, t, h, total, like)

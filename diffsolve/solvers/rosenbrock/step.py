@@ -1,0 +1,111 @@
+"""One step of a Rosenbrock method over torch tensors: linear systems with the exact Jacobian."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from diffsolve.problems.structure import detached
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Step, Trouble
+from diffsolve.solvers.implicit_differentiation import linear_on_tape
+from diffsolve.solvers.implicit_estimates import failed, radius_off_tape, radius_on_tape
+from diffsolve.solvers.jacobian import linearise, push_forward
+from diffsolve.solvers.rosenbrock.tableau import RosenbrockStages
+from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
+
+
+def take_step(
+    field: VectorField, stages: RosenbrockStages, t: Any, h: Any, state: RKState
+) -> Step:
+    """Attempt a step; on the tape when autograd records."""
+    if torch.is_grad_enabled():
+        return _recorded_step(field, stages, t, h, state)
+    return _plain_step(field, stages, t, h, state)
+
+
+def _jacobian_of_step(field: VectorField, t: float, h: float, state: RKState) -> Any:
+    """The Jacobian where a step starts, once for all tries of it."""
+    at = field.scratch.get("rosenbrock")
+    if at is None or at[0] != t or at[1] is not state.u or at[2] != (h > 0):
+        found = linearise(field, t, h, state.u, slope=True)
+        at = field.scratch["rosenbrock"] = (t, state.u, h > 0, found)
+    return at[3]
+
+
+def _plain_step(
+    field: VectorField, stages: RosenbrockStages, t: float, h: float, state: RKState
+) -> Step:
+    u, du = state
+    jacobian = _jacobian_of_step(field, t, h, state)
+    if not jacobian.finite:
+        return failed(field, state, Trouble.JACOBIAN)
+    lu = jacobian.factor(h, stages.gamma)
+    if lu is None:
+        return failed(field, state, Trouble.SINGULAR)
+    n = stages.n
+    rows = torch.empty(n, len(u), dtype=u.dtype, device=u.device)
+    rows[0] = du
+    times = field.times(t, h, stages.c)
+    a, coupling = constant(field, stages.a) * h, constant(field, stages.coupling)
+    for i in range(1, n - 1):
+        if i == 1:
+            right = du
+        else:
+            before = rows[1:i].T
+            right = field(times[i], torch.addmv(u, before, a[i, 1:i]))
+            right = torch.addmv(right, before, coupling[i, 1:i])
+        if jacobian.slope is not None and stages.d[i]:
+            right = torch.add(right, jacobian.slope, alpha=h * stages.d[i])
+        rows[i] = lu.solve(right)
+    new = torch.addmv(u, rows[1:-1].T, a[-1, 1:-1])
+    rows[-1] = field(times[-1], new)
+    error = None
+    if stages.b_error is not None:
+        error = torch.mv(rows.T, constant(field, stages.b_error) * h)
+    return Step(
+        RKState(new, rows[-1].clone()),
+        error,
+        functools.partial(radius_off_tape, field, t, h, u, jacobian, jacobian),
+        RKInterpolant(field, t, h, u, rows, stages.interpolant),
+    )
+
+
+def _recorded_step(
+    field: VectorField, stages: RosenbrockStages, t: Any, h: Any, state: RKState
+) -> Step:
+    u, du = state
+    jacobian = linearise(field, t, h, u, slope=True, exact=True)
+    lu = jacobian.factor(float(detached(h)), stages.gamma)
+    if lu is None:
+        return failed(field, state, Trouble.SINGULAR if jacobian.finite else Trouble.JACOBIAN)
+    scale, gamma = as_scale(field, h), stages.gamma
+    a, coupling = constant(field, stages.a) * scale, constant(field, stages.coupling)
+    times = field.times(t, h, stages.c)
+    push = push_forward(field, t, h, u, du)
+    k = [du]
+    for i in range(1, stages.n - 1):
+        right = du
+        if i > 1:
+            before = torch.stack(k[1:], 1)
+            right = field(times[i], torch.addmv(u, before, a[i, 1:i]))
+            right = torch.addmv(right, before, coupling[i, 1:i])
+        d = float(stages.d[i])
+        known = right.detach()
+        if jacobian.slope is not None:
+            known = known + detached(scale) * d * jacobian.slope
+        k.append(linear_on_tape(lu, lu.solve(known), right, push, scale, gamma, d))
+    new = torch.addmv(u, torch.stack(k[1:], 1), a[-1, 1:-1])
+    k.append(field(times[-1], new))
+    rows = torch.stack(k)
+    error = None
+    if stages.b_error is not None:
+        error = (constant(field, stages.b_error) * scale) @ rows
+    return Step(
+        RKState(new, k[-1]),
+        error,
+        functools.partial(radius_on_tape, field, t, h, state, push),
+        RKInterpolant(field, t, h, u, rows, stages.interpolant),
+    )

@@ -1,0 +1,155 @@
+"""One step of an (E)SDIRK method over torch tensors.
+
+Off the tape the stages are found by Newton's iteration; on it they are known solutions, which the
+implicit function theorem differentiates.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.problems.structure import detached
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Step, Trouble
+from diffsolve.solvers.implicit_differentiation import linear_on_tape, stage_on_tape
+from diffsolve.solvers.implicit_estimates import failed, radius_off_tape, radius_on_tape
+from diffsolve.solvers.jacobian import linearise, push_forward
+from diffsolve.solvers.newton import Newton
+from diffsolve.solvers.sdirk.tableau import SDIRKStages
+from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
+
+
+def take_step(
+    field: VectorField,
+    stages: SDIRKStages,
+    t: Any,
+    h: Any,
+    state: RKState,
+    solved: tuple[Tensor, ...] = (),
+) -> Step:
+    """Attempt a step; on the tape when autograd records.
+
+    Parameters
+    ----------
+    field, stages, t, h, state
+        The step.
+    solved
+        Its implicit stages, where they are known.
+    """
+    if not torch.is_grad_enabled():
+        return _solved_step(field, stages, t, h, state)
+    if solved:
+        return _recorded_step(field, stages, t, h, state, solved)
+    with torch.no_grad():
+        plain = RKState(*(x.detach() for x in state))
+        step = _solved_step(field, stages, float(detached(t)), float(detached(h)), plain)
+    if not step.converged:
+        return step
+    return _recorded_step(field, stages, t, h, state, step.solved)
+
+
+def _newton(field: VectorField, stages: SDIRKStages) -> Newton:
+    key = ("newton", id(stages))
+    if key not in field.scratch:
+        # the stages are kept in the entry, so their identity stays taken
+        field.scratch[key] = (stages, Newton(field, stages.gamma))
+    return field.scratch[key][1]
+
+
+def _solved_step(
+    field: VectorField, stages: SDIRKStages, t: float, h: float, state: RKState
+) -> Step:
+    newton = _newton(field, stages)
+    u = state.u
+    ready, found = newton.begin(t, h, u, stages.smoothed), None
+    if ready:
+        found = _solve_stages(field, stages, newton, t, h, state)
+        if found is None and not newton.is_here(t, u):  # the Jacobian may be to blame
+            ready = newton.renew(t, h, u)
+            found = _solve_stages(field, stages, newton, t, h, state) if ready else None
+    if found is None:
+        return failed(field, state, newton.trouble)
+    rows, new = found
+    newton.end()
+    error = None
+    if stages.b_error is not None:
+        error = torch.mv(rows.T, constant(field, stages.b_error) * h)
+        if stages.smoothed:
+            assert newton.lu is not None
+            error = newton.lu.solve(error / stages.gamma)
+    at_hand = newton.jacobian if newton.is_here(t, u) else None
+    return Step(
+        RKState(new, rows[-1].clone()),
+        error,
+        functools.partial(radius_off_tape, field, t, h, u, at_hand, newton.jacobian),
+        RKInterpolant(field, t, h, u, rows, stages.interpolant),
+        solved=tuple(rows[i] for i in range(stages.n) if stages.implicit[i]),
+    )
+
+
+def _solve_stages(
+    field: VectorField, stages: SDIRKStages, newton: Newton, t: float, h: float, state: RKState
+) -> tuple[Tensor, Tensor] | None:
+    """Rows ``(n, N)`` and the new state; None where Newton's iteration failed."""
+    u, du = state
+    rows = torch.empty(stages.n, len(u), dtype=u.dtype, device=u.device)
+    rows[0] = du
+    times = field.times(t, h, stages.c)
+    a, predictor = constant(field, stages.a) * h, constant(field, stages.predictor)
+    g = u
+    for i in range(1, stages.n):
+        before = rows[:i].T
+        g = torch.addmv(u, before, a[i, :i])
+        if stages.implicit[i]:
+            found = newton.solve(times[i], g, h, torch.mv(before, predictor[i, :i]))
+            if found is None:
+                return None
+            rows[i], g = found
+        else:
+            rows[i] = field(times[i], g)
+    return rows, g
+
+
+def _recorded_step(
+    field: VectorField,
+    stages: SDIRKStages,
+    t: Any,
+    h: Any,
+    state: RKState,
+    solved: tuple[Tensor, ...],
+) -> Step:
+    u, du = state
+    scale = as_scale(field, h)
+    a, known = constant(field, stages.a) * scale, iter(solved)
+    times = field.times(t, h, stages.c)
+    k, g = [du], u
+    for i in range(1, stages.n):
+        g = torch.addmv(u, torch.stack(k, 1), a[i, :i])
+        if stages.implicit[i]:
+            stage, g = stage_on_tape(field, times[i], g, scale, stages.gamma, next(known))
+        else:
+            stage = field(times[i], g)
+        k.append(stage)
+    rows = torch.stack(k)
+    error, push = None, None
+    if stages.b_error is not None:
+        error = (constant(field, stages.b_error) * scale) @ rows
+        if stages.smoothed:
+            lu = linearise(field, t, h, u, exact=True).factor(float(detached(h)), stages.gamma)
+            if lu is None:
+                return failed(field, state, Trouble.SINGULAR)
+            push = push_forward(field, t, h, u, du)
+            right = error / stages.gamma
+            smooth = lu.solve(right.detach())
+            error = linear_on_tape(lu, smooth, right, push, scale, stages.gamma, 0.0)
+    return Step(
+        RKState(g, k[-1]),
+        error,
+        functools.partial(radius_on_tape, field, t, h, state, push),
+        RKInterpolant(field, t, h, u, rows, stages.interpolant),
+        solved=solved,
+    )
