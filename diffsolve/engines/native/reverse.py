@@ -48,25 +48,24 @@ def sweep(
     memory, compiled = forward.copy(), forward.native.compiled
     memory.work()
     memory.hold(L.STATES, states)
-    memory.integers[L.NF] = 0
     integers, n, dtype = memory.integers, memory.n, memory.dtype
-    integers[L.VJP] = compiled.vjp(active)
-    integers[L.FUSED_VJP] = compiled.step_vjp(memory.method.stages, active)
+    integers[L.NF] = 0
+    integers[L.VJP], integers[L.FUSED_VJP], function = forward.template.reverse(compiled, active)
     integers[L.SWEPT] = integers[L.ACCEPTED]
-    bars = torch.zeros(2 * n + compiled.n_params, dtype=dtype)
-    memory.hold(L.STATE_BAR, bars)
+    bars = np.zeros(2 * n + compiled.n_params, dtype)
+    memory.hold_new(L.STATE_BAR, bars)
     integers[L.P_BAR] = integers[L.STATE_BAR] + 2 * n * memory.item
     slots = (L.SAVED_BARS, L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS)
     for slot, bar in zip(slots, cotangents, strict=True):
         if bar is not None and bar.numel():
             memory.hold(slot, bar.contiguous())
     if integers[L.STRIDE] > 1:
-        memory.hold(L.SEGMENT, torch.empty(int(integers[L.STRIDE]), 2, n, dtype=dtype))
-    function = kernel("sweep", compiled.single)
+        memory.hold_new(L.SEGMENT, np.empty((integers[L.STRIDE], 2, n), dtype))
     started = time.perf_counter()
     memory.run(function)
     kernel_s = time.perf_counter() - started
-    return Swept(bars[:n], bars[2 * n :], int(integers[L.NF]), kernel_s)
+    u_bar, p_bar = torch.from_numpy(bars[:n]), torch.from_numpy(bars[2 * n :])
+    return Swept(u_bar, p_bar, integers[L.NF], kernel_s)
 
 
 class Path:
@@ -84,9 +83,9 @@ class Path:
 
     def __init__(self, forward: Memory, kept: Tensor, whole: bool):
         self.forward, self.kept, self.whole = forward, kept, whole
-        self.direction = float(forward.reals[L.DIRECTION])
-        self.starts, self.sizes = (x.numpy() for x in forward.steps())
-        self.end = float(forward.reals[L.T])
+        self.direction = forward.reals[L.DIRECTION]
+        self.starts, self.sizes, *_ = forward.steps()
+        self.end = forward.reals[L.T]
 
     def give(self, memory: Memory, low: float, high: float) -> None:
         """Show the kernel a part of the path that holds the times between ``low`` and ``high``."""
@@ -95,7 +94,7 @@ class Path:
         if not self.whole:
             oriented = self.direction * self.starts
             a, b = sorted((self.direction * low, self.direction * high))
-            stride = int(self.forward.integers[L.STRIDE])
+            stride = self.forward.integers[L.STRIDE]
             first = max(bisect_left(oriented, a) - 1, 0) // stride * stride
             last = max(bisect_right(oriented, b), first + 1)
             dense = self._remade(first, last)
@@ -120,7 +119,7 @@ class Path:
         memory.work()
         memory.hold(L.STATES, self.kept)
         rows = memory.method.rows + 1
-        dense = torch.empty(last - first, rows, memory.n, dtype=memory.dtype)
+        dense = torch.from_numpy(np.empty((last - first, rows, memory.n), memory.dtype))
         memory.hold(L.DENSE, dense)
         memory.integers[L.SWEPT], memory.integers[L.CHUNK] = first, last - first
         memory.run(kernel("replay", memory.native.compiled.single))
@@ -210,7 +209,7 @@ def solve_reverse(
     started = time.perf_counter()
     status = memory.run(function)
     while status == L.NEED_PATH and problem.path is not None:
-        low, high = sorted((float(reals[L.T]), float(reals[L.T] + reals[L.LAST_H])))
+        low, high = sorted((reals[L.T], reals[L.T] + reals[L.LAST_H]))
         low, high = max(low, reals[L.T_LOW]), min(high, reals[L.T_HIGH])
         problem.path.give(memory, low, high)
         status = memory.run(function)
@@ -221,13 +220,13 @@ def solve_reverse(
         message = message_of(status, memory, alg, problem.settings, end)
     return ReverseResult(
         z=z,
-        worst=float(reals[L.WORST]),
-        nf=int(integers[L.NF]),
-        naccept=int(integers[L.ACCEPTED]),
-        nreject=int(integers[L.REJECTED]),
+        worst=reals[L.WORST],
+        nf=integers[L.NF],
+        naccept=integers[L.ACCEPTED],
+        nreject=integers[L.REJECTED],
         status=status,
         message=message,
-        t=float(reals[L.T]),
-        h=float(reals[L.LAST_H]) if integers[L.ATTEMPTS] else math.nan,
+        t=reals[L.T],
+        h=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
         kernel_s=kernel_s,
     )
