@@ -24,7 +24,7 @@ _STRETCH = 1.01  # a step may grow by this much to land on a stop (Hairer's dopr
 _ROUNDING = 1 + 1e-8  # the same for fixed steps, which only round
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Settings:
     """How to integrate.
 

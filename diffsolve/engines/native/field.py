@@ -78,7 +78,8 @@ class NativeField:
         self.tensors: list[Tensor] = [
             x.tensor if x.tensor is not None else leaves[x.p_position or 0] for x in entry.inputs
         ]
-        flat = [x.detach().reshape(-1) for x in self.tensors]
+        flat = [x.detach() for x in self.tensors]
+        flat = [x if x.dim() == 1 else x.reshape(-1) for x in flat]
         self.params = flat[0].clone() if len(flat) == 1 else torch.cat(flat) if flat else _NOTHING
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeField:
@@ -199,7 +200,8 @@ def _ready(entry: _Entry, leaves: list[Any], trace_s: float) -> NativeField:
 def _known(owner: Any) -> dict[Any, Any]:
     """What is remembered of a function; nothing where no weak reference to it can be made."""
     try:
-        return _by_function.setdefault(owner, {})
+        known = _by_function.get(owner)
+        return _by_function.setdefault(owner, {}) if known is None else known
     except TypeError:
         return {}
 
