@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,15 +134,17 @@ def _place(array: Any) -> int:
     return ctypes.addressof(_BYTES.from_buffer(array))
 
 
-_pointer = ctypes.c_void_p
-_DOUBLE = ctypes.CFUNCTYPE(None, ctypes.c_double, _pointer, _pointer, _pointer)
-_SINGLE = ctypes.CFUNCTYPE(None, ctypes.c_float, _pointer, _pointer, _pointer)
+@functools.lru_cache(maxsize=100)
+def _function(address: int, single: bool) -> Callable[[float, int, int, int], None]:
+    """``f(t, u, p, out)`` at an address."""
+    number, pointer = ctypes.c_float if single else ctypes.c_double, ctypes.c_void_p
+    return ctypes.CFUNCTYPE(None, number, pointer, pointer, pointer)(address)
 
 
 def evaluate(native: NativeField, t: float, u: Tensor) -> Tensor:
     """``f(t, u)`` by the compiled function."""
     compiled = native.compiled
-    function = (_SINGLE if compiled.single else _DOUBLE)(compiled.field())
+    function = _function(compiled.field(), compiled.single)
     u = u.detach().contiguous()
     out = torch.empty_like(u)
     function(t, u.data_ptr(), native.params.data_ptr(), out.data_ptr())
@@ -204,6 +207,7 @@ class Memory:
         self.integers = integers = template.integers[:]
         self.reals = reals = template.reals[:]
         self.held: dict[int, Any] = template.held.copy()
+        self.source: Memory | None = None  # keeps alive what a copy points to
         self.arguments = integers.buffer_info()[0], reals.buffer_info()[0]
         integers[L.N] = n
         integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = 1, self.arguments[0] + 8 * L.N
@@ -223,18 +227,21 @@ class Memory:
 
     def records(self) -> Memory:
         """What is noted of the steps, to be kept: without states, stages and results."""
+        kept = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
+        records = self
         if L.DENSE in self.held:  # which keeps this memory, too
-            return self.copy()
-        self.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
-        return self
+            records = self.copy()
+            records.source = None
+        records.held = kept
+        return records
 
     def copy(self) -> Memory:
-        """The records for a pass of its own: several may run at once."""
+        """The same for a pass of its own: several may run at once."""
         copy = object.__new__(Memory)
         copy.__dict__.update(self.__dict__)
         copy.integers, copy.reals = self.integers[:], self.reals[:]
         copy.arguments = copy.integers.buffer_info()[0], copy.reals.buffer_info()[0]
-        copy.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
+        copy.source, copy.held = self, {}
         copy.integers[L.BLOCK_ENDS] = copy.arguments[0] + 8 * L.N
         copy.integers[L.STOPS] = copy.arguments[1] + 8 * L.T_END  # read only while going forward
         return copy
@@ -300,7 +307,7 @@ class Memory:
             integers[L.N_SAVES], integers[L.SAVE_ROOM] = -1, room
         else:
             saves = np.asarray(times, dtype=np.float64)
-            self.hold(L.SAVES, saves)
+            self.hold_new(L.SAVES, saves)
             integers[L.N_SAVES] = integers[L.SAVE_ROOM] = len(saves)
         self.hold_new(L.OUT_U, np.empty((integers[L.SAVE_ROOM], n), self.dtype))
         if not wanted.steps:
