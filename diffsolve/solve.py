@@ -137,7 +137,7 @@ def solve(
         raise ValueError(f'engine must be "auto", "torch" or "native", got {engine!r}')
     field = VectorField.of(prob)
     alg = _checked_algorithm(alg, prob, rtol, field)
-    t0, t1 = (float(detached(t)) for t in prob.tspan)
+    t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
     direction = 1.0 if t1 >= t0 else -1.0
     saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
     stops, field.breaks = ordered_stops(tstops, t0, t1)

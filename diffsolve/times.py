@@ -53,7 +53,7 @@ class SaveTimes:
             If times are unsorted, repeated, NaN or outside of the span, or contradict
             ``save_everystep``.
         """
-        t0, t1 = [float(detached(t)) for t in span]
+        t0, t1 = float(detached(span[0])), float(detached(span[1]))
         if saveat is None:
             if save_everystep is False:
                 return cls(np.array([t0] if t0 == t1 else [t0, t1]), from_start=True)
@@ -94,8 +94,11 @@ class SaveTimes:
 
     def differentiable(self, span: tuple[Any, Any]) -> bool:
         """Whether a gradient by a time is wanted."""
-        ends = any(isinstance(t, Tensor) and t.requires_grad for t in span)
-        return ends or self.given is not None
+        t0, t1 = span
+        moving = (isinstance(t0, Tensor) and t0.requires_grad) or (
+            isinstance(t1, Tensor) and t1.requires_grad
+        )
+        return moving or self.given is not None
 
     def as_tensor(self, span: tuple[Any, Any], reached: Sequence[float] | np.ndarray) -> Tensor:
         """The times that were reached, ``(T,)`` float64, on the tape where a time is."""

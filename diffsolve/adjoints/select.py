@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.sensealg import NoAdjoint, Sensealg
 
+_DEFAULT = DiscreteAdjoint()
 _internals: Any = torch._C  # has no public way to ask for active transforms
 
 
@@ -66,4 +67,4 @@ def choose(sensealg: Sensealg | None, differentiate: bool) -> Sensealg:
         return sensealg
     if not differentiate:
         return NoAdjoint()
-    return sensealg or DiscreteAdjoint()
+    return sensealg or _DEFAULT

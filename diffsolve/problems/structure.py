@@ -24,7 +24,7 @@ class StateStructure:
         self.is_tensor = isinstance(u0, Tensor)
         leaves, self.spec = ([u0], _LEAF) if self.is_tensor else pytree.tree_flatten(u0)
         self.shapes = [leaf.shape for leaf in leaves]
-        self._is_flat = self.is_tensor and len(self.shapes[0]) == 1
+        self._is_flat = self.is_tensor and u0.dim() == 1
         self.sizes = [leaf.numel() for leaf in leaves]
         self.size = sum(self.sizes)
         self.dtype: torch.dtype = leaves[0].dtype

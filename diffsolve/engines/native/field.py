@@ -45,7 +45,7 @@ class _Entry:
     reachable: list[Tensor] | None = None
 
     def still_holds(self, f: Any, p: Any) -> bool:
-        if not self.fingerprint.still_holds((f, _objects(p))):
+        if not self.fingerprint.still_holds(_around(f, p)):
             return False
         for x, shape in zip(self.inputs, self.shapes, strict=True):
             tensor = x.tensor
@@ -228,16 +228,16 @@ def _key(field: VectorField, leaves: list[Any]) -> tuple[Any, Any]:
     return owner, (*parts, tuple(numbers))
 
 
-def _objects(p: Any) -> list[Any]:
-    """What of ``p`` is neither a tensor nor a plain value."""
+def _around(f: Any, p: Any) -> tuple[Any, ...]:
+    """What a fingerprint is taken of: ``f``, and what of ``p`` is no tensor or plain value."""
     if p is None or isinstance(p, Tensor):
-        return []
+        return (f,)
     plain = (Tensor, int, float, complex, str, bytes, type(None))
-    return [leaf for leaf in pytree.tree_leaves(p) if not isinstance(leaf, plain)]
+    return f, [leaf for leaf in pytree.tree_leaves(p) if not isinstance(leaf, plain)]
 
 
 def _traced(field: VectorField, t: Tensor, u0: Tensor) -> _Entry:
-    around = (field.f, _objects(field.p))
+    around = _around(field.f, field.p)
     fingerprint = Fingerprint(around)
     dtype = field.structure.dtype
     try:

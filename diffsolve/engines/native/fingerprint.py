@@ -121,8 +121,9 @@ def _visit_items(xs: Any, items: list[Any], note: Any, depth: int) -> None:
 
 
 def _visit_function(f: Any, items: list[Any], note: Any, depth: int) -> None:
-    items.append(id(f.__code__))
-    _identify(f, items, note)
+    if note is not None:
+        note(f)
+    items += (id(f.__code__), id(f))
     if depth <= 0 or (f.__module__ or "").startswith("torch."):
         return
     named = _named(f.__code__)
@@ -133,9 +134,12 @@ def _visit_function(f: Any, items: list[Any], note: Any, depth: int) -> None:
             continue
         _visit(content, items, note, depth - 1)
         _visit_attributes(content, named, items, note, depth - 1)
-    _visit_items(f.__defaults__ or (), items, note, depth - 1)
-    _visit_items((f.__kwdefaults__ or {}).values(), items, note, depth - 1)
-    _visit_items(vars(f).values(), items, note, depth - 1)
+    if f.__defaults__:
+        _visit_items(f.__defaults__, items, note, depth - 1)
+    if f.__kwdefaults__:
+        _visit_items(f.__kwdefaults__.values(), items, note, depth - 1)
+    if f.__dict__:
+        _visit_items(f.__dict__.values(), items, note, depth - 1)
     names = f.__globals__
     for name in named:
         if name in names:
