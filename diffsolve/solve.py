@@ -169,8 +169,7 @@ def solve(
                 field.params = native.differentiable(field, u0.requires_grad)
             sensealg = choose(asked, recording and (moving or bool(field.params)))
             native.template = template(native.compiled, alg, sensealg.prepared(settings))
-            if not isinstance(sensealg, NoAdjoint):
-                sensealg.compile(native, alg)
+            sensealg.compile(native, alg)
             stats.engine, stats.compile_s = "native", native.compile_s()
         except Declined as reason:
             native = None
