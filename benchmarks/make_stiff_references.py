@@ -4,7 +4,7 @@ Every trajectory is computed three times, for the float64 values of the problem'
 
 * Radau IIA collocation with 9 stages, order 17, in 40 digits, tolerance 1e-20: stored;
 * the same with 7 stages, order 13, and tolerance 1e-16, to see the convergence;
-* SciPy's Radau, order 5, in float64 at ``rtol=1e-12``: another code.
+* SciPy's Radau, order 5, in float64 at ``rtol`` 1e-10 or 1e-12: another code.
 
 Tolerances and differences are relative to each component at each time, however small it is.
 The script prints the differences, those from published values too, and refuses to write where the
@@ -23,6 +23,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -129,7 +130,8 @@ def brusselator_1d(u: Any, p: Any) -> Any:
 class Case:
     """The data of a library problem; ``given`` are the parameters that are not the defaults.
 
-    ``published`` maps a time to the values there, of the references in the problem's docstring.
+    ``published`` maps a time to the values there, of the references in the problem's docstring;
+    ``rtol`` is SciPy's.
     """
 
     name: str
@@ -139,6 +141,7 @@ class Case:
     p: list[float]
     given: dict[str, Any] = field(default_factory=dict)
     published: dict[float, str] = field(default_factory=dict)
+    rtol: float = 1e-10
 
 
 def even(end: float) -> list[float]:
@@ -160,6 +163,7 @@ POLLU_END = """0.5646255480022769e-1 0.1342484130422339 0.4139734331099427e-8 0.
 0.7494013383880406e-2 0.1622293157301561e-7 0.1135863833257075e-7 0.2230505975721359e-2
 0.2087162882798630e-3 0.1396921016840158e-4 0.8964884856898295e-2 0.4352846369330103e-17
 0.6899219696263405e-2 0.1007803037365946e-3 0.1772146513969984e-5 0.5682943292316392e-4"""
+# those published for 1e11 are off by 1e-2 in y1 and y4, and right in y2 and y3 to 5e-11
 E5_TIMES = {
     1e3: "1.6180769999072942552e-3 1.3822370304983735443e-10 8.2515735006838336088e-12 "
     "1.2997212954915352082e-10",
@@ -169,15 +173,14 @@ E5_TIMES = {
     "8.3484020296321693074e-20",
     1e9: "3.1317148329356996037e-14 1.4840957952870064294e-16 1.4840957948345691466e-16 "
     "4.5243728279782625194e-26",
-    1e11: "3.8139035189787091771e-49 1.0192582567660293322e-20 1.0192582567660293322e-20 "
-    "3.7844935507486221171e-65",
 }
 ROBER_END = {1e11: "0.2083340149701255e-7 0.8333360770334713e-13 0.9999999791665050"}
 OREGO_END = {360.0: "0.1000814870318523e1 0.1228178521549917e4 0.1320554942846706e3"}
 VDP_END = {2000.0: "0.1706167732170469e1 -0.8928097010248125e-3"}
 BRUSS_U0 = [1 + math.sin(2 * math.pi * i / 41) for i in range(1, 41)] + [3.0] * 40
 
-CASES = [
+CASES = [  # the longest first
+    Case("brusselator_1d", brusselator_1d, BRUSS_U0, even(10), [1, 3, 0.02]),
     Case("rober", rober, [1, 0, 0], decades(5), [0.04, 3e7, 1e4]),
     Case(
         "rober",
@@ -196,6 +199,7 @@ CASES = [
         even(321.8122),
         HIRES_P,
         published={321.8122: HIRES_END},
+        rtol=1e-12,
     ),
     Case("pollu", pollu, POLLU_U0, even(60), POLLU_P, published={60.0: POLLU_END}),
     Case(
@@ -208,7 +212,6 @@ CASES = [
     ),
     Case("van_der_pol", van_der_pol, [2, 0], even(2e3), [1e3], published=VDP_END),
     Case("van_der_pol", van_der_pol, [2, 0], even(2e6), [1e6], {"mu": 1e6}),
-    Case("brusselator_1d", brusselator_1d, BRUSS_U0, even(10), [1, 3, 0.02]),
 ]
 
 
@@ -342,18 +345,32 @@ def collocation(case: Case, stages: int, tol: float) -> tuple[np.ndarray, int]:
 
 def scipy_radau(case: Case) -> np.ndarray:
     p, u0 = np.array(case.p, float), np.array(case.u0, float)
-    solution = solve_ivp(
-        lambda t, u: case.f(u, p),
-        (case.times[0], case.times[-1]),
-        u0,
-        method="Radau",
-        t_eval=case.times,
-        jac=lambda t, u: jacobian(case.f, u, p),
-        rtol=1e-12,
-        atol=1e-100,
-        first_step=1e-6 * case.times[1],
-    )
-    return solution.y.T
+    kept = list(range(len(u0)))
+    if case.name == "e5":  # y3 = y2 - y4: float64 would lose what is left of y4, and y3 with it
+        kept = [0, 1, 3]
+
+    def whole(v: np.ndarray) -> np.ndarray:
+        return v if len(kept) == len(u0) else np.stack([v[0], v[1], v[1] - v[2], v[2]])
+
+    def f(v: np.ndarray, p: np.ndarray) -> np.ndarray:
+        return case.f(whole(v), p)[kept]
+
+    out = [u0[kept]]
+    for start, end in zip(case.times, case.times[1:], strict=False):
+        solution = solve_ivp(
+            lambda t, v: f(v, p),
+            (0.0, end - start),  # a clock that starts anew resolves shorter steps
+            out[-1],
+            method="Radau",
+            jac=lambda t, v: jacobian(f, v, p),
+            rtol=case.rtol,
+            atol=1e-100,
+            first_step=None if start else 1e-6 * end,
+        )
+        if not solution.success:
+            raise SystemExit(f"{case.name}: SciPy stops after {start}: {solution.message}")
+        out.append(solution.y[:, -1])
+    return whole(np.array(out).T).T
 
 
 def disagreement(a: np.ndarray, b: np.ndarray) -> float:
@@ -362,40 +379,40 @@ def disagreement(a: np.ndarray, b: np.ndarray) -> float:
     return float((abs(a - exact(b)) / scale).max())
 
 
+def solve(case: Case) -> tuple[str, dict[str, Any]]:
+    """The entry of the file, with its key; prints how the codes agree."""
+    decimal.getcontext().prec = DIGITS
+    start = time.perf_counter()
+    given = ", ".join(f"{k}={v}" for k, v in case.given.items())
+    label = f"{case.name}({given})" if given else case.name
+    best, steps = collocation(case, 9, 1e-20)
+    coarse, coarse_steps = collocation(case, 7, 1e-16)
+    converged = disagreement(best, coarse)
+    scipy = disagreement(best, scipy_radau(case))
+    lines = [f"{label}: {steps} and {coarse_steps} steps"]
+    lines += [f"    7 stages   {converged:.1e}", f"    SciPy      {scipy:.1e}"]
+    for t, text in case.published.items():
+        published = disagreement(best[case.times.index(t)], exact(text.split()))
+        lines.append(f"    published  {published:.1e}  at {t:g}")
+    print("\n".join(lines), f"\n    ({time.perf_counter() - start:.0f} s)", flush=True)
+    if converged > REQUIRED:
+        raise SystemExit(f"{label}: not converged to {REQUIRED}")
+    if scipy > REQUIRED_OF_SCIPY:
+        raise SystemExit(f"{label}: SciPy does not agree to {REQUIRED_OF_SCIPY}")
+    entry = {"given": case.given} if case.given else {}
+    return label, {**entry, "t": case.times, "u": best.astype(np.float64).tolist()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("problem", nargs="*", help="default: all")
     parser.add_argument("--check", action="store_true", help="do not write")
     args = parser.parse_args()
-    decimal.getcontext().prec = DIGITS
 
     stored = json.loads(TARGET.read_text())
-    for case in CASES:
-        if args.problem and case.name not in args.problem:
-            continue
-        start = time.perf_counter()
-        given = ", ".join(f"{k}={v}" for k, v in case.given.items())
-        label = f"{case.name}({given})" if given else case.name
-        best, steps = collocation(case, 9, 1e-20)
-        coarse, coarse_steps = collocation(case, 7, 1e-16)
-        differences = {
-            "7 stages": disagreement(best, coarse),
-            "SciPy": disagreement(best, scipy_radau(case)),
-        }
-        known = {t: exact(text.split()) for t, text in case.published.items()}
-        for t, values in known.items():
-            row = best[case.times.index(t)]
-            differences[f"published at {t:g}"] = disagreement(row, values)
-        print(f"{label}: {steps} and {coarse_steps} steps", flush=True)
-        for what, size in differences.items():
-            print(f"    {what:20s} {size:.1e}")
-        print(f"    ({time.perf_counter() - start:.0f} s)", flush=True)
-        if differences["7 stages"] > REQUIRED:
-            raise SystemExit(f"{label}: not converged to {REQUIRED}")
-        if differences["SciPy"] > REQUIRED_OF_SCIPY:
-            raise SystemExit(f"{label}: SciPy does not agree to {REQUIRED_OF_SCIPY}")
-        entry = {"given": case.given} if case.given else {}
-        stored[label] = {**entry, "t": case.times, "u": best.astype(np.float64).tolist()}
+    chosen = [case for case in CASES if not args.problem or case.name in args.problem]
+    with ProcessPoolExecutor(2) as pool:
+        stored.update(pool.map(solve, chosen))
     if not args.check:
         write(stored)
 

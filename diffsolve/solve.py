@@ -145,7 +145,7 @@ def solve(
         raise ValueError(f'engine must be "auto", "torch" or "native", got {engine!r}')
     field = VectorField.of(prob)
     alg = _checked_algorithm(alg, prob, rtol, adaptive, field)
-    t0, t1 = (float(detached(t)) for t in prob.tspan)
+    t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
     direction = 1.0 if t1 >= t0 else -1.0
     saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
     stops, field.breaks = ordered_stops(tstops, t0, t1)
@@ -185,8 +185,7 @@ def solve(
                 field.params = native.differentiable(field, u0.requires_grad)
             sensealg = choose(asked, recording and (moving or bool(field.params)))
             native.template = template(native.compiled, alg, sensealg.prepared(settings))
-            if not isinstance(sensealg, NoAdjoint):
-                sensealg.compile(native, alg)
+            sensealg.compile(native, alg)
             stats.engine, stats.compile_s = "native", native.compile_s()
         except Declined as reason:
             native = None

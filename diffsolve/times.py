@@ -43,10 +43,6 @@ class SaveTimes:
     def times(self) -> list[float] | None:
         return None if self.array is None else self.array.tolist()
 
-    @cached_property
-    def _tensor(self) -> Tensor:
-        return torch.tensor(self.array, dtype=torch.float64)
-
     @classmethod
     def build(cls, saveat: Any, span: tuple[Any, Any], save_everystep: bool | None) -> SaveTimes:
         """Check ``saveat``.
@@ -57,7 +53,7 @@ class SaveTimes:
             If times are unsorted, repeated, NaN or outside of the span, or contradict
             ``save_everystep``.
         """
-        t0, t1 = (float(detached(t)) for t in span)
+        t0, t1 = float(detached(span[0])), float(detached(span[1]))
         if saveat is None:
             if save_everystep is False:
                 return cls(np.array([t0] if t0 == t1 else [t0, t1]), from_start=True)
@@ -98,15 +94,19 @@ class SaveTimes:
 
     def differentiable(self, span: tuple[Any, Any]) -> bool:
         """Whether a gradient by a time is wanted."""
-        ends = any(isinstance(t, Tensor) and t.requires_grad for t in span)
-        return ends or self.given is not None
+        t0, t1 = span
+        moving = (isinstance(t0, Tensor) and t0.requires_grad) or (
+            isinstance(t1, Tensor) and t1.requires_grad
+        )
+        return moving or self.given is not None
 
     def as_tensor(self, span: tuple[Any, Any], reached: Sequence[float] | np.ndarray) -> Tensor:
         """The times that were reached, ``(T,)`` float64, on the tape where a time is."""
         if self.given is not None:
             return self.given[: len(reached)].to(device="cpu", dtype=torch.float64)
-        if reached is self.array and not self.differentiable(span):
-            return self._tensor.clone()
+        array = self.array
+        if array is not None and reached is array and not self.differentiable(span):
+            return torch.from_numpy(array.copy())
         values = torch.tensor(reached, dtype=torch.float64)
         t0, t1 = span
         if not self.from_start or not self.differentiable(span) or not len(values):

@@ -1,7 +1,7 @@
 """What must not pass in silence: an f that is another one in backward, hidden tensors, autocast.
 
 All on the torch engine, whose reverse pass calls ``f`` again; the native engine goes back through
-the ``f`` that was solved (``test_native_engine.py``).
+the ``f`` that was solved (``test_native_backward.py``).
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore, Reverse
 from diffsolve.adjoints.reversal import in_tolerances
+from diffsolve.adjoints.reverse_jacobian import Lagrangian
 from diffsolve.adjoints.sensealg import Job
-from diffsolve.engines.torch_engine import Trajectory
+from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.norms import Tolerance
 
@@ -27,7 +29,9 @@ class BacksolveAdjoint(ContinuousAdjoint):
 
     The reconstruction is compared with the initial state, and with every saved state, and a
     ``BacksolveWarning`` tells when it is off by more than ``warn_above`` tolerances: backward in
-    time, stable dynamics are unstable, and the gradient is then wrong.
+    time, stable dynamics are unstable, and the gradient is then wrong. On a stiff problem it is
+    always wrong, or the reverse solve fails: it takes at most 50 times the steps of the forward one
+    (and at least 10,000).
 
     Parameters
     ----------
@@ -51,6 +55,16 @@ class BacksolveAdjoint(ContinuousAdjoint):
 
     #: Warn above this multiple of the tolerance (in the scaled norm).
     warn_above: ClassVar[float] = 1000.0
+
+    #: Most steps of the reverse solve, as a multiple of the forward attempts, and at least.
+    most_steps: ClassVar[tuple[int, int]] = (50, 10_000)
+
+    def reverse_settings(self, job: Job, tolerance: Tolerance, stops: Sequence[float]) -> Settings:
+        """With a bound on the steps: an unstable reconstruction can ask for any number of them."""
+        settings = super().reverse_settings(job, tolerance, stops)
+        times, least = self.most_steps
+        most = max(least, times * (job.stats.naccept + job.stats.nreject))
+        return replace(settings, maxiters=min(settings.maxiters, most))
 
     def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
         return job.run(u0), [u0], lambda tensors: tensors[0]
@@ -88,6 +102,13 @@ class _BacksolveReverse(Reverse):
         bar, u, _ = self.blocks(z)
         du, u_bar, p_bars = self.products(t, u, bar)
         return torch.cat([-u_bar, du, *[-x for x in p_bars]])
+
+    def state_at(self, time: Tensor, z: Tensor) -> Tensor:
+        return self.blocks(z)[1]
+
+    def slope_at(self, time: Tensor, at: Lagrangian, by_time: Tensor | None) -> Tensor:
+        by_u, by_p = at.second(None, 1.0)
+        return torch.cat([-by_u, torch.zeros_like(by_u) if by_time is None else by_time, -by_p])
 
     def tolerance(self, rtol: float, atol: float, forward: Tolerance) -> Tolerance:
         """The forward tolerance for the state, where it was not overridden."""

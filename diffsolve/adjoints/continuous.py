@@ -8,29 +8,35 @@ is ``[lambda, (u,) mu]``: one solve from the last saved time to the first, with 
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffsolve.adjoints.native import run_continuous
 from diffsolve.adjoints.reversal import reverse_failure, reverse_stops
+from diffsolve.adjoints.reverse_jacobian import Lagrangian, ReverseJacobian
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
 from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.prepare import compile_adjoint
+from diffsolve.engines.native.reverse import compile_adjoint
 from diffsolve.engines.torch_engine import OnStop, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.jacobian import differentiator
 from diffsolve.solvers.norms import Tolerance, rms
+from diffsolve.solvers.switching import AutoSwitch
 
 Restore = Callable[[Sequence[Tensor]], Any]
+_START, _ENDS = np.zeros(1), np.array([0.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,13 @@ class ContinuousAdjoint(Sensealg):
             forward,
             tolerance=tolerance,
             controller=forward.controller if same else alg.default_controller(),
+            controller_stiff=(
+                forward.controller_stiff
+                if same
+                else alg.stiff.default_controller()
+                if isinstance(alg, AutoSwitch)
+                else None
+            ),
             adaptive=forward.adaptive if same else alg.adaptive,
             dt=None if forward.adaptive else forward.dt,
             tstops=tuple(stops),
@@ -167,6 +180,46 @@ class Reverse(VectorField, ABC):
             for g, x in zip(grads, inputs, strict=True)
         ]
         return du.detach(), full[0], full[1:]
+
+    @abstractmethod
+    def state_at(self, time: Tensor, z: Tensor) -> Tensor:
+        """The forward state ``(N,)`` that the right-hand side uses."""
+
+    @abstractmethod
+    def slope_at(self, time: Tensor, at: Lagrangian, by_time: Tensor | None) -> Tensor:
+        """Derivative of the right-hand side by time; ``by_time`` is that of ``f``."""
+
+    def linearise(self, t: float, h: float, z: Tensor, slope: bool) -> ReverseJacobian:
+        """The Jacobian at the start of a step, for implicit methods.
+
+        Raises
+        ------
+        ValueError
+            If the state is complex.
+        """
+        if self.dtype.is_complex:
+            raise ValueError("an implicit method cannot solve the adjoint of a complex state")
+        (time,) = self.times(t, h, _START)
+        u, (bar, _, _) = self.state_at(time, z), self.blocks(z)
+        forward = differentiator(self.field)
+        found = forward.at(t, h, u, slope, exact=True)
+        at = Lagrangian(self.field, self.params, time, u, bar, self._flat)
+        moving = None
+        if slope and forward.moves_unseen:
+            # autograd does not see the time: a difference of all does
+            now, later = self.times(t, math.copysign(1e-7 * max(1e-2, abs(t)), h), _ENDS)
+            moving = (self.derivative(later, z) - self.derivative(now, z)) / (later - now)
+        elif slope:
+            moving = self.slope_at(time, at, found.slope)
+        sizes = (self.n, self.sizes[1], sum(self.sizes[2:]))
+        return ReverseJacobian(self, found.blocks, at, sizes, moving)
+
+    def _flat(self, grads: Sequence[Tensor | None]) -> Tensor:
+        parts = [
+            _as_reals(torch.zeros_like(p) if g is None else g, self.dtype)
+            for g, p in zip(grads, self.params, strict=True)
+        ]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype, device=self.device)
 
     def blocks(self, z: Tensor) -> tuple[Tensor, ...]:
         """``lambda``, the extra entries, and all of ``mu``."""
@@ -317,6 +370,7 @@ def _integrate_reverse(
     result = integrate(reverse, alg, z, start, end, settings, Saving(times=()), du, on_stop)
     stats.alg, stats.nf = alg.name, reverse.nf
     stats.naccept, stats.nreject = result.naccept, result.nreject
+    reverse.count_in(stats)
     if not result.retcode.successful or result.final is None:
         raise reverse_failure(
             type(sensealg).__name__, result.message, result.retcode, result.final_t, result.final_h

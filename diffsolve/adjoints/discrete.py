@@ -15,7 +15,6 @@ from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.prepare import compile_sweep
 from diffsolve.engines.torch_engine import Saving, Settings, integrate
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.solution import Stats
@@ -74,7 +73,7 @@ class DiscreteAdjoint(Sensealg):
     def compile(self, native: NativeField, alg: Algorithm) -> None:
         if self.tape:
             raise Declined("DiscreteAdjoint(tape=True) records the operations of torch")
-        compile_sweep(native, alg)
+        native.template.reverse(native.compiled, native.active)
 
     def run(self, job: Job) -> Outputs:
         if self.tape:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore, Reverse
+from diffsolve.adjoints.reverse_jacobian import Lagrangian
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.field import NativeField
@@ -22,7 +23,7 @@ from diffsolve.solvers.interpolation import DenseOutput
 
 
 class _Path(Protocol):
-    def at(self, t: float) -> Tensor: ...
+    def at(self, t: float, derivative: int = 0) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,19 @@ class _InterpolatingReverse(Reverse):
 
     def derivative(self, t: Tensor, z: Tensor) -> Tensor:
         bar, _, _ = self.blocks(z)
-        # rounding of t to the state's precision may step out of the interval
-        inside = min(max(float(t), self.low), self.high)
-        _, u_bar, p_bars = self.products(t, self.path.at(inside), bar)
+        _, u_bar, p_bars = self.products(t, self.state_at(t, z), bar)
         return torch.cat([-u_bar, *[-x for x in p_bars]])
+
+    def state_at(self, time: Tensor, z: Tensor) -> Tensor:
+        return self.path.at(self._inside(time))
+
+    def slope_at(self, time: Tensor, at: Lagrangian, by_time: Tensor | None) -> Tensor:
+        by_u, by_p = at.second(self.path.at(self._inside(time), 1), 1.0)
+        return torch.cat([-by_u, -by_p])
+
+    def _inside(self, time: Tensor) -> float:
+        # rounding of t to the state's precision may step out of the interval
+        return min(max(float(time), self.low), self.high)
 
 
 class _Segments:
@@ -105,12 +115,12 @@ class _Segments:
         self.starts = [self.direction * tape.records[begin].t for begin, _ in self.segments]
         self.made: dict[int, DenseOutput] = {}
 
-    def at(self, t: float) -> Tensor:
+    def at(self, t: float, derivative: int = 0) -> Tensor:
         index = max(bisect_right(self.starts, self.direction * t) - 1, 0)
         if index not in self.made:
             self.made = {i: d for i, d in self.made.items() if abs(i - index) == 1}
             self.made[index] = self._make(self.segments[index])
-        return self.made[index].at(t)
+        return self.made[index].at(t, derivative)
 
     def _make(self, segment: tuple[int, int]) -> DenseOutput:
         records = self.tape.records

@@ -34,7 +34,8 @@ def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for x, (offset, count) in zip(native.tensors, native.compiled.blocks, strict=True):
         if x.requires_grad:
-            part = flat[offset : offset + count].view(x.shape)
+            part = flat if count == len(flat) else flat[offset : offset + count]
+            part = part if x.dim() == 1 else part.view(x.shape)
             found[id(x)] = found[id(x)] + part if id(x) in found else part
     return [found[id(p)] if id(p) in found else torch.zeros_like(p) for p in params]
 
@@ -71,11 +72,13 @@ class _NativeDiscrete(torch.autograd.Function):
         job, native = ctx.carrier.job, ctx.native
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
         swept = sweep(ctx.memory, saved[ctx.counts], cotangents, native.active)
-        u_bar, of_saved, times = swept.u_bar, cotangents[0], job.saves.array
-        first = job.t0 if times is None or not len(times) else times[0]
-        if of_saved is not None and len(of_saved) and first == job.t0:
-            u_bar = u_bar + of_saved[0]
-        stats.nf, stats.naccept = swept.nf, int(ctx.memory.integers[L.ACCEPTED])
+        u_bar, of_saved, times = None, cotangents[0], job.saves.array
+        if ctx.needs_input_grad[1]:
+            u_bar = swept.u_bar
+            first = job.t0 if times is None or not len(times) else times[0]
+            if of_saved is not None and len(of_saved) and first == job.t0:
+                u_bar = u_bar + of_saved[0]
+        stats.nf, stats.naccept = swept.nf, ctx.memory.integers[L.ACCEPTED]
         stats.kernel_s = swept.kernel_s
         grads = gradients(job, params, swept.p_bar)
         stats.wall_s = time.perf_counter() - started

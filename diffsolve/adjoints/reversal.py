@@ -22,8 +22,13 @@ def reverse_stops(job: Job, times: Sequence[float]) -> list[float]:
 def reverse_failure(
     sensealg: str, message: str, retcode: ReturnCode, t: float, h: float
 ) -> SolveError:
+    unstable = (
+        "Backward in time, what decays grows: on a stiff problem no step size can help. "
+        if sensealg == "BacksolveAdjoint"
+        else ""
+    )
     return SolveError(
-        f"the reverse solve of {sensealg} failed: {message} "
+        f"the reverse solve of {sensealg} failed: {message} {unstable}"
         "DiscreteAdjoint() has no reverse solve that could fail.",
         retcode,
         t,

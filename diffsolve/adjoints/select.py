@@ -12,6 +12,7 @@ from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.sensealg import NoAdjoint, Sensealg
 from diffsolve.problems.structure import under_transform
 
+_DEFAULT = DiscreteAdjoint()
 _internals: Any = torch._C  # has no public way to ask for active transforms
 
 
@@ -67,4 +68,4 @@ def choose(sensealg: Sensealg | None, differentiate: bool) -> Sensealg:
         return sensealg
     if not differentiate:
         return NoAdjoint()
-    return sensealg or DiscreteAdjoint()
+    return sensealg or _DEFAULT

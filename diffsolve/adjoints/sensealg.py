@@ -204,10 +204,12 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *bars: Any) -> Any:
-        with torch.no_grad(), without_autocast(ctx.carrier.job.field.device):
+        quiet = without_autocast(ctx.carrier.job.field.device)
+        if not torch.is_grad_enabled():  # entering no_grad takes a microsecond
+            with quiet:
+                return backward(ctx, *bars)
+        with torch.no_grad(), quiet:
             grads = backward(ctx, *bars)
-        if not torch.is_grad_enabled():
-            return grads
         inputs = [x for x in (*bars, *ctx.inputs) if isinstance(x, Tensor) and x.requires_grad]
         if not inputs:
             return grads

@@ -27,7 +27,7 @@ _ROUNDING = 1 + 1e-8  # the same for fixed steps, which only round
 _AFTER_FAILURE = 0.5  # factor of the size after a step whose equations were not solved
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Settings:
     """How to integrate.
 

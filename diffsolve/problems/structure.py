@@ -30,6 +30,7 @@ class StateStructure:
         self.is_tensor = isinstance(u0, Tensor)
         leaves, self.spec = ([u0], _LEAF) if self.is_tensor else pytree.tree_flatten(u0)
         self.shapes = [leaf.shape for leaf in leaves]
+        self._is_flat = self.is_tensor and u0.dim() == 1
         self.sizes = [leaf.numel() for leaf in leaves]
         self.size = sum(self.sizes)
         self.dtype: torch.dtype = leaves[0].dtype
@@ -39,13 +40,15 @@ class StateStructure:
 
     def ravel(self, u: Any) -> Tensor:
         if self.is_tensor:
-            return u.reshape(-1)
+            return u if u.dim() == 1 else u.reshape(-1)
         # by the structure of the state: the keys of a dict may come in another order
         leaves = self.spec.flatten_up_to(u)
         return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
     def unravel(self, flat: Tensor) -> Any:
         """Structure a flat tensor ``(*batch, size)``; leaves get shape ``(*batch, *shape)``."""
+        if self._is_flat:
+            return flat
         batch = flat.shape[:-1]
         if self.is_tensor:
             return flat.reshape(batch + self.shapes[0])

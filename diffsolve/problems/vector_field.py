@@ -181,6 +181,8 @@ class VectorField:
 
     def after(self, t: float, direction: float) -> Tensor:
         """``t`` as seen just after it, in the direction of a step (its sign): past a break."""
+        if not self.breaks:
+            return self.time(t)
         return self.times(t, math.copysign(1.0, direction), _START)[0]
 
     def _beside_breaks(self, values: list[float], start: float, end: float) -> list[float]:

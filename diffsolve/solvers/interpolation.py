@@ -67,10 +67,10 @@ class DenseOutput:
         i = min(max(bisect_left(self.ends, s) - 1, 0), len(self.steps) - 1)
         return i, (s - self.ends[i]) / (self.ends[i + 1] - self.ends[i])
 
-    def at(self, t: float) -> Tensor:
-        """State at one time."""
+    def at(self, t: float, derivative: int = 0) -> Tensor:
+        """State, or a derivative of it, at one time."""
         i, theta = self.locate(t)
-        return self.steps[i](torch.tensor([theta], dtype=torch.float64))[0]
+        return self.steps[i](torch.tensor([theta], dtype=torch.float64), derivative)[0]
 
     def __call__(self, times: Sequence[float], derivative: int = 0) -> Tensor:
         """States ``(m, N)`` at times in any order."""

@@ -141,6 +141,10 @@ class AutoTsit5(AutoSwitch):
     def __init__(self, stiff: Algorithm | None = None):
         super().__init__(Tsit5(), Rodas5P() if stiff is None else stiff)
 
+    @property
+    def name(self) -> str:
+        return f"AutoTsit5({self.stiff.name})"
+
     def __repr__(self) -> str:
         return f"AutoTsit5({self.stiff!r})"
 
@@ -150,6 +154,10 @@ class AutoVern7(AutoSwitch):
 
     def __init__(self, stiff: Algorithm | None = None):
         super().__init__(Vern7(), Rodas5P() if stiff is None else stiff)
+
+    @property
+    def name(self) -> str:
+        return f"AutoVern7({self.stiff.name})"
 
     def __repr__(self) -> str:
         return f"AutoVern7({self.stiff!r})"

@@ -47,7 +47,7 @@ class Jacobian:
         ``jac(t, u, p, out)``: the entries that are not zero by structure, in the order of
         ``rows`` and ``columns``; then, if ``time_terms``, all of the time derivative.
     rows, columns
-        Where the entries belong.
+        Where the entries belong; ``places``: their addresses.
     head
         Columns from this one on are zero: components that nothing depends on.
     entries, time_terms
@@ -62,6 +62,7 @@ class Jacobian:
         self.rows, self.columns = (
             np.ascontiguousarray([place[i] for place in entries], dtype=np.int64) for i in (0, 1)
         )
+        self.places = self.rows.ctypes.data, self.columns.ctypes.data
         self.head = 1 + max(self.columns.tolist(), default=-1)
         zero = pool.const(0.0)
         slopes = [zero if x is None else x for x in slopes]

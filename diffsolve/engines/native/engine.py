@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +21,6 @@ from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import Kernel, kernel
 from diffsolve.engines.native.method import Method, address, method_of, set_controller
-from diffsolve.engines.native.prepare import compile_sweep
 from diffsolve.engines.native.switching import join_dense, switch
 from diffsolve.engines.torch_engine import Settings, progress_bar
 from diffsolve.solution import ReturnCode
@@ -46,8 +47,10 @@ _MOST_TEMPLATES = 50
 _MOST_KEPT_A_STEP = 1_000  # numbers
 _MOST_STEPS = 2**62
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python: a fraction of a second
-_TIMES = (L.STEP_T, L.STEP_H)
-_ESTIMATES = (L.ERROR, L.ERROR_NORM, L.STIFFNESS)
+_FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
+_INT64 = np.dtype(np.int64)
+_STEPS = (L.STEP_T, L.STEP_H, L.ERROR, L.ERROR_NORM, L.STIFFNESS)  # rows of one table
+_BYTES = ctypes.c_char * 0
 _RECORDS = (L.PARAMS, L.STEP_T, L.MARKS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL)
 
 
@@ -56,12 +59,15 @@ def _nothing() -> None:
 
 
 def write_tolerance(
-    tolerance: Tolerance, slots: Sequence[int], integers: np.ndarray, held: dict[int, Any]
+    tolerance: Tolerance, slots: Sequence[int], integers: Any, held: dict[int, Any]
 ) -> None:
     """Write both tolerances to the slots of ``rtol``, its stride, ``atol`` and its stride."""
     for values, slot, stride in zip(tolerance.doubles, slots[::2], slots[1::2], strict=True):
         held[slot] = values
         integers[slot], integers[stride] = address(values), len(values) > 1
+
+
+Reverse = tuple[int, int, Kernel]
 
 
 class Template:
@@ -90,13 +96,15 @@ class Template:
             raise Declined("it has a norm of its own")
         if settings.h_on_tape:
             raise Declined("through_step_size=True differentiates the step sizes on the tape")
-        self.integers = integers = self.method.integers.copy()
-        self.reals = reals = np.zeros(L.N_REALS)
+        # Python reads and writes these one by one, faster than NumPy's arrays
+        self.integers = integers = array("q", self.method.integers.tobytes())
+        self.reals = reals = array("d", bytes(8 * L.N_REALS))
         set_controller(settings.controller, integers, reals)
         self.held: dict[int, Any] = {}
         self.compiled = compiled
         self.settings = settings  # whose identities the cache goes by
         self.advance = kernel("advance", self.method.family, compiled.single)
+        self._reverse: dict[tuple[bool, ...], Reverse] = {}
         integers[L.FIELD] = compiled.field()
         if self.method.is_implicit:
             integers[L.JVP] = compiled.jvp() if self.method.needs_jvp else 0
@@ -114,6 +122,21 @@ class Template:
         integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
         reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
         reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
+
+    def reverse(self, compiled: Compiled, active: tuple[bool, ...]) -> Reverse:
+        """Product with the Jacobian, one more function, and the kernel of the sweep.
+
+        That is the reverse of a whole step, of an implicit method that of the Jacobian.
+        """
+        found = self._reverse.get(active)
+        if found is None:
+            sweep = kernel("sweep", self.method.family, compiled.single)
+            if self.method.is_implicit:
+                second = compiled.jacobian_vjp(active)
+            else:
+                second = compiled.step_vjp(self.method.stages, active)
+            found = self._reverse[active] = (compiled.vjp(active), second, sweep)
+        return found
 
 
 def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
@@ -141,12 +164,22 @@ def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template
     return found
 
 
+def _place(array: Any) -> int:
+    """``address`` of an array that may be written to, in a quarter of the time."""
+    return ctypes.addressof(_BYTES.from_buffer(array))
+
+
+@functools.lru_cache(maxsize=100)
+def _function(address: int, single: bool) -> Callable[[float, int, int, int], None]:
+    """``f(t, u, p, out)`` at an address."""
+    number, pointer = ctypes.c_float if single else ctypes.c_double, ctypes.c_void_p
+    return ctypes.CFUNCTYPE(None, number, pointer, pointer, pointer)(address)
+
+
 def evaluate(native: NativeField, t: float, u: Tensor) -> Tensor:
     """``f(t, u)`` by the compiled function."""
     compiled = native.compiled
-    number = ctypes.c_float if compiled.single else ctypes.c_double
-    pointer = ctypes.c_void_p
-    function = ctypes.CFUNCTYPE(None, number, pointer, pointer, pointer)(compiled.field())
+    function = _function(compiled.field(), compiled.single)
     u = u.detach().contiguous()
     out = torch.empty_like(u)
     function(t, u.data_ptr(), native.params.data_ptr(), out.data_ptr())
@@ -208,12 +241,13 @@ class Memory:
         self.runs = [(0, template)]
         self.prepare_stiff: Callable[[], Any] = _nothing
         self.n = n
-        self.dtype = torch.float32 if native.compiled.single else torch.float64
-        self.item = 4 if native.compiled.single else 8
-        self.integers = integers = template.integers.copy()
-        self.reals = reals = template.reals.copy()
+        self.dtype = _FLOAT32 if native.compiled.single else _FLOAT64
+        self.item = self.dtype.itemsize
+        self.integers = integers = template.integers[:]
+        self.reals = reals = template.reals[:]
         self.held: dict[int, Any] = template.held.copy()
-        self.arguments = address(integers), address(reals)
+        self.source: Memory | None = None  # keeps alive what a copy points to
+        self.arguments = integers.buffer_info()[0], reals.buffer_info()[0]
         integers[L.N] = n
         integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = 1, self.arguments[0] + 8 * L.N
         if field is not None:
@@ -236,7 +270,7 @@ class Memory:
         """A work space, which each call of a kernel that may run beside others needs."""
         rows = self.most_rows
         size = (L.W_STAGES + 2 * rows + L.W_BARS) * self.n + rows
-        self.hold(L.WORK, torch.empty(size, dtype=self.dtype))
+        self.hold_new(L.WORK, np.empty(size, self.dtype))
         if self.method.is_implicit:
             self.work_of_systems()
 
@@ -245,12 +279,12 @@ class Memory:
         found, integers = self.jacobian(), self.integers
         integers[L.JAC], integers[L.HEAD] = found.address, found.head
         integers[L.JAC_ENTRIES], integers[L.TIME_TERMS] = found.entries, found.time_terms
-        integers[L.JAC_ROWS], integers[L.JAC_COLUMNS] = address(found.rows), address(found.columns)
+        integers[L.JAC_ROWS], integers[L.JAC_COLUMNS] = found.places
         values = found.entries + found.time_terms
         room = [(L.MATRIX, found.head**2), (L.PIVOTS, found.head), (L.VECTOR, 2 * self.n)]
         room += [(L.JAC_VALUES, values), (L.JAC_BAR, values)]
-        table = np.zeros(sum(count for _, count in room))
-        self.held[L.MATRIX], place = table, address(table)
+        self.hold_new(L.MATRIX, np.zeros(sum(count for _, count in room)))
+        place = integers[L.MATRIX]
         for slot, count in room:
             integers[slot] = place
             place += 8 * count
@@ -260,30 +294,32 @@ class Memory:
 
     def records(self) -> Memory:
         """What is noted of the steps, to be kept: without states, stages and results."""
+        kept = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
+        records = self
         if L.DENSE in self.held:  # which keeps this memory, too
-            return self.copy()
-        self.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
-        return self
+            records = self.copy()
+            records.source = None
+        records.held = kept
+        return records
 
     def copy(self) -> Memory:
-        """The records for a pass of its own: several may run at once."""
+        """The same for a pass of its own: several may run at once."""
         copy = object.__new__(Memory)
         copy.__dict__.update(self.__dict__)
-        copy.integers, copy.reals = self.integers.copy(), self.reals.copy()
-        copy.arguments = address(copy.integers), address(copy.reals)
-        copy.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
+        copy.integers, copy.reals = self.integers[:], self.reals[:]
+        copy.arguments = copy.integers.buffer_info()[0], copy.reals.buffer_info()[0]
+        copy.source, copy.held = self, {}
         copy.integers[L.BLOCK_ENDS] = copy.arguments[0] + 8 * L.N
         copy.integers[L.STOPS] = copy.arguments[1] + 8 * L.T_END  # read only while going forward
         return copy
 
-    def steps(self) -> tuple[Tensor, Tensor]:
-        """Start and size of each step."""
-        t, h = self.held[L.STEP_T][:, : int(self.integers[L.ACCEPTED])].unbind()
-        return t, h
+    def steps(self) -> np.ndarray:
+        """Start, size and estimates of each step, in rows."""
+        return self.held[L.STEP_T][:, : self.integers[L.ACCEPTED]]
 
     def give(self, slot: int) -> Tensor:
         """An array that something else keeps alive from now on."""
-        return self.held[slot] if slot == L.DENSE else self.held.pop(slot)
+        return torch.from_numpy(self.held[slot] if slot == L.DENSE else self.held.pop(slot))
 
     def hold(self, slot: int, array: Any) -> None:
         """Keep an array alive, and note its address."""
@@ -291,12 +327,18 @@ class Memory:
         place = array.data_ptr() if isinstance(array, Tensor) else address(array)
         self.integers[slot] = place
 
-    def hold_rows(self, slots: Sequence[int], table: Tensor) -> None:
-        """The same for the rows of a table."""
-        self.held[slots[0]] = table
-        place, size = table.data_ptr(), table.shape[1] * table.element_size()
-        for i, slot in enumerate(slots):
-            self.integers[slot] = place + i * size
+    def hold_new(self, slot: int, array: np.ndarray) -> None:
+        """The same, for an array that was made for this."""
+        self.held[slot] = array
+        self.integers[slot] = _place(array)
+
+    def hold_steps(self, table: np.ndarray) -> None:
+        """The same for the rows of the table of steps; float32 numbers fill half of a row."""
+        self.held[L.STEP_T] = table
+        place, size = _place(table), 8 * table.shape[1]
+        for slot in _STEPS:
+            self.integers[slot] = place
+            place += size
 
     def blocks(self, ends: Sequence[int]) -> None:
         """Parts of the state whose norms are taken one by one."""
@@ -320,7 +362,7 @@ class Memory:
         self.hold(L.START, u.contiguous())
 
     def state(self) -> Tensor:
-        return self.held[L.WORK][: self.n].clone()
+        return torch.from_numpy(self.held[L.WORK][: self.n].copy())
 
     def want(self, wanted: Wanted) -> None:
         """Room for what is to be kept."""
@@ -332,30 +374,26 @@ class Memory:
             integers[L.N_SAVES], integers[L.SAVE_ROOM] = -1, room
         else:
             saves = np.asarray(times, dtype=np.float64)
-            self.hold(L.SAVES, saves)
+            self.hold_new(L.SAVES, saves)
             integers[L.N_SAVES] = integers[L.SAVE_ROOM] = len(saves)
-        self.hold(L.OUT_U, torch.empty(int(integers[L.SAVE_ROOM]), n, dtype=self.dtype))
+        self.hold_new(L.OUT_U, np.empty((integers[L.SAVE_ROOM], n), self.dtype))
         if not wanted.steps:
             return
         integers[L.STEP_ROOM] = room
-        self.hold_rows(_TIMES, torch.empty(2, room, dtype=torch.float64))
-        self.hold_rows(_ESTIMATES, torch.empty(3, room, dtype=self.dtype))
-        shapes: list[tuple[int, tuple[int, ...], torch.dtype]] = []
+        self.hold_steps(np.empty((len(_STEPS), room)))
         if wanted.states:
-            shapes.append((L.MARKS, (4,), torch.int64))
+            self.hold_new(L.MARKS, np.empty((room, 4), _INT64))
             integers[L.STRIDE] = 1
             kept = room if wanted.checkpoints is None else wanted.checkpoints
             integers[L.STATE_ROOM] = kept
             integers[L.THINNING] = wanted.checkpoints is not None
             rows_kept = 1 + self.most_stages if self._keeps_stages(wanted) else 2
             integers[L.STATE_ROWS] = rows_kept
-            self.hold(L.STATES, torch.empty(kept, rows_kept, n, dtype=self.dtype))
+            self.hold_new(L.STATES, np.empty((kept, rows_kept, n), self.dtype))
         if wanted.dense:
-            shapes.append((L.DENSE, (rows + 1, n), self.dtype))
-            shapes.append((L.COMPLETE, (), torch.int64))
+            self.hold_new(L.DENSE, np.empty((room, rows + 1, n), self.dtype))
+            self.hold_new(L.COMPLETE, np.empty(room, _INT64))
             integers[L.ALWAYS_COMPLETE] = wanted.complete or self.template.stiff is not None
-        for slot, shape, dtype in shapes:
-            self.hold(slot, torch.empty(room, *shape, dtype=dtype))
 
     def _keeps_stages(self, wanted: Wanted) -> bool:
         """Whether the reverse sweep is to find the stages, rather than to evaluate them again.
@@ -375,11 +413,10 @@ class Memory:
         integers = self.integers
         if integers[L.STEP_T] and integers[L.ACCEPTED] >= integers[L.STEP_ROOM]:
             integers[L.STEP_ROOM] *= 2
-            for slots in (_TIMES, _ESTIMATES):
-                old = self.held[slots[0]]
-                new = torch.empty(len(old), 2 * old.shape[1], dtype=old.dtype)
-                new[:, : old.shape[1]] = old
-                self.hold_rows(slots, new)
+            old = self.held[L.STEP_T]
+            new = np.empty((len(old), 2 * old.shape[1]))
+            new[:, : old.shape[1]] = old
+            self.hold_steps(new)
             for slot in (L.MARKS, L.DENSE, L.COMPLETE):
                 if slot in self.held:
                     self._double(slot)
@@ -393,9 +430,9 @@ class Memory:
 
     def _double(self, slot: int) -> None:
         old = self.held[slot]
-        new = torch.empty(2 * len(old), *old.shape[1:], dtype=old.dtype)
+        new = np.empty((2 * len(old), *old.shape[1:]), old.dtype)
         new[: len(old)] = old
-        self.hold(slot, new)
+        self.hold_new(slot, new)
 
     def advance(self, bar: Any = None) -> int:
         """Integrate until the end, with both of two methods; returns how it ended."""
@@ -471,8 +508,9 @@ def integrate(
     memory.span(t0, t1, settings.tstops)
     memory.want(wanted)
     memory.start(u0)
-    if wanted.states and native.template.stiff is not None:
-        memory.prepare_stiff = lambda: compile_sweep(native, native.template.stiff)
+    other = native.template.other
+    if wanted.states and other is not None:
+        memory.prepare_stiff = lambda: other().reverse(native.compiled, native.active)
     bar = progress_bar(t0, t1) if settings.progress else None
     started = time.perf_counter()
     try:
@@ -482,31 +520,34 @@ def integrate(
             bar.close()
     kernel_s = time.perf_counter() - started
     integers, reals, held = memory.integers, memory.reals, memory.held
-    count, saved = int(integers[L.ACCEPTED]), int(integers[L.SAVED])
+    from_numpy = torch.from_numpy
+    count, saved = integers[L.ACCEPTED], integers[L.SAVED]
     # copies: the reverse pass and dense output go by these
-    step_t, step_h = held[L.STEP_T][:, :count].clone().unbind()
-    error, error_norm, stiffness = held[L.ERROR][:, :count].unbind()
+    rows = memory.steps().copy()
+    step_t, step_h = from_numpy(rows[0]), from_numpy(rows[1])
+    estimates = rows[2:].view(memory.dtype)[:, :count]
     if wanted.times is None:
-        ends = [*step_t.tolist(), float(reals[L.T])]
+        ends = [*step_t.tolist(), reals[L.T]]
         times: Sequence[float] = ends[:saved]
     else:
         times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]  # type: ignore[assignment]
+    out = held[L.OUT_U]
     found = NativeTrajectory(
         t=times,
-        u=held[L.OUT_U][:saved],
+        u=from_numpy(out if saved == len(out) else out[:saved]),
         step_t=step_t,
         step_h=step_h,
-        error=error,
-        error_norm=error_norm,
-        stiffness=stiffness,
-        nf=int(integers[L.NF]),
-        njac=int(integers[L.NJAC]),
-        nlu=int(integers[L.NLU]),
-        nsolve=int(integers[L.NSOLVE]),
-        nnewton=int(integers[L.NNEWTON]),
-        nreject=int(integers[L.REJECTED]),
-        final_t=float(reals[L.T]),
-        final_h=float(reals[L.LAST_H]) if integers[L.ATTEMPTS] else math.nan,
+        error=from_numpy(estimates[0]),
+        error_norm=from_numpy(estimates[1]),
+        stiffness=from_numpy(estimates[2]),
+        nf=integers[L.NF],
+        njac=integers[L.NJAC],
+        nlu=integers[L.NLU],
+        nsolve=integers[L.NSOLVE],
+        nnewton=integers[L.NNEWTON],
+        nreject=integers[L.REJECTED],
+        final_t=reals[L.T],
+        final_h=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
         retcode=RETCODES[status],
         kernel_s=kernel_s,
         memory=memory,
@@ -526,11 +567,11 @@ def message_of(status: int, memory: Memory, alg: Algorithm, settings: Settings, 
     reals = memory.reals
     last = None
     if memory.integers[L.ATTEMPTS]:
-        last = Estimates(float(reals[L.LAST_ERROR]), 0.0, float(reals[L.LAST_STIFFNESS]))
+        last = Estimates(reals[L.LAST_ERROR], 0.0, reals[L.LAST_STIFFNESS])
     return explain(
         RETCODES[status],
-        t=float(reals[L.T]),
-        h=float(reals[L.SIZE]),
+        t=reals[L.T],
+        h=reals[L.SIZE],
         t1=t1,
         alg=alg.name,
         estimates=last,
@@ -546,9 +587,9 @@ class NativeDense:
 
     def __init__(self, memory: Memory, t0: float, u0: Tensor):
         self._memory = memory
-        self.direction = float(memory.reals[L.DIRECTION])
+        self.direction = memory.reals[L.DIRECTION]
         self.u0 = u0
-        self.ends = [self.direction * t0, self.direction * float(memory.reals[L.T])]
+        self.ends = [self.direction * t0, self.direction * memory.reals[L.T]]
 
     def __call__(self, times: Sequence[float], derivative: int = 0) -> Tensor:
         """States ``(m, N)`` at times in any order."""
@@ -558,7 +599,7 @@ class NativeDense:
                 ends = sorted((self.direction * low, self.direction * high))
                 raise ValueError(f"t = {t} is outside of the solved interval {ends}")
         memory = self._memory.copy()  # threads may read at once
-        out = torch.empty(len(times), memory.n, dtype=memory.dtype)
+        out = torch.from_numpy(np.empty((len(times), memory.n), memory.dtype))
         integers = memory.integers
         if not integers[L.ACCEPTED]:  # an empty span: every time is t0
             return self.u0.expand_as(out) if not derivative else torch.zeros_like(out)

@@ -45,7 +45,7 @@ class _Entry:
     reachable: list[Tensor] | None = None
 
     def still_holds(self, f: Any, p: Any) -> bool:
-        if not self.fingerprint.still_holds((f, _objects(p))):
+        if not self.fingerprint.still_holds(_around(f, p)):
             return False
         for x, shape in zip(self.inputs, self.shapes, strict=True):
             tensor = x.tensor
@@ -78,7 +78,8 @@ class NativeField:
         self.tensors: list[Tensor] = [
             x.tensor if x.tensor is not None else leaves[x.p_position or 0] for x in entry.inputs
         ]
-        flat = [x.detach().reshape(-1) for x in self.tensors]
+        flat = [x.detach() for x in self.tensors]
+        flat = [x if x.dim() == 1 else x.reshape(-1) for x in flat]
         self.params = flat[0].clone() if len(flat) == 1 else torch.cat(flat) if flat else _NOTHING
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeField:
@@ -199,7 +200,8 @@ def _ready(entry: _Entry, leaves: list[Any], trace_s: float) -> NativeField:
 def _known(owner: Any) -> dict[Any, Any]:
     """What is remembered of a function; nothing where no weak reference to it can be made."""
     try:
-        return _by_function.setdefault(owner, {})
+        known = _by_function.get(owner)
+        return _by_function.setdefault(owner, {}) if known is None else known
     except TypeError:
         return {}
 
@@ -226,16 +228,16 @@ def _key(field: VectorField, leaves: list[Any]) -> tuple[Any, Any]:
     return owner, (*parts, tuple(numbers))
 
 
-def _objects(p: Any) -> list[Any]:
-    """What of ``p`` is neither a tensor nor a plain value."""
+def _around(f: Any, p: Any) -> tuple[Any, ...]:
+    """What a fingerprint is taken of: ``f``, and what of ``p`` is no tensor or plain value."""
     if p is None or isinstance(p, Tensor):
-        return []
+        return (f,)
     plain = (Tensor, int, float, complex, str, bytes, type(None))
-    return [leaf for leaf in pytree.tree_leaves(p) if not isinstance(leaf, plain)]
+    return f, [leaf for leaf in pytree.tree_leaves(p) if not isinstance(leaf, plain)]
 
 
 def _traced(field: VectorField, t: Tensor, u0: Tensor) -> _Entry:
-    around = (field.f, _objects(field.p))
+    around = _around(field.f, field.p)
     fingerprint = Fingerprint(around)
     dtype = field.structure.dtype
     try:

@@ -21,11 +21,12 @@ from torch import Tensor
 _DEPTH = 4
 _MOST_ITEMS = 100
 _MOST_IN_ALL = 5_000  # about a millisecond
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
+_PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
 _MOST_BYTES = 4_096  # of an array
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training"}
 _KINDS = (types.ModuleType, types.BuiltinFunctionType, type)
+_EXACTLY = frozenset(_KINDS)
 
 
 class Fingerprint:
@@ -70,11 +71,13 @@ def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
         items.append((kind, x))
     elif kind is types.FunctionType:
         _visit_function(x, items, note, depth)
+    elif kind in _EXACTLY:  # most often, and found sooner than by isinstance
+        items.append(id(x))
     elif isinstance(x, Tensor):
         items.append((id(x), x.shape, x.dtype))
         if note is not None:
             note(x)
-    elif kind in _KINDS or isinstance(x, _KINDS):
+    elif isinstance(x, _KINDS):
         items.append(id(x))  # these live as long as the process
     elif depth <= 0:
         _identify(x, items, note)
@@ -121,8 +124,9 @@ def _visit_items(xs: Any, items: list[Any], note: Any, depth: int) -> None:
 
 
 def _visit_function(f: Any, items: list[Any], note: Any, depth: int) -> None:
-    items.append(id(f.__code__))
-    _identify(f, items, note)
+    if note is not None:
+        note(f)
+    items += (id(f.__code__), id(f))
     if depth <= 0 or (f.__module__ or "").startswith("torch."):
         return
     named = _named(f.__code__)
@@ -133,9 +137,12 @@ def _visit_function(f: Any, items: list[Any], note: Any, depth: int) -> None:
             continue
         _visit(content, items, note, depth - 1)
         _visit_attributes(content, named, items, note, depth - 1)
-    _visit_items(f.__defaults__ or (), items, note, depth - 1)
-    _visit_items((f.__kwdefaults__ or {}).values(), items, note, depth - 1)
-    _visit_items(vars(f).values(), items, note, depth - 1)
+    if f.__defaults__:
+        _visit_items(f.__defaults__, items, note, depth - 1)
+    if f.__kwdefaults__:
+        _visit_items(f.__kwdefaults__.values(), items, note, depth - 1)
+    if f.__dict__:
+        _visit_items(f.__dict__.values(), items, note, depth - 1)
     names = f.__globals__
     for name in named:
         if name in names:

@@ -129,7 +129,7 @@ def set_controller(controller: Controller, integers: Any, reals: Any) -> None:
     elif kind is PIDController:
         integers[L.CONTROLLER] = L.PID
         beta, k = controller.beta, controller.k  # type: ignore[attr-defined]
-        reals[L.BETA1 : L.BETA3 + 1] = [x / k for x in beta]
+        reals[L.BETA1], reals[L.BETA2], reals[L.BETA3] = [x / k for x in beta]
         reals[L.BETA_PLAIN] = 1 / k
     else:
         raise Declined(f"the controller {kind.__name__} has no compiled form")

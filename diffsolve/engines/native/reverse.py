@@ -16,11 +16,24 @@ from diffsolve.engines.native.compiled import Jacobian
 from diffsolve.engines.native.engine import Memory, message_of, template, write_tolerance
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
+from diffsolve.engines.native.method import method_of
 from diffsolve.engines.native.switching import ranges, use
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Tolerance
+from diffsolve.solvers.switching import AutoSwitch
+
+
+def compile_adjoint(native: NativeField, alg: Algorithm, along_path: bool) -> None:
+    """Make the adjoint equation, to be solved by ``alg``."""
+    if isinstance(alg, AutoSwitch):
+        alg = alg.nonstiff
+    compiled, active, method = native.compiled, native.active, method_of(alg)
+    kernel("advance", method.family, compiled.single)
+    (compiled.interpolating if along_path else compiled.backsolve)(active)
+    if method.is_implicit:
+        compiled.adjoint_jacobian(active, not along_path)
 
 
 @dataclass
@@ -50,33 +63,30 @@ def sweep(
     memory, compiled = forward.copy(), forward.native.compiled
     memory.work()
     memory.hold(L.STATES, states)
-    memory.integers[L.NF] = 0
     integers, n, dtype = memory.integers, memory.n, memory.dtype
-    integers[L.VJP] = compiled.vjp(active)
-    bars = torch.zeros(2 * n + compiled.n_params, dtype=dtype)
-    memory.hold(L.STATE_BAR, bars)
+    integers[L.NF] = 0
+    bars = np.zeros(2 * n + compiled.n_params, dtype)
+    memory.hold_new(L.STATE_BAR, bars)
     integers[L.P_BAR] = integers[L.STATE_BAR] + 2 * n * memory.item
     slots = (L.SAVED_BARS, L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS)
     for slot, bar in zip(slots, cotangents, strict=True):
         if bar is not None and bar.numel():
             memory.hold(slot, bar.contiguous())
     if integers[L.STRIDE] > 1:
-        memory.hold(L.SEGMENT, torch.empty(int(integers[L.STRIDE]), 2, n, dtype=dtype))
+        memory.hold_new(L.SEGMENT, np.empty((integers[L.STRIDE], 2, n), dtype))
     kernel_s = 0.0
     for begin, end, run in reversed(ranges(memory)):
         use(memory, run)
-        method = run.method
-        if method.is_implicit:
-            integers[L.JAC_VJP] = compiled.jacobian_vjp(active)
+        second = L.JAC_VJP if run.method.is_implicit else L.FUSED_VJP
+        integers[L.VJP], integers[second], function = run.reverse(compiled, active)
+        if run.method.is_implicit:
             memory.work_of_systems()
-        else:
-            integers[L.FUSED_VJP] = compiled.step_vjp(method.stages, active)
         integers[L.SWEPT], integers[L.SWEEP_END] = end, begin
-        function = kernel("sweep", method.family, compiled.single)
         started = time.perf_counter()
         memory.run(function)
         kernel_s += time.perf_counter() - started
-    return Swept(bars[:n], bars[2 * n :], int(integers[L.NF]), kernel_s)
+    u_bar, p_bar = torch.from_numpy(bars[:n]), torch.from_numpy(bars[2 * n :])
+    return Swept(u_bar, p_bar, integers[L.NF], kernel_s)
 
 
 class Path:
@@ -94,9 +104,9 @@ class Path:
 
     def __init__(self, forward: Memory, kept: Tensor, whole: bool):
         self.forward, self.kept, self.whole = forward, kept, whole
-        self.direction = float(forward.reals[L.DIRECTION])
-        self.starts, self.sizes = (x.numpy() for x in forward.steps())
-        self.end = float(forward.reals[L.T])
+        self.direction = forward.reals[L.DIRECTION]
+        self.starts, self.sizes, *_ = forward.steps()
+        self.end = forward.reals[L.T]
 
     def give(self, memory: Memory, low: float, high: float) -> None:
         """Show the kernel a part of the path that holds the times between ``low`` and ``high``."""
@@ -105,7 +115,7 @@ class Path:
         if not self.whole:
             oriented = self.direction * self.starts
             a, b = sorted((self.direction * low, self.direction * high))
-            stride = int(self.forward.integers[L.STRIDE])
+            stride = self.forward.integers[L.STRIDE]
             first = max(bisect_left(oriented, a) - 1, 0) // stride * stride
             last = max(bisect_right(oriented, b), first + 1)
             dense = self._remade(first, last)
@@ -129,7 +139,7 @@ class Path:
         memory.work()
         memory.hold(L.STATES, self.kept)
         rows = memory.method.rows + 1
-        dense = torch.empty(last - first, rows, memory.n, dtype=memory.dtype)
+        dense = torch.from_numpy(np.empty((last - first, rows, memory.n), memory.dtype))
         memory.hold(L.DENSE, dense)
         memory.integers[L.SWEPT], memory.integers[L.CHUNK] = first, last - first
         memory.run(kernel("replay", memory.method.family, memory.native.compiled.single))
@@ -219,7 +229,7 @@ def solve_reverse(
     started = time.perf_counter()
     status = memory.advance()
     while status == L.NEED_PATH and problem.path is not None:
-        low, high = sorted((float(reals[L.T]), float(reals[L.T] + reals[L.LAST_H])))
+        low, high = sorted((reals[L.T], reals[L.T] + reals[L.LAST_H]))
         low, high = max(low, reals[L.T_LOW]), min(high, reals[L.T_HIGH])
         problem.path.give(memory, low, high)
         status = memory.advance()
@@ -230,13 +240,13 @@ def solve_reverse(
         message = message_of(status, memory, alg, problem.settings, end)
     return ReverseResult(
         z=z,
-        worst=float(reals[L.WORST]),
-        nf=int(integers[L.NF]),
-        naccept=int(integers[L.ACCEPTED]),
-        nreject=int(integers[L.REJECTED]),
+        worst=reals[L.WORST],
+        nf=integers[L.NF],
+        naccept=integers[L.ACCEPTED],
+        nreject=integers[L.REJECTED],
         status=status,
         message=message,
-        t=float(reals[L.T]),
-        h=float(reals[L.LAST_H]) if integers[L.ATTEMPTS] else math.nan,
+        t=reals[L.T],
+        h=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
         kernel_s=kernel_s,
     )

@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.method import address
@@ -54,13 +52,13 @@ def switch(memory: Memory) -> None:
     integers[L.HAS_MEMORY] = integers[L.SWITCH_COUNT] = 0
     integers[L.SWITCH] = L.STIFF if to_stiff else L.NONSTIFF
     reals[L.SIZE] *= _GROWTH if to_stiff else 1 / _GROWTH
-    memory.runs.append((int(integers[L.ACCEPTED]), found))
+    memory.runs.append((integers[L.ACCEPTED], found))
 
 
 def ranges(memory: Memory) -> list[tuple[int, int, Template]]:
     """First step, the one behind the last, and the template, for each run of one method."""
     starts = [start for start, _ in memory.runs]
-    ends = [*starts[1:], int(memory.integers[L.ACCEPTED])]
+    ends = [*starts[1:], memory.integers[L.ACCEPTED]]
     return [
         (start, end, template)
         for (start, template), end in zip(memory.runs, ends, strict=True)
@@ -70,20 +68,19 @@ def ranges(memory: Memory) -> list[tuple[int, int, Template]]:
 
 def join_dense(memory: Memory) -> None:
     """Records of the stages of both methods as polynomials of one form, which any kernel reads."""
-    dense: Tensor = memory.held[L.DENSE]
-    runs = ranges(memory)
+    dense, runs = memory.held[L.DENSE], ranges(memory)
     degree = max((run.method.degree for *_, run in runs), default=1)
-    count = int(memory.integers[L.ACCEPTED])
-    joined = torch.zeros(max(count, 1), 1 + degree, memory.n, dtype=memory.dtype)
+    count = memory.integers[L.ACCEPTED]
+    joined = np.zeros((max(count, 1), 1 + degree, memory.n), dense.dtype)
     for begin, end, run in runs:
         method, part = run.method, dense[begin:end]
-        weights = torch.as_tensor(method.stages.interpolant.polynomial, dtype=memory.dtype)
-        joined[begin:end, 0] = part[:, 0]
+        weights = method.stages.interpolant.polynomial
         stages = part[:, 1 : 1 + method.rows]
-        joined[begin:end, 1 : 1 + method.degree] = torch.einsum("jd,sjn->sdn", weights, stages)
-    memory.hold(L.DENSE, joined)
+        joined[begin:end, 0] = part[:, 0]
+        joined[begin:end, 1 : 1 + method.degree] = np.einsum("jd,sjn->sdn", weights, stages)
+    memory.hold_new(L.DENSE, joined)
+    memory.hold_new(L.COMPLETE, np.ones(max(count, 1), np.int64))
     memory.identity = np.eye(degree)
-    memory.hold(L.COMPLETE, torch.ones(max(count, 1), dtype=torch.int64))
     integers = memory.integers
     integers[L.STAGES] = integers[L.DEGREE] = degree
     integers[L.EXTRA], integers[L.DENSE_ROWS] = 0, 1 + degree

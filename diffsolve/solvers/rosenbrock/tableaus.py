@@ -58,8 +58,7 @@ ROSENBROCK23 = RosenbrockTableau(
     checked=False,
 )
 
-# Not A-stable, despite what is often said: |R(z)| > 1 on the real axis beyond -27.1, and 1.61 at
-# infinity.
+# not A-stable: |R(z)| > 1 on the real axis beyond -27.1, and 1.61 at infinity
 ROSENBROCK32 = RosenbrockTableau(
     "Rosenbrock32",
     f"{_SR_SOURCE}: the pair of ode23s, going on from the solution of order 3",

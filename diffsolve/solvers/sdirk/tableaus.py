@@ -32,7 +32,7 @@ def _minus(b: tuple[float, ...], embedded: tuple[float, ...]) -> tuple[float, ..
 # written with the derivative at the start of the step, for the sake of the error estimate
 IMPLICIT_EULER = SDIRKTableau(
     "ImplicitEuler",
-    "E. Hairer, G. Wanner, Solving Ordinary Differential Equations II (1996), eq. IV.3.8; the "
+    "E. Hairer, G. Wanner, Solving Ordinary Differential Equations II (1996), section IV.3; the "
     "trapezoidal rule embedded",
     order=1,
     a=((), (0, 1)),
@@ -47,7 +47,7 @@ IMPLICIT_EULER = SDIRKTableau(
 IMPLICIT_MIDPOINT = SDIRKTableau(
     "ImplicitMidpoint",
     "E. Hairer, S. P. Norsett, G. Wanner, Solving Ordinary Differential Equations I (1993), "
-    "table II.7.1: the Gauss method with one stage",
+    "section II.7: the Gauss method with one stage",
     order=2,
     a=((1 / 2,),),
     b=(1,),
@@ -94,7 +94,7 @@ _TB_D, _TB_W = 1 - sqrt(2) / 2, sqrt(2) / 4
 TRBDF2 = SDIRKTableau(
     "TRBDF2",
     "M. E. Hosea, L. F. Shampine, Analysis and implementation of TR-BDF2, Appl. Numer. Math. 20 "
-    "(1996), table 1; the embedded solution has order 3",
+    "(1996) 21; the embedded solution has order 3",
     order=2,
     a=((), (_TB_D, _TB_D), (_TB_W, _TB_W, _TB_D)),
     b=(_TB_W, _TB_W, _TB_D),
