@@ -26,6 +26,9 @@ ALL = (
     "work_precision",
     "native",
     "native_work_precision",
+    "stiff",
+    "stiff_work_precision",
+    "stiff_batch",
 )
 
 

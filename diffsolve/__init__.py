@@ -5,7 +5,7 @@ from diffsolve.adjoints.backsolve import BacksolveAdjoint, BacksolveWarning
 from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.interpolating import InterpolatingAdjoint
 from diffsolve.adjoints.sensealg import Sensealg
-from diffsolve.jacobian import jacobian_sparsity
+from diffsolve.jacobian import check_jacobian, jacobian_sparsity
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.solution import ReturnCode, Solution, SolveError, Stats, Steps
 from diffsolve.solve import solve
@@ -29,6 +29,34 @@ from diffsolve.solvers.explicit_rk.methods import (
 )
 from diffsolve.solvers.explicit_rk.tableau import Tableau
 from diffsolve.solvers.order_conditions import TableauError
+from diffsolve.solvers.rosenbrock.methods import (
+    ROS3P,
+    Rodas3,
+    Rodas4,
+    Rodas4P,
+    Rodas5,
+    Rodas5P,
+    Rosenbrock,
+    Rosenbrock23,
+    Rosenbrock32,
+)
+from diffsolve.solvers.rosenbrock.tableau import RosenbrockTableau
+from diffsolve.solvers.sdirk.methods import (
+    SDIRK,
+    SDIRK2,
+    TRBDF2,
+    ImplicitEuler,
+    ImplicitMidpoint,
+    KenCarp3,
+    KenCarp4,
+    KenCarp5,
+    Kvaerno3,
+    Kvaerno4,
+    Kvaerno5,
+    Trapezoid,
+)
+from diffsolve.solvers.sdirk.tableau import SDIRKTableau
+from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 
 __version__ = "0.1.0"
 
@@ -37,7 +65,14 @@ __all__ = [
     "DP5",
     "DP8",
     "RK4",
+    "ROS3P",
+    "SDIRK",
+    "SDIRK2",
+    "TRBDF2",
     "Algorithm",
+    "AutoSwitch",
+    "AutoTsit5",
+    "AutoVern7",
     "BacksolveAdjoint",
     "BacksolveWarning",
     "Controller",
@@ -46,14 +81,32 @@ __all__ = [
     "ExplicitRK",
     "Heun",
     "IController",
+    "ImplicitEuler",
+    "ImplicitMidpoint",
     "Interpolant",
     "InterpolatingAdjoint",
+    "KenCarp3",
+    "KenCarp4",
+    "KenCarp5",
+    "Kvaerno3",
+    "Kvaerno4",
+    "Kvaerno5",
     "Midpoint",
     "ODEProblem",
     "PIController",
     "PIDController",
     "Ralston",
     "ReturnCode",
+    "Rodas3",
+    "Rodas4",
+    "Rodas4P",
+    "Rodas5",
+    "Rodas5P",
+    "Rosenbrock",
+    "Rosenbrock23",
+    "Rosenbrock32",
+    "RosenbrockTableau",
+    "SDIRKTableau",
     "Sensealg",
     "Solution",
     "SolveError",
@@ -61,10 +114,12 @@ __all__ = [
     "Steps",
     "Tableau",
     "TableauError",
+    "Trapezoid",
     "Tsit5",
     "Vern6",
     "Vern7",
     "Vern9",
+    "check_jacobian",
     "jacobian_sparsity",
     "nn",
     "problems",

@@ -259,8 +259,8 @@ def _checked_algorithm(
         )
     if alg.is_implicit and field.dtype.is_complex:
         raise ValueError(
-            f"{alg.name} is implicit and needs a real state, got {field.dtype}: write u as its real "
-            "and imaginary parts (torch.view_as_real), or use an explicit method"
+            f"{alg.name} is implicit and needs a real state, got {field.dtype}: write u as its "
+            "real and imaginary parts (torch.view_as_real), or use an explicit method"
         )
     return alg
 

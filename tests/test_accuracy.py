@@ -25,7 +25,9 @@ METHODS = (
     *("DP5", "Tsit5", "Vern6", "Vern7", "DP8", "Vern9"),
 )
 PROBLEMS = sorted(
-    name for name in library.__all__ if isinstance(getattr(library, name), library.LibraryProblem)
+    name
+    for name in library.__all__
+    if isinstance(problem := getattr(library, name), library.LibraryProblem) and not problem.stiff
 )
 
 

@@ -1,4 +1,4 @@
-"""The code of README.md and of docs/native_engine.md runs, and prints what is said there."""
+"""The code of README.md and of the pages in docs/ runs, and prints what is said there."""
 
 import doctest
 import linecache
@@ -79,3 +79,8 @@ def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
 def test_native_engine(capsys: pytest.CaptureFixture[str]) -> None:
     found = run("docs/native_engine.md", {}, capsys)
     assert sum(x.printed is not None for x in found) >= 10
+
+
+def test_stiff(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("docs/stiff.md", {}, capsys)
+    assert sum(x.printed is not None for x in found) >= 5

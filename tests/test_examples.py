@@ -45,3 +45,38 @@ def test_the_study_trains_every_regularizer_from_the_same_weights(examples_path:
     assert len(first) == 1
     final = {runs[0]["loss"] for runs in results["runs"].values()}
     assert len(final) == len(results["runs"])  # every regularizer changes the training
+
+
+def test_the_rates_of_rober_are_estimated_where_no_reverse_solve_is_unstable(
+    tmp_path: Path,
+) -> None:
+    script = str(EXAMPLES / "rober_parameter_estimation.py")
+    command = [sys.executable, script, "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rober.png").stat().st_size > 10_000
+    first, second = done.stdout.split("2. Relative error")
+    for name in ("DiscreteAdjoint", "DiscreteAdjoint, 16 checkpoints", "InterpolatingAdjoint"):
+        row = next(line for line in first.splitlines() if line.startswith(name + "  "))
+        off = row[len(name) :].split()[:3]
+        assert all(abs(float(percent)) < 2.0 for percent in off)
+    assert "Backward in time, what decays grows" in first
+    assert "warns" in second
+    assert second.splitlines()[-3].split()[-1] == "fails"  # over the whole interval
+
+
+def test_the_stiff_neural_ode_learns_and_is_stiff(examples_path: None, tmp_path: Path) -> None:
+    import stiff_neural_ode
+
+    data = stiff_neural_ode.rober_data()
+    model = stiff_neural_ode.ScaledNetwork(data, seed=0)
+    stiff_neural_ode.pretrain(model, data, iterations=600)
+    before = stiff_neural_ode.errors(model, data).square().mean()
+    stiff_neural_ode.train(model, data, iterations=15)
+    after = stiff_neural_ode.errors(model, data).square().mean()
+    assert after < 0.8 * before
+    assert after.sqrt() < 0.1
+    sol = stiff_neural_ode.predict(model, data, data.t)
+    assert (sol.steps.stiffness * sol.steps.h).sum() > 1e6
+    stiff_neural_ode.draw(tmp_path / "stiff.png", data, data, model)
+    assert (tmp_path / "stiff.png").stat().st_size > 10_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from diffsolve import Tsit5, jacobian_sparsity, solve
 from diffsolve.problems import library
 from diffsolve.problems.library import LibraryProblem
 from diffsolve.problems.ode import ODEProblem
@@ -20,6 +22,8 @@ PROBLEMS = {
     if isinstance(getattr(library, name), LibraryProblem)
 }
 each_problem = pytest.mark.parametrize("name", PROBLEMS)
+STIFF = [name for name, problem in PROBLEMS.items() if problem.stiff]
+NONSTIFF = [name for name in PROBLEMS if name not in STIFF]
 
 
 # The equations once more, written component by component with NumPy.
@@ -50,6 +54,63 @@ def np_arenstorf(t, u, p):
     )
 
 
+def np_hires(t, u, p):
+    k1, k2, k3, k4, k5, k6, kp, km, ks, oks = p
+    y1, y2, y3, y4, y5, y6, y7, y8 = u
+    return np.array(
+        [
+            -k1 * y1 + k2 * y2 + k6 * y3 + oks,
+            k1 * y1 - (k2 + k3) * y2,
+            -(k6 + k1) * y3 + k2 * y4 + k5 * y5,
+            k3 * y2 + k1 * y3 - (k4 + k2) * y4,
+            -(k5 + k1) * y5 + k2 * (y6 + y7),
+            -kp * y6 * y8 + k4 * y4 + k1 * y5 - k2 * y6 + km * y7,
+            kp * y6 * y8 - (k2 + km + ks) * y7,
+            -kp * y6 * y8 + (k2 + km + ks) * y7,
+        ]
+    )
+
+
+# the substances, and how many of which are made (above zero) or used by each reaction
+SUBSTANCES = "NO2 NO O3P O3 HO2 OH HCHO CO ALD MEO2 C2O3 CO2 PAN CH3O HNO3 O1D SO2 SO4 NO3 N2O5"
+REACTIONS = """
+NO2 = NO O3P; NO O3 = NO2; HO2 NO = NO2 OH; HCHO = HO2 HO2 CO; HCHO = CO; HCHO OH = HO2 CO;
+ALD = MEO2 HO2 CO; ALD OH = C2O3; C2O3 NO = NO2 MEO2 CO2; C2O3 NO2 = PAN; PAN = C2O3 NO2;
+MEO2 NO = CH3O NO2; CH3O = HCHO HO2; NO2 OH = HNO3; O3P = O3; O3 = O1D; O3 = O3P; O1D = OH OH;
+O1D = O3P; SO2 OH = SO4 HO2; NO3 = NO; NO3 = NO2 O3P; NO2 O3 = NO3; NO3 NO2 = N2O5; N2O5 = NO3 NO2
+"""
+
+
+def np_pollu(t, u, p):
+    place = {name: i for i, name in enumerate(SUBSTANCES.split())}
+    slope = np.zeros_like(u * p[0])
+    for k, reaction in zip(p, REACTIONS.split(";"), strict=True):
+        before, after = ([place[name] for name in side.split()] for side in reaction.split("="))
+        rate = k * np.prod(u[before])
+        np.subtract.at(slope, before, rate)
+        np.add.at(slope, after, rate)
+    return slope
+
+
+def np_brusselator(t, u, p):
+    n = len(u) // 2
+    a, b, alpha = np.broadcast_to(p, (3, n))
+    slope = np.empty_like(u * p[0, 0])
+    for i in range(n):
+        x, y = u[i], u[n + i]
+        x_left, y_left = (u[i - 1], u[n + i - 1]) if i > 0 else (1, 3)
+        x_right, y_right = (u[i + 1], u[n + i + 1]) if i < n - 1 else (1, 3)
+        grid = alpha[i] * (n + 1) ** 2
+        slope[i] = a[i] + x**2 * y - (b[i] + 1) * x + grid * (x_left - 2 * x + x_right)
+        slope[n + i] = b[i] * x - x**2 * y + grid * (y_left - 2 * y + y_right)
+    return slope
+
+
+def np_stiff_linear(t, u, p):
+    reflection = np.eye(len(u)) - 2 / len(u)
+    return -reflection @ np.diag(p) @ reflection @ u
+
+
 FORMULAS = {
     "lotka_volterra": lambda t, u, p: np.array(
         [p[0] * u[0] - p[1] * u[0] * u[1], -p[2] * u[1] + p[3] * u[0] * u[1]]
@@ -78,6 +139,34 @@ FORMULAS = {
     ),
     "linear": lambda t, u, p: p @ u,
     "spiral": lambda t, u, p: u**3 @ p,
+    "rober": lambda t, u, p: np.array(
+        [
+            -p[0] * u[0] + p[2] * u[1] * u[2],
+            p[0] * u[0] - p[2] * u[1] * u[2] - p[1] * u[1] ** 2,
+            p[1] * u[1] ** 2,
+        ]
+    ),
+    "orego": lambda t, u, p: np.array(
+        [
+            p[0] * (u[1] + u[0] * (1 - p[2] * u[0] - u[1])),
+            (u[2] - (1 + u[0]) * u[1]) / p[0],
+            p[1] * (u[0] - u[2]),
+        ]
+    ),
+    "hires": np_hires,
+    "e5": lambda t, u, p: np.array(
+        [
+            -p[0] * u[0] - p[1] * u[0] * u[2],
+            p[0] * u[0] - p[3] * p[2] * u[1] * u[2],
+            p[0] * u[0] - p[1] * u[0] * u[2] - p[3] * p[2] * u[1] * u[2] + p[2] * u[3],
+            p[1] * u[0] * u[2] - p[2] * u[3],
+        ]
+    ),
+    "pollu": np_pollu,
+    "van_der_pol": lambda t, u, p: np.array([u[1], p[0] * (1 - u[0] ** 2) * u[1] - u[0]]),
+    "brusselator_1d": np_brusselator,
+    "stiff_linear": np_stiff_linear,
+    "prothero_robinson": lambda t, u, p: p[0] * (u - np.cos(t)) - np.sin(t),
 }
 
 # DOP853 makes errors of at most 1e-13 per step, in some hundred steps, and the problem multiplies
@@ -86,7 +175,7 @@ FORMULAS = {
 TOLERANCES = {"henon_heiles": 5e-11, "pleiades": 4e-11, "arenstorf": 1e-9}
 
 
-@each_problem
+@pytest.mark.parametrize("name", NONSTIFF)
 def test_reference_against_dop853(name: str) -> None:
     problem, reference = PROBLEMS[name](), PROBLEMS[name].reference()
     p = problem.p.numpy()
@@ -137,7 +226,52 @@ def test_batched_parameters(name: str) -> None:
         torch.testing.assert_close(together[i], problem.f(t, u[i], p[i]), rtol=1e-12, atol=1e-13)
 
 
-@each_problem
+# one interval of the reference, from its state at the start; SciPy's Radau at rtol=1e-8
+@pytest.mark.parametrize("name", STIFF)
+def test_reference_against_radau(name: str) -> None:
+    problem, (t, u) = PROBLEMS[name](), PROBLEMS[name].reference()
+    p, k = problem.p.numpy(), 2 if name == "brusselator_1d" else 7
+    u0 = u[k].copy()
+    if name == "e5":
+        k, u0 = 2, u[2].copy()  # later, rounding hides y2 - y3, which is y4
+    solution = solve_ivp(
+        lambda t, u: FORMULAS[name](t, u, p),
+        (t[k], t[k + 1]),
+        u0,
+        method="Radau",
+        rtol=1e-8,
+        atol=1e-30,
+        jac=lambda t, u: slopes_by_complex_steps(lambda v: FORMULAS[name](t, v, p), u),
+    )
+    np.testing.assert_allclose(solution.y[:, -1], u[k + 1], rtol=1e-6)
+
+
+def slopes_by_complex_steps(f, x: np.ndarray) -> np.ndarray:
+    """``[i, ..., j]``: of ``f_i`` along each entry of ``x``; exact to rounding, at any scale."""
+    columns = []
+    for j in range(x.size):
+        moved = x.astype(complex)
+        moved.flat[j] += 1e-150j
+        columns.append(f(moved).imag / 1e-150)
+    return np.stack(columns, -1)
+
+
+@pytest.mark.parametrize("name", STIFF)
+def test_gradients_of_stiff_problems(name: str) -> None:
+    # differences would drown the small ones beside rate constants of 1e11
+    problem = PROBLEMS[name]()
+    t = torch.tensor(0.7, dtype=torch.float64)
+    u, p = torch.rand_like(problem.u0), problem.p
+    by_u, by_p = torch.func.jacrev(lambda u, p: problem.f(t, u, p), (0, 1))(u, p)
+    formula = FORMULAS[name]
+    for got, expected in (
+        (by_u, slopes_by_complex_steps(lambda v: formula(0.7, v, p.numpy()), u.numpy())),
+        (by_p, slopes_by_complex_steps(lambda v: formula(0.7, u.numpy(), v), p.numpy())),
+    ):
+        np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NONSTIFF)
 def test_gradients(name: str) -> None:
     problem = PROBLEMS[name]()
     t = torch.tensor(0.7, dtype=torch.float64)
@@ -187,6 +321,8 @@ def test_catalog_entry(name: str) -> None:
 def test_stored_reference_takes_no_parameters() -> None:
     with pytest.raises(ValueError, match="default parameters"):
         library.lorenz.reference(tspan=(0.0, 1.0))
+    with pytest.raises(ValueError, match="default parameters"):
+        library.van_der_pol.reference(mu=10.0)
 
 
 # Closed forms
@@ -273,3 +409,129 @@ PLEIADES_END = """
 def test_pleiades_published_values() -> None:
     published = np.array(PLEIADES_END.split(), dtype=float)
     np.testing.assert_allclose(library.pleiades.reference().u[-1], published, rtol=1e-13)
+
+
+# The stiff problems
+
+
+def test_which_problems_are_stiff() -> None:
+    assert set(STIFF) == {
+        *("rober", "orego", "hires", "e5", "pollu", "van_der_pol"),
+        *("brusselator_1d", "stiff_linear", "prothero_robinson"),
+    }
+
+
+@pytest.mark.parametrize("name", STIFF)
+def test_native_engine_follows(name: str) -> None:
+    problem = PROBLEMS[name](tspan=(0.0, 1e-11))
+    options: dict[str, Any] = {"adaptive": False, "dt": 1e-12, "save_everystep": False}
+    torch_end, native_end = (
+        solve(problem, Tsit5(), engine=engine, **options).u[-1] for engine in ("torch", "native")
+    )
+    torch.testing.assert_close(native_end, torch_end, rtol=1e-9, atol=1e-40)
+    random = slopes_by_complex_steps(
+        lambda v: FORMULAS[name](0.7, v, problem.p.numpy()), torch.rand_like(problem.u0).numpy()
+    )
+    assert np.array_equal(jacobian_sparsity(problem).to_dense().numpy(), random != 0)
+
+
+def test_rober_keeps_mass() -> None:
+    for reference in (library.rober.reference(), library.rober.reference(tspan=(0.0, 1e11))):
+        np.testing.assert_allclose(reference.u.sum(1), 1.0, rtol=1e-15)
+    # the two have the times 100, ..., 1e5 in common
+    short, long = library.rober.reference(), library.rober.reference(tspan=(0, 1e11))
+    np.testing.assert_allclose(short.u[7:], long.u[1:5], rtol=1e-15)
+
+
+def test_hires_keeps_the_enzyme() -> None:
+    u = library.hires.reference().u
+    np.testing.assert_allclose(u[:, 6] + u[:, 7], 0.0057, rtol=1e-15)
+
+
+def test_pollu_keeps_nitrogen_and_sulphur() -> None:
+    u = library.pollu.reference().u
+    assert drift(u[:, [0, 1, 12, 14, 18]].sum(1) + 2 * u[:, 19]) < 1e-14
+    assert drift(u[:, 16] + u[:, 17]) < 1e-14
+
+
+def test_e5_keeps_a_difference() -> None:
+    u = library.e5.reference().u
+    assert (np.abs(u[:, 1] - u[:, 2] - u[:, 3]) <= 1e-15 * u[:, 1]).all()
+
+
+# Parameters, time and values: of the Test Set for IVP Solvers, release 2.4, at its end times, and
+# of E5 in Hairer and Wanner's collection, where they are right to all digits up to 1e9
+PUBLISHED = {
+    "rober": (
+        {"tspan": (0.0, 1e11)},
+        1e11,
+        "0.2083340149701255e-7 0.8333360770334713e-13 0.9999999791665050",
+    ),
+    "orego": ({}, 360.0, "0.1000814870318523e1 0.1228178521549917e4 0.1320554942846706e3"),
+    "hires": (
+        {},
+        321.8122,
+        """0.7371312573325668e-3 0.1442485726316185e-3 0.5888729740967575e-4 0.1175651343283149e-2
+        0.2386356198831331e-2 0.6238968252742796e-2 0.2849998395185769e-2 0.2850001604814231e-2""",
+    ),
+    "pollu": (
+        {},
+        60.0,
+        """0.5646255480022769e-1 0.1342484130422339e+0 0.4139734331099427e-8 0.5523140207484359e-2
+        0.2018977262302196e-6 0.1464541863493966e-6 0.7784249118997964e-1 0.3245075353396018e+0
+        0.7494013383880406e-2 0.1622293157301561e-7 0.1135863833257075e-7 0.2230505975721359e-2
+        0.2087162882798630e-3 0.1396921016840158e-4 0.8964884856898295e-2 0.4352846369330103e-17
+        0.6899219696263405e-2 0.1007803037365946e-3 0.1772146513969984e-5 0.5682943292316392e-4""",
+    ),
+    "van_der_pol": ({}, 2000.0, "0.1706167732170469e1 -0.8928097010248125e-3"),
+    "e5": (
+        {},
+        1e9,
+        """3.1317148329356996037e-14 1.4840957952870064294e-16 1.4840957948345691466e-16
+        4.5243728279782625194e-26""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values(name: str) -> None:
+    given, time, values = PUBLISHED[name]
+    t, u = PROBLEMS[name].reference(**given)
+    np.testing.assert_allclose(
+        u[t.tolist().index(time)], np.array(values.split(), dtype=float), rtol=5e-13
+    )
+
+
+def test_van_der_pol_in_both_scales() -> None:
+    assert library.van_der_pol(mu=1e6).tspan == (0.0, 2e6)
+    assert library.van_der_pol(mu=1e6).p.tolist() == [1e6]
+    t, u = library.van_der_pol.reference(mu=1e6)
+    assert t[-1] == 2e6
+    # on the slow branches u1' is u1 / (mu (1 - u1^2)), up to 1 / mu^2 of itself
+    slow = u[1:, 0] / (1e6 * (1 - u[1:, 0] ** 2))
+    np.testing.assert_allclose(u[1:, 1], slow, rtol=1e-9)
+
+
+def test_brusselator_in_space() -> None:
+    alpha = torch.linspace(0.01, 0.03, 12, dtype=torch.float64)
+    problem = library.brusselator_1d(n=12, alpha=alpha, b=2.0)
+    assert problem.u0.shape == (24,) and problem.p.shape == (3, 12)
+    expected = np_brusselator(0.0, problem.u0.numpy(), problem.p.numpy())
+    np.testing.assert_allclose(problem.f(0.0, problem.u0, problem.p), expected, rtol=1e-12)
+    x = np.arange(1, 13) / 13
+    np.testing.assert_allclose(problem.u0[:12], 1 + np.sin(2 * np.pi * x), rtol=1e-14)
+
+
+def test_stiff_linear_any_rates() -> None:
+    rates, u0 = [0.5, 3.0, 20.0], [[1.0, 0.0, 2.0], [-0.3, 2.0, 1.0]]
+    t, u = library.stiff_linear.reference(p=rates, u0=u0, tspan=(1.0, 2.0))
+    matrix = slopes_by_complex_steps(lambda v: np_stiff_linear(0, v, rates), np.zeros(3))
+    for time, states in zip(t, u, strict=True):
+        flow = mpmath.expm(mpmath.matrix(matrix.tolist()) * (time - 1.0))
+        expected = np.array(u0) @ np.array(flow.tolist(), dtype=float).T
+        np.testing.assert_allclose(states, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_prothero_robinson_off_the_curve() -> None:
+    t, u = library.prothero_robinson.reference(p=(-2.0,), u0=(1.5,), tspan=(0.0, 3.0))
+    np.testing.assert_allclose(u[:, 0], np.cos(t) + 0.5 * np.exp(-2 * t), rtol=1e-14)

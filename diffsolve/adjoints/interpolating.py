@@ -15,7 +15,6 @@ from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
-from diffsolve.engines.native.method import method_of
 from diffsolve.engines.torch_engine import Trajectory
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
@@ -59,7 +58,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     def compile(self, native: NativeField, alg: Algorithm) -> None:
         super().compile(native, alg)
         if self.checkpoints is not None:
-            kernel("replay", method_of(alg).family, native.compiled.single)
+            kernel("replay", native.template.method.family, native.compiled.single)
 
     def __post_init__(self) -> None:
         super().__post_init__()

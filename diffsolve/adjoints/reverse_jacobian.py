@@ -53,9 +53,7 @@ class Lagrangian:
         if not self.value.requires_grad or not self.params:
             return self.flat([None] * len(self.params))
         return self.flat(
-            torch.autograd.grad(
-                self.value, self.params, bar, retain_graph=True, allow_unused=True
-            )
+            torch.autograd.grad(self.value, self.params, bar, retain_graph=True, allow_unused=True)
         )
 
     @cached_property
@@ -80,9 +78,7 @@ class Lagrangian:
         if not pairs:
             return torch.zeros_like(self.bar), self.flat([None] * len(self.params))
         slopes, tangents = zip(*pairs, strict=True)
-        found = torch.autograd.grad(
-            slopes, inputs, tangents, retain_graph=True, allow_unused=True
-        )
+        found = torch.autograd.grad(slopes, inputs, tangents, retain_graph=True, allow_unused=True)
         return (torch.zeros_like(self.bar) if found[0] is None else found[0]), self.flat(found[1:])
 
 

@@ -89,9 +89,7 @@ class StepTape:
                 state = record.repeat(field, state).state
                 if following.restart:
                     after = field.after(following.t, following.h)
-                    state = following.alg.init(
-                        field, following.t, state[0], field(after, state[0])
-                    )
+                    state = following.alg.init(field, following.t, state[0], field(after, state[0]))
                 states.append(state)
         return states
 

@@ -63,7 +63,9 @@ def explain(
             why = "f, or its Jacobian, is too large there for the precision; try float64"
         else:
             what = f"Newton's iteration of {alg} did not converge {where}, at any step size"
-            why = "f may jump there, or have a kink; list jumps in tstops, or try a Rosenbrock method"
+            why = (
+                "f may jump there, or have a kink; list jumps in tstops, or try a Rosenbrock method"
+            )
     elif trouble is Trouble.JACOBIAN:
         what = f"the Jacobian that {alg} needs holds NaN or Inf {where}"
         why = (

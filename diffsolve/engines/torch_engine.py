@@ -19,11 +19,11 @@ from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.initial_step import initial_step
 from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.jacobian_layout import MatrixTooLarge
-from diffsolve.solvers.norms import Estimates, Tolerance, measure
+from diffsolve.solvers.norms import Estimates, Tolerance, measure, relative_stiffness
 from diffsolve.solvers.switching import FACTOR, AutoSwitch, Switch
 
 _STRETCH = 1.01  # a step may grow by this much to land on a stop (Hairer's dopri5)
-_ROUNDING = 1 + 1e-8  # the same for fixed steps, which only round
+_ROUNDING = 1 + 1e-8  # the same where sizes differ by rounding alone
 _AFTER_FAILURE = 0.5  # factor of the size after a step whose equations were not solved
 
 
@@ -108,10 +108,9 @@ class Record:
         take: Any = self.alg.step  # a method that leaves solutions takes them
         options = {"solved": self.solved} if self.solved else {}
         step = take(field, self.t, self.h, state, **options)
-        if not step.converged:
-            raise RuntimeError(
-                f"the step from t = {self.t:.8g} cannot be repeated: {step.trouble.value}. {CHANGED}"
-            )
+        if step.trouble is not None:
+            why = step.trouble.value
+            raise RuntimeError(f"a step from t = {self.t:.8g} cannot be repeated: {why}. {CHANGED}")
         return step
 
 
@@ -301,6 +300,7 @@ class _Loop:
             return self._fail(ReturnCode.MAX_ITERS, self.last)
         self.attempts += 1
         self.h = h = self.direction * size
+        before = self.state[0]
         try:
             step = self.alg.step(self.rhs, t, h, self.state)
         except MatrixTooLarge:
@@ -324,7 +324,8 @@ class _Loop:
             accept, factor, memory = self.controller.propose(
                 error, self.memory, self.rejections > 0
             )
-            if not (lands and size < self.size):  # one cut short has an error of no account
+            # one cut short has an error of no account
+            if not (lands and size * _ROUNDING < self.size):
                 self.memory = memory
         if accept:
             self._accept(step, h, lands, estimates)
@@ -342,7 +343,8 @@ class _Loop:
         else:
             self.size = size * factor
         if accept and self.switch is not None:
-            self._consider_switching(estimates, h)
+            stiffness = relative_stiffness(step, before, settings.tolerance, estimates.stiffness)
+            self._consider_switching(stiffness, h)
         return None
 
     def _give_up(self, size: Any) -> None:
@@ -367,9 +369,9 @@ class _Loop:
         self._activate()
         self.size = self.size / FACTOR
 
-    def _consider_switching(self, estimates: Estimates, h: Any) -> None:
+    def _consider_switching(self, stiffness: float, h: Any) -> None:
         assert self.switch is not None
-        if self.switch.changes(_plain(estimates.stiffness), _plain(h)):
+        if self.switch.changes(stiffness, _plain(h)):
             self._activate()
             self.size = self.size * (FACTOR if self.switch.stiff else 1 / FACTOR)
 

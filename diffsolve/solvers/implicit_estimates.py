@@ -49,9 +49,7 @@ def radius_off_tape(
     return spectral_radius(lambda v: push(v, 0.0).detach(), u)
 
 
-def radius_on_tape(
-    field: VectorField, t: Any, h: Any, state: RKState, push: Push | None
-) -> Tensor:
+def radius_on_tape(field: VectorField, t: Any, h: Any, state: RKState, push: Push | None) -> Tensor:
     """The same, differentiable; ``push`` from ``push_forward`` where there is one."""
     pushed = push_forward(field, t, h, state.u, state.du) if push is None else push
     return spectral_radius(lambda v: pushed(v, 0.0), state.u)

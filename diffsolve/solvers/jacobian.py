@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from diffsolve.problems.structure import detached, under_transform
 from diffsolve.problems.vector_field import VectorField
@@ -62,6 +63,21 @@ def differentiator(field: VectorField) -> Differentiator:
     if "jacobian" not in field.scratch:
         field.scratch["jacobian"] = Differentiator(field)
     return field.scratch["jacobian"]
+
+
+class _Watch(TorchFunctionMode):
+    """Notes whether a tensor is used, be it by ``float(t)``."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.tensor, self.touched = tensor, False
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.touched |= any(x is self.tensor for x in (*args, *kwargs.values()))
+        return func(*args, **kwargs)
 
 
 class _NotDifferentiable(Exception):
@@ -194,7 +210,7 @@ class Differentiator:
         """The same in the way of ``torch.func``, whose transforms nest."""
         blocks = given
         while blocks is None:
-            _, pull = torch.func.vjp(lambda x: self.field(time, x), u)
+            pull: Any = torch.func.vjp(lambda x: self.field(time, x), u)[1]
             (rows,) = torch.vmap(pull)(self.layout.cotangents)
             blocks = self.layout.blocks(rows.detach())
             if blocks is None:
@@ -230,15 +246,17 @@ class Differentiator:
     def _unseen_slope(self, t: float, h: float, u: Tensor, y: Tensor) -> Tensor | None:
         """``df/dt`` by a difference, where autograd saw no dependence on time; None: it has none.
 
-        That is found out once, so that an ``f`` of the state alone costs one evaluation a solve.
+        That is found out once: an ``f`` that does not touch its time, and gives the same at the end
+        of the step, costs one evaluation a solve.
         """
-        if self.moves_unseen is False:
-            return None
         with torch.no_grad():
-            slope = self.time_difference(t, h, u, y)
-        if self.moves_unseen is None:
-            self.moves_unseen = bool((slope != 0).any())
-        return slope if self.moves_unseen else None
+            if self.moves_unseen is None:
+                (end,) = self.field.times(t, h, np.ones(1))
+                watch = _Watch(end)
+                with watch:
+                    later = self.field(end, u)
+                self.moves_unseen = watch.touched or not torch.equal(later, y)
+            return self.time_difference(t, h, u, y) if self.moves_unseen else None
 
     def time_difference(self, t: float, h: float, u: Tensor, y: Tensor) -> Tensor:
         """``df/dt`` by a difference to the inside of the step; ``y`` is ``f(t, u)``."""
@@ -308,22 +326,20 @@ def push_forward(
             )
         total = torch.zeros_like(u) if pushed is None else pushed
         if unseen and d:
-            plain = (float(detached(x)) for x in (t, h))
-            total = total + d * differentiator(field).time_difference(*plain, u, y)
+            start, size = (float(detached(x)) for x in (t, h))
+            total = total + d * differentiator(field).time_difference(start, size, u, y)
         return total
 
     return push
 
 
-def _nested_push(
-    field: VectorField, time: Tensor, u: Tensor, v: Tensor | None, d: float
-) -> Tensor:
+def _nested_push(field: VectorField, time: Tensor, u: Tensor, v: Tensor | None, d: float) -> Tensor:
     """The same in the way of ``torch.func``."""
 
     def pull(w: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.vjp(lambda s, x: field(s, x), time, u)[1](w)
 
-    _, push = torch.func.vjp(pull, torch.zeros_like(u))
+    push: Any = torch.func.vjp(pull, torch.zeros_like(u))[1]
     return push((torch.full_like(time, d), torch.zeros_like(u) if v is None else v))[0]
 
 

@@ -137,10 +137,8 @@ def first_layout(field: VectorField, rows: bool = True) -> Layout:
         return Dense(field)
     shape = structure.shapes[0]
     # lower precision is too coarse to tell that rows are independent
-    if rows and structure.is_tensor and len(shape) > 1 and not field.low_eps:
-        if math.prod(shape[:-1]) > 1:
-            return Rows(field)
-    return Dense(field)
+    several = structure.is_tensor and math.prod(shape[:-1]) > 1
+    return Rows(field) if rows and several and not field.low_eps else Dense(field)
 
 
 def checked_pattern(pattern: Any, n: int) -> Tensor:
@@ -174,12 +172,10 @@ def _colours(pattern: Tensor) -> Tensor:
     taken: list[Tensor] = []  # columns of each colour
     colours = []
     for row in pattern:
-        for colour, columns in enumerate(taken):
-            if not bool((columns & row).any()):
-                columns |= row
-                break
-        else:
-            colour = len(taken)
-            taken.append(row.clone())
+        free = (i for i, columns in enumerate(taken) if not bool((columns & row).any()))
+        colour = next(free, len(taken))
+        if colour == len(taken):
+            taken.append(torch.zeros_like(row))
+        taken[colour] |= row
         colours.append(colour)
     return torch.tensor(colours)

@@ -8,6 +8,7 @@ follows Hairer's code RADAU5 and OrdinaryDiffEq.jl.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Trouble
 from diffsolve.solvers.jacobian import linearise
-from diffsolve.solvers.linear import Jacobian
 from diffsolve.solvers.norms import Tolerance
 
 #: What an iteration may leave of an error, in units of the tolerance.
@@ -26,7 +26,7 @@ SLOW = 0.5
 #: Change of the step size up to which the factors are kept.
 REUSE = 0.2
 #: An increment so small, at the first iteration, that the equation was solved already.
-EXACT = 1e-12
+EXACT = 1e-5
 _SMALLEST_ETA = 2.2e-16
 
 
@@ -43,8 +43,8 @@ class Newton:
 
     def __init__(self, field: VectorField, gamma: float):
         self.field, self.gamma = field, gamma
-        self.jacobian: Jacobian | None = None
-        self.lu = None
+        self.jacobian: Any = None
+        self.lu: Any = None
         self.stale = False
         self.eta = 1.0  # of the last stage that converged: theta / (1 - theta)
         self.slowest = 0.0  # rate of convergence in this step
@@ -84,16 +84,16 @@ class Newton:
     def renew(self, t: float, h: float, u: Tensor) -> bool:
         """Evaluate and factor at this step; False: the matrix cannot be used."""
         self.slowest = 0.0
-        self.jacobian, self.lu, self.stale = linearise(self.field, t, h, u), None, False
-        self._at = (t, u)
-        if not self.jacobian.finite:
+        found = linearise(self.field, t, h, u)
+        self.lu, self.stale = None, False
+        if not found.finite:
             self.jacobian, self._at = None, None
             self.trouble = Trouble.JACOBIAN
             return False
+        self.jacobian, self._at = found, (t, u)
         return self._factor(h)
 
     def _factor(self, h: float) -> bool:
-        assert self.jacobian is not None
         self.lu = self.jacobian.factor(h, self.gamma)
         self._factored_h = h
         if self.lu is None:
@@ -105,7 +105,9 @@ class Newton:
         if self.slowest > SLOW:
             self.stale = True
 
-    def solve(self, time: Tensor, base: Tensor, h: float, k: Tensor) -> tuple[Tensor, Tensor] | None:
+    def solve(
+        self, time: Tensor, base: Tensor, h: float, k: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
         """Solve ``k = f(time, base + h gamma k)``.
 
         Parameters
@@ -120,9 +122,9 @@ class Newton:
         tuple or None
             The stage and the state where ``f`` is evaluated; None: ``trouble`` says why.
         """
-        assert self.lu is not None
         step = h * self.gamma
-        eta = max(self.eta, _SMALLEST_ETA) ** 0.8
+        # factors of another step size converge no faster than that differs
+        eta = max(max(self.eta, _SMALLEST_ETA) ** 0.8, abs(h / self._factored_h - 1))
         before = theta = 0.0
         self.eta = 1.0  # unless the iteration converges
         for m in range(1, MOST_ITERATIONS + 1):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.problems.structure import StateStructure
+from diffsolve.problems.structure import StateStructure, detached
 from diffsolve.solvers.algorithm import Step
 
 Number = float | Tensor
@@ -127,6 +127,20 @@ class Estimates:
     error: Number
     error_norm: Number
     stiffness: Number
+
+
+def relative_stiffness(step: Step, u: Tensor, tolerance: Tolerance, plain: Number) -> float:
+    """The stiffness estimate with both of its norms in units of the tolerance.
+
+    It tells whether a problem is stiff where ``plain``, the step's own estimate, does not: when the
+    fast components are the small ones, the differences of a smooth solution drown theirs.
+    """
+    if not isinstance(step.stiffness, tuple):
+        return float(detached(plain))
+    scale = tolerance.scale(torch.maximum(u.abs(), step.state[0].abs())).detach()
+    pair = torch.stack([x.detach() / scale for x in step.stiffness])
+    slopes, states = torch.linalg.vector_norm(pair, dim=1).tolist()
+    return slopes / states if states > 0 else 0.0
 
 
 def measure(step: Step, u: Tensor, tolerance: Tolerance, on_tape: bool) -> Estimates:

@@ -108,9 +108,7 @@ def _entry_of_three(kernel: Any, a: Any, b: Any, c: Any, like: Any) -> Any:
     return lambda I, R: kernel(I, R, a, b, c, like)
 
 
-def _entry_of_six(
-    kernel: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, like: Any
-) -> Any:
+def _entry_of_six(kernel: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, like: Any) -> Any:
     return lambda I, R: kernel(I, R, a, b, c, d, e, f, like)
 
 

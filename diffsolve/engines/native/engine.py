@@ -21,13 +21,13 @@ from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import Kernel, kernel
 from diffsolve.engines.native.method import Method, address, method_of, set_controller
-from diffsolve.engines.native.switching import join_dense, switch
+from diffsolve.engines.native.switching import Run, join_dense, switch
 from diffsolve.engines.torch_engine import Settings, progress_bar
 from diffsolve.solution import ReturnCode
 from diffsolve.solvers.algorithm import Algorithm, Trouble
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Estimates, Tolerance
-from diffsolve.solvers.switching import AutoSwitch
+from diffsolve.solvers.switching import LIMIT, STIFF_STEPS, AutoSwitch
 
 RETCODES = {
     L.DONE: ReturnCode.SUCCESS,
@@ -37,6 +37,7 @@ RETCODES = {
     L.NEWTON_FAILED: ReturnCode.NEWTON_FAILED,
 }
 _TROUBLES = {
+    L.NOT_FINITE: Trouble.NOT_FINITE,
     L.NOT_CONVERGED: Trouble.DIVERGED,
     L.SINGULAR: Trouble.SINGULAR,
     L.JAC_NOT_FINITE: Trouble.JACOBIAN,
@@ -238,7 +239,7 @@ class Memory:
         self.native, self.template = native, template
         self.method: Method = template.method
         self.most_rows, self.most_stages = self.method.rows, self.method.n
-        self.runs = [(0, template)]
+        self.runs = [Run(template, 0)]
         self.prepare_stiff: Callable[[], Any] = _nothing
         self.n = n
         self.dtype = _FLOAT32 if native.compiled.single else _FLOAT64
@@ -259,7 +260,8 @@ class Memory:
             self.most_rows = max(self.most_rows, stiff.rows)
             self.most_stages = max(self.most_stages, stiff.n)
             integers[L.SWITCH], integers[L.DENSE_ROWS] = L.NONSTIFF, 1 + self.most_rows
-            reals[L.STABILITY] = template.stability
+            integers[L.SWITCH_AFTER] = STIFF_STEPS
+            reals[L.STIFF_ABOVE] = LIMIT * template.stability
         self.hold(L.PARAMS, params)
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
@@ -437,7 +439,7 @@ class Memory:
     def advance(self, bar: Any = None) -> int:
         """Integrate until the end, with both of two methods; returns how it ended."""
         while True:
-            status = self.run(self.runs[-1][1].advance, bar)
+            status = self.run(self.runs[-1].template.advance, bar)
             if status != L.SWITCHED:
                 return status
             switch(self)

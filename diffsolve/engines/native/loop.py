@@ -21,8 +21,6 @@ from diffsolve.solvers.kernels.rows import field_at, interpolate, locate, marks_
 _STRETCH = 1.01  # as in the torch engine
 _ROUNDING = 1 + 1e-8
 _AFTER_NEWTON = 0.5  # factor of the step size where the stages could not be solved for
-_STIFF_ABOVE = 0.9  # of the explicit method's stability interval
-_STIFF_STEPS, _NONSTIFF_STEPS = 10, 3  # in a row, before the other method takes over
 _LEAST_MEMORY = math.log(1e-4)
 
 
@@ -238,9 +236,7 @@ def accept(I, R, h, lands, error, norm, stiffness, complete_step, like):
     else:  # counted from the last stop, so that rounding does not add up
         t_new = R[L.ANCHOR] + I[L.SINCE] * h
     keep_state(I, like)
-    first, inside, end_save, complete = save_within(
-        I, R, start, h, t_new, complete_step, like
-    )
+    first, inside, end_save, complete = save_within(I, R, start, h, t_new, complete_step, like)
     if I[L.MARKS] != 0:
         marks = marks_of(I, index)
         marks[L.MARK_RESTART] = I[L.RESTARTED]
@@ -341,7 +337,7 @@ def attempt(I, R, step, measure, complete_step, like):
     accepted, factor = error < math.inf, 1.0
     if adaptive:
         # one cut short by a stop has an error of no account
-        accepted, factor = propose(I, R, error, not (lands and size < R[L.SIZE]))
+        accepted, factor = propose(I, R, error, not (lands and size * _ROUNDING < R[L.SIZE]))
     if accepted:
         accept(I, R, h, lands, error, norm, stiffness, complete_step, like)
     else:
@@ -358,7 +354,7 @@ def attempt(I, R, step, measure, complete_step, like):
     else:
         R[L.SIZE] = size * factor
     if accepted and I[L.SWITCH] != 0:
-        return consider_switch(I, R, stiffness * size)
+        return consider_switch(I, R, size)
     return L.GO_ON
 
 
@@ -371,16 +367,15 @@ def reason_to_stop(I):
 
 
 @inlined
-def consider_switch(I, R, product):
-    """Whether the other method is to go on; ``product``: of step size and spectral radius."""
-    stiff = not product < _STIFF_ABOVE * R[L.STABILITY]
-    if stiff == (I[L.SWITCH] == L.STIFF):
-        I[L.SWITCH_COUNT] = 0
-        return L.GO_ON
-    I[L.SWITCH_COUNT] += 1
-    if I[L.SWITCH_COUNT] < (_STIFF_STEPS if stiff else _NONSTIFF_STEPS):
-        return L.GO_ON
-    return L.SWITCHED
+def consider_switch(I, R, size):
+    """Whether the other method is to go on, as ``solvers/switching.py`` decides it."""
+    product = R[L.RELATIVE_STIFFNESS] * size
+    if I[L.SWITCH] == L.STIFF:
+        asks = product < R[L.STIFF_ABOVE]
+    else:
+        asks = not product <= R[L.STIFF_ABOVE]  # NaN counts as stiff
+    I[L.SWITCH_COUNT] = I[L.SWITCH_COUNT] + 1 if asks else 0
+    return L.SWITCHED if I[L.SWITCH_COUNT] >= I[L.SWITCH_AFTER] else L.GO_ON
 
 
 @inlined

@@ -17,7 +17,13 @@ from diffsolve.engines.native.engine import Memory, message_of, template, write_
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
 from diffsolve.engines.native.method import method_of
-from diffsolve.engines.native.switching import ranges, use
+from diffsolve.engines.native.switching import (
+    as_polynomials,
+    degree_of,
+    runs_of,
+    use,
+    use_polynomials,
+)
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
@@ -75,13 +81,13 @@ def sweep(
     if integers[L.STRIDE] > 1:
         memory.hold_new(L.SEGMENT, np.empty((integers[L.STRIDE], 2, n), dtype))
     kernel_s = 0.0
-    for begin, end, run in reversed(ranges(memory)):
+    for run in reversed(runs_of(memory)):
         use(memory, run)
-        second = L.JAC_VJP if run.method.is_implicit else L.FUSED_VJP
-        integers[L.VJP], integers[second], function = run.reverse(compiled, active)
-        if run.method.is_implicit:
+        second = L.JAC_VJP if memory.method.is_implicit else L.FUSED_VJP
+        integers[L.VJP], integers[second], function = run.template.reverse(compiled, active)
+        if memory.method.is_implicit:
             memory.work_of_systems()
-        integers[L.SWEPT], integers[L.SWEEP_END] = end, begin
+        integers[L.SWEPT], integers[L.SWEEP_LAST] = run.end, run.end - 1
         started = time.perf_counter()
         memory.run(function)
         kernel_s += time.perf_counter() - started
@@ -128,22 +134,39 @@ class Path:
         end = self.end if last == len(self.starts) else float(self.starts[last])
         reals[L.PATH_END] = end
         reals[L.WINDOW_LOW], reals[L.WINDOW_HIGH] = sorted((float(starts[0]), end))
-        of_forward = self.forward.integers
+        shown = self.forward if self.whole else self.window
         integers[L.PRIMAL_N] = self.forward.n
-        integers[L.PATH_ROWS] = of_forward[L.STAGES] + of_forward[L.EXTRA]
-        integers[L.PATH_STRIDE] = of_forward[L.DENSE_ROWS]
-        integers[L.PATH_DEGREE], integers[L.PATH_POLY] = of_forward[L.DEGREE], of_forward[L.POLY]
+        integers[L.PATH_ROWS] = shown.integers[L.STAGES] + shown.integers[L.EXTRA]
+        integers[L.PATH_STRIDE] = shown.integers[L.DENSE_ROWS]
+        integers[L.PATH_DEGREE] = shown.integers[L.DEGREE]
+        integers[L.PATH_POLY] = shown.integers[L.POLY]
 
     def _remade(self, first: int, last: int) -> Tensor:
-        memory = self.forward.copy()
+        """Dense records of some steps, repeated from the states that were kept."""
+        memory = self.window = self.forward.copy()
         memory.work()
         memory.hold(L.STATES, self.kept)
-        rows = memory.method.rows + 1
-        dense = torch.from_numpy(np.empty((last - first, rows, memory.n), memory.dtype))
-        memory.hold(L.DENSE, dense)
-        memory.integers[L.SWEPT], memory.integers[L.CHUNK] = first, last - first
-        memory.run(kernel("replay", memory.method.family, memory.native.compiled.single))
-        return dense
+        runs = [run for run in runs_of(memory) if run.begin < last and run.end > first]
+        parts = []
+        for run in runs:
+            use(memory, run)
+            if memory.method.is_implicit:
+                memory.work_of_systems()
+            begin, end = max(first, run.begin), min(last, run.end)
+            rows = 1 + memory.method.rows
+            dense = np.empty((end - begin, rows, memory.n), memory.dtype)
+            memory.hold_new(L.DENSE, dense)
+            integers = memory.integers
+            integers[L.DENSE_ROWS] = rows
+            integers[L.SWEPT], integers[L.CHUNK] = begin, end - begin
+            memory.run(kernel("replay", memory.method.family, memory.native.compiled.single))
+            parts.append(dense)
+        if len(memory.runs) > 1:
+            degree = degree_of(memory)
+            pairs = zip(parts, runs, strict=True)
+            parts = [as_polynomials(part, run, degree) for part, run in pairs]
+            use_polynomials(memory, degree)
+        return torch.from_numpy(np.concatenate(parts))
 
 
 @dataclass

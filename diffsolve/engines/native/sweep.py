@@ -35,10 +35,28 @@ def load_state(I, R, index, step, like):
         if rows > 2:
             copy((rows - 1) * n, place + n * size, stage(I, 0, like), like)
         return
-    begin = index // stride * stride
-    if index == I[L.ACCEPTED] - 1 or index == begin + stride - 1:
+    begin = segment_begin(I, index)
+    if index == I[L.SWEEP_LAST] or (index + 1) % stride == 0:
         remake_segment(I, R, begin, index, step, like)
     place = I[L.SEGMENT] + 2 * (index - begin) * n * size
+    copy(n, place, row(I, L.W_U, like), like)
+    copy(n, place + n * size, row(I, L.W_DU, like), like)
+
+
+@inlined
+def segment_begin(I, index):
+    """The last step before, or at, this one whose state was kept or taken over."""
+    begin = index // I[L.STRIDE] * I[L.STRIDE]
+    return I[L.RUN_BEGIN] if begin < I[L.RUN_BEGIN] else begin
+
+
+@inlined
+def take_up(I, begin, like):
+    """``W_U, W_DU`` from what was kept at such a step."""
+    n, size = I[L.N], size_of(like)
+    place = I[L.STATES] + 2 * (begin // I[L.STRIDE]) * n * size
+    if begin % I[L.STRIDE] != 0:
+        place = I[L.RUN_STATE]
     copy(n, place, row(I, L.W_U, like), like)
     copy(n, place + n * size, row(I, L.W_DU, like), like)
 
@@ -49,9 +67,7 @@ def remake_segment(I, R, begin, last, step, like):
     n, size = I[L.N], size_of(like)
     starts, sizes = reals(I[L.STEP_T]), reals(I[L.STEP_H])
     u, du = row(I, L.W_U, like), row(I, L.W_DU, like)
-    kept = I[L.STATES] + 2 * (begin // I[L.STRIDE]) * n * size
-    copy(n, kept, u, like)
-    copy(n, kept + n * size, du, like)
+    take_up(I, begin, like)
     for i in range(begin, last + 1):
         place = I[L.SEGMENT] + 2 * (i - begin) * n * size
         copy(n, u, place, like)
@@ -125,14 +141,12 @@ def sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse
 def sweep(I, R, step, results, estimates, reverse, complete, reverse_complete, like):
     """Go back through the recorded steps; return to Python after ``CHUNK`` of them."""
     for _ in range(I[L.CHUNK]):
-        if I[L.SWEPT] == I[L.SWEEP_END]:
+        if I[L.SWEPT] == I[L.RUN_BEGIN]:
             return L.DONE
         I[L.SWEPT] -= 1
         index = I[L.SWEPT]
-        sweep_step(
-            I, R, index, step, results, estimates, reverse, complete, reverse_complete, like
-        )
-    return L.DONE if I[L.SWEPT] == I[L.SWEEP_END] else L.GO_ON
+        sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse_complete, like)
+    return L.DONE if I[L.SWEPT] == I[L.RUN_BEGIN] else L.GO_ON
 
 
 @inlined
@@ -145,9 +159,7 @@ def replay(I, R, step, complete, like):
     rows = I[L.STAGES] + I[L.EXTRA]
     starts, sizes = reals(I[L.STEP_T]), reals(I[L.STEP_H])
     u, du = row(I, L.W_U, like), row(I, L.W_DU, like)
-    kept = I[L.STATES] + 2 * (first // I[L.STRIDE]) * n * size
-    copy(n, kept, u, like)
-    copy(n, kept + n * size, du, like)
+    take_up(I, first, like)
     for i in range(first, first + I[L.CHUNK]):
         if i > first and marks_of(I, i)[L.MARK_RESTART] != 0:
             t = starts[i]

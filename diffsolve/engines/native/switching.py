@@ -7,6 +7,7 @@ template was at work.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.method import address
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.switching import FACTOR, NONSTIFF_STEPS, STIFF_STEPS
 
 if TYPE_CHECKING:
     from diffsolve.engines.native.engine import Memory, Template
@@ -21,14 +23,37 @@ if TYPE_CHECKING:
 #: Slots that belong to the method at work.
 _METHOD = slice(L.STAGES, L.SMOOTHED + 1)
 _CONTROLLER = slice(L.SAFETY, L.BETA_PLAIN + 1)
-_GROWTH = 2.0  # of the step size for the stiff method
 
 
-def use(memory: Memory, template: Template) -> None:
-    """Let the method of a template be the one at work."""
-    memory.method = template.method
-    memory.integers[_METHOD] = template.integers[_METHOD]
-    memory.integers[L.FUSED] = 0 if template.method.is_implicit else memory.fused
+@dataclass
+class Run:
+    """Consecutive steps of one method.
+
+    Attributes
+    ----------
+    template
+        Of the method.
+    begin, end
+        Its first step, and the one behind its last.
+    state
+        ``(2, N)``, the state and derivative that it took over; None: those of the start.
+    """
+
+    template: Template
+    begin: int
+    end: int = 0
+    state: np.ndarray | None = None
+
+
+def use(memory: Memory, run: Run) -> None:
+    """Let the method of a run be the one at work."""
+    method, integers = run.template.method, memory.integers
+    memory.method = method
+    integers[_METHOD] = run.template.integers[_METHOD]
+    integers[L.FUSED] = 0 if method.is_implicit else memory.fused
+    integers[L.RUN_BEGIN] = run.begin
+    if run.state is not None:
+        memory.hold_new(L.RUN_STATE, run.state)
 
 
 def switch(memory: Memory) -> None:
@@ -43,45 +68,59 @@ def switch(memory: Memory) -> None:
     except Declined:
         integers[L.SWITCH] = 0
         return
-    use(memory, found)
+    n = memory.n
+    run = Run(found, integers[L.ACCEPTED], state=memory.held[L.WORK][: 2 * n].copy())
+    memory.runs.append(run)
+    use(memory, run)
     if to_stiff:
         memory.work_of_systems()
-    integers[L.CONTROLLER] = found.integers[L.CONTROLLER]
-    integers[L.JVP] = found.integers[L.JVP]
+    integers[L.CONTROLLER], integers[L.JVP] = found.integers[L.CONTROLLER], found.integers[L.JVP]
     reals[_CONTROLLER] = found.reals[_CONTROLLER]
     integers[L.HAS_MEMORY] = integers[L.SWITCH_COUNT] = 0
     integers[L.SWITCH] = L.STIFF if to_stiff else L.NONSTIFF
-    reals[L.SIZE] *= _GROWTH if to_stiff else 1 / _GROWTH
-    memory.runs.append((integers[L.ACCEPTED], found))
+    integers[L.SWITCH_AFTER] = NONSTIFF_STEPS if to_stiff else STIFF_STEPS
+    reals[L.SIZE] *= FACTOR if to_stiff else 1 / FACTOR
 
 
-def ranges(memory: Memory) -> list[tuple[int, int, Template]]:
-    """First step, the one behind the last, and the template, for each run of one method."""
-    starts = [start for start, _ in memory.runs]
-    ends = [*starts[1:], memory.integers[L.ACCEPTED]]
-    return [
-        (start, end, template)
-        for (start, template), end in zip(memory.runs, ends, strict=True)
-        if end > start
-    ]
+def runs_of(memory: Memory) -> list[Run]:
+    """The runs that took steps, in order, with their ends."""
+    runs = memory.runs
+    ends = [*(run.begin for run in runs[1:]), memory.integers[L.ACCEPTED]]
+    for run, end in zip(runs, ends, strict=True):
+        run.end = end
+    return [run for run in runs if run.end > run.begin]
 
 
-def join_dense(memory: Memory) -> None:
-    """Records of the stages of both methods as polynomials of one form, which any kernel reads."""
-    dense, runs = memory.held[L.DENSE], ranges(memory)
-    degree = max((run.method.degree for *_, run in runs), default=1)
-    count = memory.integers[L.ACCEPTED]
-    joined = np.zeros((max(count, 1), 1 + degree, memory.n), dense.dtype)
-    for begin, end, run in runs:
-        method, part = run.method, dense[begin:end]
-        weights = method.stages.interpolant.polynomial
-        stages = part[:, 1 : 1 + method.rows]
-        joined[begin:end, 0] = part[:, 0]
-        joined[begin:end, 1 : 1 + method.degree] = np.einsum("jd,sjn->sdn", weights, stages)
-    memory.hold_new(L.DENSE, joined)
-    memory.hold_new(L.COMPLETE, np.ones(max(count, 1), np.int64))
+def degree_of(memory: Memory) -> int:
+    """Of polynomials that hold the continuous extensions of all methods of a solve."""
+    return max((run.template.method.degree for run in runs_of(memory)), default=1)
+
+
+def as_polynomials(dense: np.ndarray, run: Run, degree: int) -> np.ndarray:
+    """Records of states and stages of one method as coefficients ``(steps, 1 + degree, N)``."""
+    method = run.template.method
+    found = np.zeros((len(dense), 1 + degree, dense.shape[2]), dense.dtype)
+    weights = method.stages.interpolant.polynomial
+    found[:, 0] = dense[:, 0]
+    stages = dense[:, 1 : 1 + method.rows]
+    found[:, 1 : 1 + method.degree] = np.einsum("jd,sjn->sdn", weights, stages)
+    return found
+
+
+def use_polynomials(memory: Memory, degree: int) -> None:
+    """Let kernels read dense records of this degree that hold coefficients, not stages."""
     memory.identity = np.eye(degree)
     integers = memory.integers
     integers[L.STAGES] = integers[L.DEGREE] = degree
     integers[L.EXTRA], integers[L.DENSE_ROWS] = 0, 1 + degree
     integers[L.POLY] = address(memory.identity)
+
+
+def join_dense(memory: Memory) -> None:
+    """Records of the stages of both methods as polynomials of one form, which any kernel reads."""
+    dense, degree = memory.held[L.DENSE], degree_of(memory)
+    parts = [as_polynomials(dense[run.begin : run.end], run, degree) for run in runs_of(memory)]
+    joined = np.concatenate(parts)
+    memory.hold_new(L.DENSE, joined)
+    memory.hold_new(L.COMPLETE, np.ones(len(joined), np.int64))
+    use_polynomials(memory, degree)

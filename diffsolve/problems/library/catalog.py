@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache, update_wrapper
 from importlib.resources import files
-from typing import Any, Generic, NamedTuple, ParamSpec
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeGuard
 
 import numpy as np
 import torch
@@ -112,11 +112,21 @@ class LibraryProblem(Generic[P]):
             problem = self._make(*args, **kwargs)
             t = np.linspace(float(problem.tspan[0]), float(problem.tspan[1]), 11)
             return Reference(t, self._solution(t, problem))
-        for key, entry in _stored().items():
-            given = {k: np.asarray(v).tolist() for k, v in kwargs.items()}
-            if key.partition("(")[0] == self.name and not args and entry.get("given", {}) == given:
-                return Reference(np.array(entry["t"]), np.array(entry["u"]))
-        raise ValueError(f"{self.name} has no reference but at its default parameters")
+        given = {
+            k: tensor(v, torch.float64, None).tolist() for k, v in kwargs.items() if _is_data(v)
+        }
+        if not args and len(given) == len(kwargs):
+            for key, entry in _stored().items():
+                if key.partition("(")[0] == self.name and entry.get("given", {}) == given:
+                    return Reference(np.array(entry["t"]), np.array(entry["u"]))
+        raise ValueError(
+            f"{self.name} has no stored reference for these parameters; "
+            "leave them out for that of its default parameters"
+        )
+
+
+def _is_data(value: object) -> TypeGuard[Values]:
+    return isinstance(value, int | float | tuple | list | np.ndarray | Tensor)
 
 
 def library_problem(

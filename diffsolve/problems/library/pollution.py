@@ -26,7 +26,7 @@ _RATES = (
 
 
 @library_problem(
-    "Verwer (1994), SIAM J. Sci. Comput. 15, 1243-1250; IVP Test Set, POLLU", stiff=True
+    "Verwer (1994), SIAM J. Sci. Comput. 15, 1243-1259; IVP Test Set, POLLU", stiff=True
 )
 def pollu(
     *,
@@ -72,7 +72,7 @@ def pollu(
     References
     ----------
     Verwer, J. G. (1994). Gauss-Seidel iteration for stiff ODEs from chemical kinetics. SIAM J.
-    Sci. Comput. 15, 1243-1250.
+    Sci. Comput. 15, 1243-1259.
     Mazzia, F. and Magherini, C. (2008). Test Set for Initial Value Problem Solvers, release 2.4.
     """
 

@@ -20,7 +20,14 @@ from diffsolve.solvers.kernels.memory import (
     reals,
     view,
 )
-from diffsolve.solvers.kernels.norms import add_scaled, copy, distance, larger, scaled_norm
+from diffsolve.solvers.kernels.norms import (
+    add_scaled,
+    copy,
+    distance,
+    larger,
+    scaled_norm,
+    tolerance_scale,
+)
 from diffsolve.solvers.kernels.rows import (
     bar_row,
     combine,
@@ -107,7 +114,24 @@ def measure(I, R, t, h, like):
     if not error + norm + stiffness < math.inf:
         error, norm, stiffness = careful_measure(I, like)
     R[L.LAST_ERROR], R[L.LAST_STIFFNESS] = error, stiffness
+    if I[L.SWITCH] != 0:
+        R[L.RELATIVE_STIFFNESS] = relative_stiffness(I, like)
     return error, norm, stiffness
+
+
+@inlined
+def relative_stiffness(I, like):
+    """The stiffness with both of its norms in units of the tolerance."""
+    u, new = view(row(I, L.W_U, like), like), view(row(I, L.W_NEW, like), like)
+    last = view(stage(I, I[L.STAGES] - 1, like), like)
+    same, g = view(stage(I, I[L.STIFF_STAGE], like), like), view(row(I, L.W_STIFF, like), like)
+    above, below = 0.0, 0.0
+    for m in range(I[L.N]):
+        scale = tolerance_scale(I, m, larger(u[m], new[m]))
+        dk, dg = (float(last[m]) - float(same[m])) / scale, (float(new[m]) - float(g[m])) / scale
+        above += dk * dk
+        below += dg * dg
+    return math.sqrt(above / below) if below > 0 else 0.0
 
 
 @inlined

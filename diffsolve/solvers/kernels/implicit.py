@@ -109,6 +109,7 @@ def measure(I, R, t, h, like):
         if not stiffness < math.inf:
             error = math.nan
     R[L.LAST_ERROR], R[L.LAST_STIFFNESS] = error, stiffness
+    R[L.RELATIVE_STIFFNESS] = stiffness
     return error, norm, stiffness
 
 

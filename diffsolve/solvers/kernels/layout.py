@@ -130,7 +130,7 @@ PATH_ROWS = _integer("PATH_ROWS")  # stages and extra stages
 PATH_STRIDE = _integer("PATH_STRIDE")  # rows of a record
 PATH_DEGREE = _integer("PATH_DEGREE")
 PATH_POLY = _integer("PATH_POLY")
-PATH_OUT = _integer("PATH_OUT")  # where f reads the primal state and its slope: behind the parameters
+PATH_OUT = _integer("PATH_OUT")  # behind the parameters: the primal state and its slope
 
 # -- the loop ------------------------------------------------------------------------------------
 START = _integer("START")  # the state to begin with
@@ -156,11 +156,14 @@ ERROR_NORM_BARS = _integer("ERROR_NORM_BARS")
 STIFFNESS_BARS = _integer("STIFFNESS_BARS")
 SEGMENT = _integer("SEGMENT")  # states made again between two that were kept
 SWEPT = _integer("SWEPT")  # steps that are still to be swept
-SWEEP_END = _integer("SWEEP_END")  # the sweep goes back to this step
+SWEEP_LAST = _integer("SWEEP_LAST")  # the sweep goes from this step back to RUN_BEGIN
 
 # -- switching between two methods ---------------------------------------------------------------
 SWITCH = _integer("SWITCH")  # 0: no; NONSTIFF or STIFF: which of them is at work
 SWITCH_COUNT = _integer("SWITCH_COUNT")  # steps in a row that ask for the other
+SWITCH_AFTER = _integer("SWITCH_AFTER")  # so many hand over to it
+RUN_BEGIN = _integer("RUN_BEGIN")  # first step of the method at work, in a reverse pass
+RUN_STATE = _integer("RUN_STATE")  # (2, N): the state that it took over
 DENSE_ROWS = _integer("DENSE_ROWS")  # rows of a record of DENSE
 
 # -- the times at which a solution is read -------------------------------------------------------
@@ -198,7 +201,8 @@ WINDOW_HIGH = _real("WINDOW_HIGH")
 PATH_END = _real("PATH_END")
 FACTORED_H = _real("FACTORED_H")  # step size in MATRIX
 NEWTON_ETA = _real("NEWTON_ETA")  # of the last stage that converged
-STABILITY = _real("STABILITY")  # length of the explicit method's stability interval
+STIFF_ABOVE = _real("STIFF_ABOVE")  # step size times stiffness that asks for the stiff method
+RELATIVE_STIFFNESS = _real("RELATIVE_STIFFNESS")  # the estimate that is judged by
 
 N_INTEGERS = len(_integers)
 N_REALS = len(_reals)

@@ -1,8 +1,8 @@
 """The Jacobian in a compiled step, and linear systems with ``M = I / gamma - h J``.
 
-Entries of the Jacobian lie in ``JAC_VALUES``, those of the time derivative behind them. Columns from
-``HEAD`` on are zero by structure (components that are integrals of the others), so only the leading
-block is factored. The arithmetic of the factors is float64 whatever the state's type.
+Entries of the Jacobian lie in ``JAC_VALUES``, those of the time derivative behind them. Columns
+from ``HEAD`` on are zero by structure (components that are integrals of the others), so only the
+leading block is factored. The arithmetic of the factors is float64 whatever the state's type.
 """
 
 from __future__ import annotations

@@ -103,6 +103,8 @@ class Rosenbrock32(_Named):
 class ROS3P(_Named):
     """Lang and Verwer's A-stable method of order 3, without order reduction for parabolic problems.
 
+    Its error estimate is zero for linear systems with constant coefficients.
+
     References
     ----------
     Lang, Verwer, BIT 41 (2001) 731.

@@ -17,9 +17,7 @@ from diffsolve.solvers.rosenbrock.tableau import RosenbrockStages
 from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
 
 
-def take_step(
-    field: VectorField, stages: RosenbrockStages, t: Any, h: Any, state: RKState
-) -> Step:
+def take_step(field: VectorField, stages: RosenbrockStages, t: Any, h: Any, state: RKState) -> Step:
     """Attempt a step; on the tape when autograd records."""
     if torch.is_grad_enabled():
         return _recorded_step(field, stages, t, h, state)

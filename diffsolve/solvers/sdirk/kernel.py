@@ -37,7 +37,7 @@ _KAPPA = 0.01  # of the tolerance: what Newton may leave
 _MOST_ITERATIONS = 10
 _SLOW = 0.5  # rate of convergence that asks for a new Jacobian
 _REUSE = 0.2  # change of the step size up to which the matrix is kept
-_EXACT = 1e-12
+_EXACT = 1e-5  # a first correction that says that there is nothing to correct
 
 
 @inlined
@@ -51,7 +51,10 @@ def newton(I, R, t, h, i, base, like):
     scale = cast(1.0 / reals(I[L.GAMMA])[0], like)
     eta = R[L.NEWTON_ETA]
     eta = (eta if eta > 2.2e-16 else 2.2e-16) ** 0.8
+    other = abs(h / R[L.FACTORED_H] - 1.0)  # no faster than the step size in the factors differs
+    eta = other if other > eta else eta
     before, theta, slowest = 0.0, 0.0, 0.0
+    I[L.FAILURE] = L.NOT_CONVERGED  # unless it converges
     for m in range(1, _MOST_ITERATIONS + 1):
         copy(n, base, g, like)
         add_scaled(n, step, k, g, like)
@@ -64,6 +67,7 @@ def newton(I, R, t, h, i, base, like):
         I[L.NNEWTON] += 1
         size = abs(step) * scaled_norm(I, delta, u, u, like)
         if not size < math.inf:
+            I[L.FAILURE] = L.NOT_FINITE
             return False, 1.0
         if m > 1:
             rate = size / before if before > 0.0 else 0.0
@@ -76,7 +80,7 @@ def newton(I, R, t, h, i, base, like):
             if left > _KAPPA:
                 return False, 1.0
         if eta * size < _KAPPA or (m == 1 and size <= _EXACT):
-            R[L.NEWTON_ETA] = eta
+            R[L.NEWTON_ETA], I[L.FAILURE] = eta, 0
             copy(n, base, g, like)
             add_scaled(n, step, k, g, like)
             return True, slowest
@@ -118,18 +122,18 @@ def take_step(I, R, t, h, like):
     n, smoothed = I[L.N], I[L.SMOOTHED] != 0
     u = row(I, L.W_U, like)
     copy(n, row(I, L.W_DU, like), stage(I, 0, like), like)
-    if I[L.HAS_JAC] == 0 or smoothed or I[L.STALE] != 0:
-        if not jacobian_of_step(I, R, t, h, u, like):
-            return False
+    renew = I[L.HAS_JAC] == 0 or smoothed or I[L.STALE] != 0
+    if renew and not jacobian_of_step(I, R, t, h, u, like):
+        return False
     while True:
         kept = I[L.FACTORED] != 0 and abs(h / R[L.FACTORED_H] - 1.0) <= _REUSE
-        if not kept or (smoothed and R[L.FACTORED_H] != h):
-            if not factor(I, R, h, like):
-                return False
+        if smoothed and R[L.FACTORED_H] != h:
+            kept = False
+        if not kept and not factor(I, R, h, like):
+            return False
         if solve_stages(I, R, t, h, like):
             break
         if I[L.FRESH] != 0:
-            I[L.FAILURE] = L.NOT_CONVERGED
             return False
         if not jacobian_of_step(I, R, t, h, u, like):
             return False

@@ -1,0 +1,311 @@
+"""Implicit methods on the native engine do what they do on the torch engine.
+
+Both take the same decisions: the same steps, Jacobians, factorisations and Newton iterations. What
+Newton leaves differs by rounding alone, as the iterations are the same.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gradients import DOUBLE, assert_near, label, leaf
+from native_runs import both, off, piecewise, switching, tree_problem
+
+from diffsolve import (
+    ROS3P,
+    SDIRK2,
+    TRBDF2,
+    AutoTsit5,
+    AutoVern7,
+    DiscreteAdjoint,
+    ImplicitEuler,
+    ImplicitMidpoint,
+    InterpolatingAdjoint,
+    KenCarp3,
+    KenCarp4,
+    KenCarp5,
+    Kvaerno3,
+    Kvaerno4,
+    Kvaerno5,
+    ODEProblem,
+    Rodas3,
+    Rodas4,
+    Rodas4P,
+    Rodas5,
+    Rodas5P,
+    Rosenbrock23,
+    Rosenbrock32,
+    Trapezoid,
+    solve,
+)
+from diffsolve.problems import library
+
+ROSENBROCK = [
+    *(Rosenbrock23(), Rosenbrock32(), ROS3P(), Rodas3()),
+    *(Rodas4(), Rodas4P(), Rodas5(), Rodas5P()),
+]
+NEWTON = [
+    *(ImplicitEuler(), Trapezoid(), SDIRK2(), TRBDF2()),
+    *(Kvaerno3(), Kvaerno4(), Kvaerno5(), KenCarp3(), KenCarp4(), KenCarp5()),
+]
+ADAPTIVE = [*ROSENBROCK, *NEWTON]
+METHODS = [*ADAPTIVE, ImplicitMidpoint()]
+COUNTS = ("naccept", "nreject", "nf", "njac", "nlu", "nsolve", "nnewton")
+each_method = pytest.mark.parametrize("alg", METHODS, ids=label)
+
+
+def assert_same_work(got, reference):
+    for name in COUNTS:
+        assert getattr(got.stats, name) == getattr(reference.stats, name), name
+    assert got.retcode is reference.retcode
+    assert got.t.shape == reference.t.shape
+
+
+def forced(t, u, p):
+    """Stiff, not linear, and driven: every term of a Rosenbrock method takes part."""
+    x, y, z = u.unbind(-1)
+    fast = p[0] * (torch.cos(p[1] * t) - x)
+    return torch.stack([fast + y * z, x - p[2] * y * y, torch.sin(t) * x - p[3] * z], -1)
+
+
+def forced_problem(span=(0.0, 1.0), requires_grad=False, dtype=DOUBLE):
+    u0 = torch.tensor([1.0, 0.5, -0.3], dtype=dtype, requires_grad=requires_grad)
+    p = torch.tensor([60.0, 2.0, 1.5, 0.7], dtype=dtype, requires_grad=requires_grad)
+    return ODEProblem(forced, u0, span, p)
+
+
+@each_method
+def test_fixed_steps(alg):
+    options = {"adaptive": False, "dt": 0.03, "rtol": 1e-6, "atol": 1e-6, "dense": True}
+    reference, got = both(forced_problem(), alg, **options)
+    assert_same_work(got, reference)
+    assert off(got.u, reference.u) <= 1e-11
+    for name in ("error", "error_norm", "stiffness"):
+        assert off(getattr(got.steps, name), getattr(reference.steps, name)) <= 1e-7
+    assert (got.steps.stiffness > 20).all()
+    times = torch.linspace(0, 1, 43, dtype=DOUBLE)
+    for derivative in range(3):
+        assert off(got(times, derivative), reference(times, derivative)) <= 1e-8
+
+
+SPANS = {"rober": (0.0, 10.0), "hires": (0.0, 5.0), "orego": (0.0, 2.0), "pollu": (0.0, 0.3)}
+CASES = [
+    *((alg, "rober") for alg in ADAPTIVE),
+    *((alg, name) for alg in (Rodas5P(), KenCarp4()) for name in ("hires", "orego", "pollu")),
+]
+
+
+@pytest.mark.parametrize(("alg", "name"), CASES, ids=str)
+def test_adaptive_steps(alg, name):
+    prob = getattr(library, name)(tspan=SPANS[name])
+    tol = 1e-2 if alg.order == 1 else 1e-3 if alg.order == 2 else 1e-4
+    times = torch.linspace(*prob.tspan, 7, dtype=DOUBLE)
+    options = {"rtol": tol, "atol": 1e-3 * tol, "saveat": times}
+    reference, got = both(prob, alg, **options)
+    assert_same_work(got, reference)
+    # each step, in its own size: the first ones are a millionth of the last
+    assert float(((got.steps.t - reference.steps.t) / reference.steps.h).abs().max()) <= 1e-3
+    assert off(got.u, reference.u) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["prothero_robinson", "stiff_linear"])
+@pytest.mark.parametrize("alg", [Rodas5P(), Kvaerno5()], ids=label)
+def test_where_rounding_is_magnified(alg, name):
+    """Rates of 1e6 make of rounding what the error estimates see: the steps are only alike."""
+    prob = getattr(library, name)()
+    reference, got = both(prob, alg, rtol=1e-4, atol=1e-6, saveat=[float(prob.tspan[1])])
+    assert got.stats.naccept == pytest.approx(reference.stats.naccept, rel=0.05, abs=2)
+    assert off(got.u, reference.u) <= 1e-3
+
+
+def test_van_der_pol_through_its_jumps():
+    prob = library.van_der_pol(mu=20.0, tspan=(0.0, 40.0))
+    for alg in (Rodas5P(), Kvaerno5()):
+        reference, got = both(prob, alg, rtol=1e-4, atol=1e-6)
+        assert_same_work(got, reference)
+        assert off(got.u[-1], reference.u[-1]) <= 1e-6
+    # at its limit of stability the explicit method magnifies rounding, and the steps part
+    reference, got = both(prob, AutoTsit5(), rtol=1e-4, atol=1e-6)
+    assert got.stats.naccept == pytest.approx(reference.stats.naccept, rel=0.05)
+    assert 0 < got.stats.njac < got.stats.naccept
+    assert off(got.u[-1], reference.u[-1]) <= 1e-3
+
+
+@pytest.mark.parametrize("alg", [Rodas4(), KenCarp4()], ids=label)
+def test_backward_in_time(alg):
+    prob = forced_problem((0.2, 0.0))
+    reference, got = both(prob, alg, rtol=1e-5, atol=1e-5, saveat=0.05)
+    assert_same_work(got, reference)
+    assert got.steps.h.max() < 0
+    assert off(got.u, reference.u) <= 1e-9
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.2), (1.2, 0.0)], ids=["forward", "backward"])
+# f is linear: where the factors are exact, Newton's rate is rounding, and with methods that keep
+# them it decides whether one iteration is enough
+@pytest.mark.parametrize("alg", [Rodas5P(), Rosenbrock23(), TRBDF2()], ids=label)
+def test_jumps_at_tstops(alg, span):
+    prob = ODEProblem(switching, leaf([1.0, 2.0]), span, leaf([-1.0, 0.7]))
+    saveat = sorted([0.1, 0.5, 0.6, 1.2], reverse=span[1] < span[0])
+    options = {"rtol": 1e-6, "atol": 1e-6, "tstops": [0.5, 0.8, 7.0], "saveat": saveat}
+    reference, got = both(prob, alg, **options)
+    assert_same_work(got, reference)
+    assert off(got.u, reference.u) <= 1e-9
+    assert off(got.u, piecewise(prob.u0.detach(), prob.p.detach(), span, saveat)) <= 1e-4
+
+
+@pytest.mark.parametrize("alg", [Rodas5P(), KenCarp4(), AutoTsit5()], ids=label)
+def test_single_precision(alg):
+    prob = forced_problem(dtype=torch.float32)
+    reference, got = both(prob, alg, rtol=1e-3, atol=1e-4, saveat=0.25)
+    assert got.u.dtype == torch.float32
+    assert got.stats.naccept == pytest.approx(reference.stats.naccept, abs=2)
+    assert off(got.u, reference.u) <= 1e-3
+    exact = solve(forced_problem(), Rodas5P(), rtol=1e-10, atol=1e-10, saveat=0.25)
+    assert off(got.u, exact.u) <= 5e-3
+
+
+def test_states_of_any_structure():
+    prob, _ = tree_problem()
+    for alg in (Rodas5P(), Kvaerno5()):
+        reference, got = both(prob, alg, rtol=1e-6, atol=1e-8)
+        assert_same_work(got, reference)
+        assert off(got.u["x"], reference.u["x"]) <= 1e-8
+        assert off(got.u["yz"][1], reference.u["yz"][1]) <= 1e-8
+
+
+def test_components_that_nothing_depends_on():
+    """Integrals of the others: their columns are zero, and no matrix holds them."""
+
+    def f(t, u, p):
+        x, _, y = u.unbind(-1)
+        return torch.stack([-p[0] * (x - torch.cos(t)), p[1] * x - y, p[0] * x * x], -1)
+
+    def columns_first(t, u, p):
+        x, _ = u.unbind(-1)
+        return torch.stack([-p[0] * (x - torch.cos(t)), p[1] * x * x], -1)
+
+    for function, u0 in ((f, [1.0, 0.0, 0.2]), (columns_first, [1.0, 0.0])):
+        for alg in (Rodas5P(), TRBDF2(), KenCarp4()):
+            grads = []
+            for engine in ("torch", "native"):
+                u, p = leaf(u0), leaf([50.0, 2.0])
+                prob = ODEProblem(function, u, (0.0, 1.0), p)
+                sol = solve(prob, alg, rtol=1e-7, atol=1e-9, engine=engine)
+                (sol.u[-1].square().sum() + sol.steps.stiffness.sum()).backward()
+                grads.append(torch.cat([sol.u[-1].detach(), u.grad, p.grad]))
+            assert off(grads[1], grads[0]) <= 1e-7
+
+
+def test_a_zero_jacobian():
+    def f(t, u):
+        return torch.cos(t) + 0 * u
+
+    for alg in (Rodas4(), Kvaerno3(), ImplicitEuler()):
+        prob = ODEProblem(f, torch.zeros(2, dtype=DOUBLE), (0.0, 1.0))
+        reference, got = both(prob, alg, rtol=1e-4, atol=1e-6)
+        assert got.stats.naccept == pytest.approx(reference.stats.naccept, abs=2)
+        assert off(got.u[-1], torch.sin(torch.ones(2, dtype=DOUBLE))) <= 3e-3
+        assert not got.steps.stiffness.any()
+
+
+# -- gradients -----------------------------------------------------------------------------------
+
+
+def weigh(sol, name):
+    if name == "u":
+        weights = torch.linspace(-1, 2, sol.u.numel(), dtype=sol.u.dtype).reshape(sol.u.shape)
+        return (weights * sol.u.square()).sum()
+    return getattr(sol.steps, name).square().sum()
+
+
+@pytest.mark.parametrize("name", ["u", "error", "error_norm", "stiffness"])
+@each_method
+def test_gradients(alg, name):
+    if name.startswith("error") and not alg.adaptive:
+        pytest.skip("there is no estimate")
+    grads = []
+    for engine in ("torch", "native"):
+        prob = forced_problem(requires_grad=True)
+        options = {"adaptive": False, "dt": 0.07, "saveat": 0.05, "engine": engine}
+        # Newton's tolerance goes by these; what it leaves is in the estimates
+        sol = solve(prob, alg, sensealg=DiscreteAdjoint(), rtol=1e-11, atol=1e-12, **options)
+        loss = weigh(sol, name)
+        grads.append(torch.cat(torch.autograd.grad(loss, [prob.u0, prob.p])))
+    assert_near(grads[1], grads[0], 1e-6)
+
+
+@pytest.mark.parametrize("alg", [AutoTsit5(), AutoVern7(KenCarp4()), Rodas5P()], ids=label)
+def test_gradients_of_adaptive_solves(alg):
+    grads = []
+    for engine in ("torch", "native"):
+        prob = library.rober(tspan=(0.0, 50.0))
+        p = prob.p.log().requires_grad_()
+        prob = prob.remake(p=p.exp())
+        sol = solve(prob, alg, rtol=1e-6, atol=1e-10, saveat=10.0, engine=engine)
+        (grad,) = torch.autograd.grad(sol.u[:, 0].sum(), p)
+        grads.append(grad)
+    assert_near(grads[1], grads[0], 1e-5)
+
+
+@pytest.mark.parametrize("alg", [Rodas5P(), Rosenbrock23(), KenCarp4(), TRBDF2()], ids=label)
+def test_checkpoints(alg):
+    grads = []
+    for checkpoints in (None, 4):
+        prob = forced_problem(requires_grad=True)
+        sensealg = DiscreteAdjoint(checkpoints=checkpoints)
+        sol = solve(prob, alg, sensealg=sensealg, rtol=1e-7, atol=1e-9, saveat=0.1, engine="native")
+        grads.append(torch.cat(torch.autograd.grad(weigh(sol, "u"), [prob.u0, prob.p])))
+    assert_near(grads[1], grads[0], 1e-6)
+
+
+# -- two methods by turns ------------------------------------------------------------------------
+
+
+def turns(t, u, p):
+    """Stiff, then not, then stiff again."""
+    x, y = u.unbind(-1)
+    rate = 1 + p[0] * torch.sigmoid(40 * (torch.cos(3 * t) - 0.2))
+    return torch.stack([rate * (torch.cos(p[1] * t) - x) + y, x - p[2] * y * y], -1)
+
+
+def turns_problem():
+    return ODEProblem(turns, leaf([1.0, 0.5]), (0.0, 3.0), leaf([3000.0, 2.0, 1.5]))
+
+
+@pytest.mark.parametrize("stiff", [Rodas4(), KenCarp4()], ids=label)
+def test_two_methods_by_turns(stiff):
+    prob, alg = turns_problem(), AutoTsit5(stiff)
+    options = {"rtol": 1e-5, "atol": 1e-7, "dense": True, "saveat": 0.1}
+    reference, got = both(prob, alg, **options)
+    assert got.stats.naccept == pytest.approx(reference.stats.naccept, rel=0.05)
+    assert 0 < got.stats.nlu < got.stats.naccept
+    exact = solve(prob, Rodas5P(), rtol=1e-11, atol=1e-12, saveat=0.1, dense=True)
+    times = torch.linspace(0, 3, 77, dtype=DOUBLE)
+    for sol in (got, reference):
+        assert off(sol.u, exact.u) <= 1e-4
+        assert off(sol(times), exact(times)) <= 1e-3
+        assert off(sol(times, 1), exact(times, 1)) <= 0.1
+
+
+@pytest.mark.parametrize(
+    "sensealg",
+    [
+        DiscreteAdjoint(),
+        DiscreteAdjoint(checkpoints=7),
+        InterpolatingAdjoint(),
+        InterpolatingAdjoint(checkpoints=7),
+    ],
+    ids=label,
+)
+def test_gradients_of_two_methods_by_turns(sensealg):
+    def gradient(alg, sensealg, tol, **options):
+        prob = turns_problem()
+        options = {"rtol": tol, "atol": tol, "saveat": 0.5, "engine": "native", **options}
+        sol = solve(prob, alg, sensealg=sensealg, **options)
+        return torch.cat(torch.autograd.grad(weigh(sol, "u"), [prob.u0, prob.p])), sol
+
+    exact, _ = gradient(Rodas5P(), DiscreteAdjoint(), 1e-11)
+    got, sol = gradient(AutoTsit5(KenCarp4()), sensealg, 1e-6)
+    assert 0 < sol.stats.nlu < sol.stats.naccept
+    assert_near(got, exact, 1e-4)

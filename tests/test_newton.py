@@ -1,0 +1,350 @@
+"""Newton's iteration, its matrices, and what happens when they fail."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffsolve as ds
+from diffsolve import ODEProblem, ReturnCode, SolveError, check_jacobian, solve
+from diffsolve.engines.torch_engine import Saving, Settings, integrate
+from diffsolve.problems import library
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Algorithm, Step, Trouble
+from diffsolve.solvers.controllers import PIController
+from diffsolve.solvers.linear import factor
+from diffsolve.solvers.newton import Newton
+from diffsolve.solvers.norms import Tolerance
+
+F64 = torch.float64
+ENGINE: dict[str, Any] = {"engine": "torch"}
+BOTH = [ds.Rodas4(), ds.Kvaerno3()]
+each = pytest.mark.parametrize("alg", BOTH, ids=repr)
+
+
+def tolerance(rtol: float = 1e-3, atol: float = 1e-6) -> Tolerance:
+    return Tolerance(torch.tensor(rtol, dtype=F64), torch.tensor(atol, dtype=F64))
+
+
+def field_of(f: Any, n: int = 1, **options: Any) -> VectorField:
+    field = VectorField.of(ODEProblem(f, torch.ones(n, dtype=F64), (0.0, 1.0), **options))
+    field.accuracy = tolerance()
+    return field
+
+
+# -- the iteration -----------------------------------------------------------------------------
+
+
+def started(f: Any, h: float = 0.1, n: int = 1, **options: Any) -> tuple[Newton, Tensor]:
+    newton = Newton(field_of(f, n, **options), 0.5)
+    u = torch.ones(n, dtype=F64)
+    with torch.no_grad():
+        assert newton.begin(0.0, h, u, smoothed=False)
+    return newton, u
+
+
+@torch.no_grad()
+def test_solves_the_equation_of_a_stage() -> None:
+    newton, u = started(lambda t, u: -20 * u**3, h=0.01)
+    found = newton.solve(torch.tensor(0.0), u, 0.01, -20 * u)
+    assert found is not None
+    k, g = found
+    torch.testing.assert_close(g, u + 0.005 * k)
+    assert abs(float(k + 20 * g**3)) * 0.005 < 0.01 * 1e-3  # a hundredth of the tolerance
+    assert newton.field.nnewton == newton.field.nsolve >= 2
+
+
+@torch.no_grad()
+def test_linear_equation_takes_two_iterations_and_then_one() -> None:
+    newton, u = started(lambda t, u: -1e3 * u)
+    for expected in (2, 3, 4):  # the first has nothing to compare with
+        assert newton.solve(torch.tensor(0.0), u, 0.1, 0 * u) is not None
+        assert newton.field.nnewton == expected
+
+
+@torch.no_grad()
+def test_diverges_without_waiting_for_the_last_iteration() -> None:
+    # the Jacobian at u = 1 tells nothing of what comes beyond
+    newton, u = started(lambda t, u: torch.where(u < 1.01, 0 * u, 1e5 * (u - 1.01)))
+    assert newton.solve(torch.tensor(0.0), u, 0.1, 10 + 0 * u) is None
+    assert newton.trouble is Trouble.DIVERGED
+    assert newton.field.nnewton <= 4 and newton.eta == 1.0
+
+
+@torch.no_grad()
+def test_too_slow_is_given_up_early() -> None:
+    def wrong(t: Tensor, u: Tensor) -> Tensor:
+        return torch.full((1, 1), -100.0, dtype=F64)
+
+    newton, u = started(lambda t, u: -10 * u, h=1.0, jac=wrong)
+    assert newton.solve(torch.tensor(0.0), u, 1.0, 0 * u) is None
+    assert newton.field.nnewton < 10
+
+
+@torch.no_grad()
+def test_values_that_are_not_finite_are_told_apart() -> None:
+    newton, u = started(lambda t, u: torch.sqrt(1.1 - u), n=2)
+    assert newton.solve(torch.tensor(0.0), u, 1.0, 10 + 0 * u) is None
+    assert newton.trouble is Trouble.NOT_FINITE
+
+
+@torch.no_grad()
+def test_when_the_matrix_is_made_anew() -> None:
+    newton, u = started(lambda t, u: -20 * u)
+    field = newton.field
+
+    def work() -> tuple[int, int]:
+        return field.njac, field.nlu
+
+    assert work() == (1, 1)
+    later = u + 0.1
+    for h, expected in ((0.11, (1, 1)), (0.12, (1, 1)), (0.13, (1, 2)), (0.1, (1, 3))):
+        assert newton.begin(0.5, h, later, smoothed=False)
+        assert work() == expected
+    assert newton.begin(0.5, 0.1, later, smoothed=True)  # needs the Jacobian of just this step
+    assert work() == (2, 4) and newton.is_here(0.5, later)
+    assert newton.begin(0.5, 0.1, later, smoothed=True)
+    assert work() == (2, 4)
+    assert newton.begin(0.5, 0.099, later, smoothed=True)
+    assert work() == (2, 5)
+    newton.slowest = 0.6
+    newton.end()
+    assert newton.begin(0.5, 0.099, later, smoothed=False)  # a new one would be the same
+    assert work() == (2, 5)
+    assert newton.begin(0.6, 0.099, u, smoothed=False)
+    assert work() == (3, 6)
+
+
+@torch.no_grad()
+def test_failure_with_an_old_jacobian_is_tried_again_with_a_new_one() -> None:
+    alg, field = ds.ImplicitMidpoint(), field_of(lambda t, u: -(u**3))
+    u = torch.full((1,), 0.01, dtype=F64)
+    assert alg.step(field, 0.0, 0.02, alg.init(field, 0.0, u)).converged
+    far = torch.full((1,), 5.0, dtype=F64)
+    step = alg.step(field, 0.02, 0.02, alg.init(field, 0.02, far))
+    assert step.converged and field.njac == 2
+
+
+@torch.no_grad()
+def test_work_is_kept_for_one_solve() -> None:
+    prob = library.rober(tspan=(0.0, 1.0))
+    first, again = (solve(prob, ds.Kvaerno3(), rtol=1e-4, atol=1e-8, **ENGINE) for _ in range(2))
+    assert torch.equal(first.u, again.u)
+    assert first.stats.njac == again.stats.njac > 0
+
+
+# -- the loop ----------------------------------------------------------------------------------
+
+
+class Failing(Algorithm):
+    """Solves ``u' = 1``; says of some attempts that their equations were not solved."""
+
+    order = 4
+    adaptive = True
+
+    def __init__(self, failures: int, trouble: Trouble = Trouble.DIVERGED):
+        self.failures, self.trouble = failures, trouble
+        self.sizes: list[float] = []
+
+    def init(self, field: Any, t: Any, u: Tensor, du: Tensor | None = None) -> tuple[Tensor]:
+        return (u,)
+
+    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+        self.sizes.append(h)
+        zero: Any = torch.zeros((), dtype=F64)
+        if len(self.sizes) <= self.failures:
+            return Step(state, None, zero, zero, converged=False, trouble=self.trouble)
+        return Step((state[0] + h,), torch.full_like(state[0], 1e-7), zero, zero)
+
+
+def looped(alg: Failing, **settings: Any) -> Any:
+    field = field_of(lambda t, u: torch.ones_like(u))
+    made = Settings(tolerance(), PIController(), dt=0.25, **settings)
+    with torch.no_grad():
+        return integrate(field, alg, torch.zeros(1, dtype=F64), 0.0, 1.0, made, Saving())
+
+
+def test_failed_step_is_halved_and_counted() -> None:
+    alg = Failing(3)
+    result = looped(alg)
+    assert alg.sizes[:4] == [0.25, 0.125, 0.0625, 0.03125]
+    assert result.nreject == 3 and result.retcode is ReturnCode.SUCCESS
+    # the step after a failure does not grow, those after it do
+    assert alg.sizes[4] <= alg.sizes[3] < alg.sizes[5]
+
+
+CODES = {
+    Trouble.DIVERGED: ReturnCode.NEWTON_FAILED,
+    Trouble.SINGULAR: ReturnCode.NEWTON_FAILED,
+    Trouble.NOT_FINITE: ReturnCode.UNSTABLE,
+    Trouble.JACOBIAN: ReturnCode.UNSTABLE,
+}
+
+
+@pytest.mark.parametrize("trouble", CODES)
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_endless_failures_end(trouble: Trouble, adaptive: bool) -> None:
+    alg = Failing(10_000, trouble)
+    result = looped(alg, adaptive=adaptive)
+    assert result.retcode is CODES[trouble]
+    assert len(alg.sizes) == 1 if not adaptive else len(alg.sizes) < 1100
+
+
+# -- failures in words -------------------------------------------------------------------------
+
+
+def failure(prob: ODEProblem, alg: Any, **options: Any) -> SolveError:
+    with pytest.raises(SolveError) as caught:
+        solve(prob, alg, **{"rtol": 1e-6, "atol": 1e-8, **ENGINE, **options})
+    return caught.value
+
+
+def stiff(**options: Any) -> ODEProblem:
+    return ODEProblem(
+        lambda t, u: -1e4 * (u - torch.cos(t)), torch.ones(2, dtype=F64), (0.0, 10.0), **options
+    )
+
+
+def test_wrong_jac_is_named_as_the_cause() -> None:
+    prob = stiff(jac=lambda t, u: 1e4 * torch.eye(2, dtype=F64))
+    error = failure(prob, ds.Kvaerno3(), dtmin=1e-3)
+    assert error.retcode is ReturnCode.NEWTON_FAILED
+    assert "check_jacobian(prob)" in str(error)
+    assert "check_jacobian(prob)" in str(failure(prob, ds.Rodas4(), maxiters=300))
+
+
+def test_without_jac_nothing_is_said_of_it() -> None:
+    prob = ODEProblem(
+        lambda t, u: torch.where(t > 0.5, torch.nan * u, -u), torch.ones(1, dtype=F64), (0.0, 1.0)
+    )
+    for alg in BOTH:
+        error = failure(prob, alg)
+        assert error.retcode is ReturnCode.UNSTABLE
+        assert "check_jacobian" not in str(error)
+
+
+@each
+def test_nan_in_the_jacobian(alg: Any) -> None:
+    # the derivative of a root at zero
+    prob = ODEProblem(lambda t, u: -torch.sqrt(u), torch.zeros(2, dtype=F64), (0.0, 1.0))
+    error = failure(prob, alg)
+    assert error.retcode is ReturnCode.UNSTABLE
+    assert "Jacobian" in str(error) and "NaN" in str(error)
+    given = stiff(jac=lambda t, u: torch.full((2, 2), math.nan, dtype=F64))
+    assert failure(given, alg).retcode is ReturnCode.UNSTABLE
+
+
+@each
+def test_singular_matrix_with_fixed_steps(alg: Any) -> None:
+    gamma = alg.tableau.stages.gamma
+    prob = ODEProblem(lambda t, u: u / gamma, torch.ones(1, dtype=F64), (0.0, 1.0))
+    error = failure(prob, alg, adaptive=False, dt=1.0)
+    assert error.retcode is ReturnCode.NEWTON_FAILED and "singular" in str(error)
+    # an adaptive solve tries another size
+    assert solve(prob, alg, dt=1.0, rtol=1e-5, atol=1e-5, **ENGINE).success
+
+
+@torch.no_grad()
+def test_singular_and_infinite_matrices_are_found() -> None:
+    field = field_of(lambda t, u: u)
+    one = torch.ones(1, 1, 1, dtype=F64)
+    assert factor(field, one, -2.0, 0.5) is None
+    assert factor(field, one * math.inf, -2.0, 0.5) is None
+    assert factor(field, one * math.nan, -2.0, 0.5) is None
+    lu = factor(field, one, -1.0, 0.5)
+    assert lu is not None and float(lu.solve(torch.ones(1, dtype=F64))) == 1.0
+    assert (field.nlu, field.nsolve) == (4, 1)
+
+
+SHAPES = [
+    (lambda t, u: torch.eye(3, dtype=F64), r"jac\(t, u\).*\(3, 3\).*\(2, 2\)"),
+    (lambda t, u: torch.zeros(2, dtype=F64), r"jac.*\(2,\).*\(2, 2\)"),
+    (lambda t, u: torch.eye(2), r"jac.*float32.*float64"),
+    (lambda t, u: [[1.0, 0.0], [0.0, 1.0]], r"jac.*list.*tensor"),
+]
+
+
+@pytest.mark.parametrize("jac, words", SHAPES)
+@each
+def test_wrong_shape_is_refused_before_any_work(alg: Any, jac: Any, words: str) -> None:
+    calls = []
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        calls.append(t)
+        return -u
+
+    prob = ODEProblem(f, torch.ones(2, dtype=F64), (0.0, 1.0), jac=jac)
+    with pytest.raises(ValueError, match=words):
+        solve(prob, alg, **ENGINE)
+    assert not calls
+    assert solve(prob, ds.Tsit5(), **ENGINE).success  # which has no use for it
+
+
+@each
+def test_complex_state_is_refused(alg: Any) -> None:
+    prob = ODEProblem(lambda t, u: 1j * u, torch.ones(1, dtype=torch.complex128), (0.0, 1.0))
+    with pytest.raises(ValueError, match=r"real state.*view_as_real"):
+        solve(prob, alg, **ENGINE)
+
+
+@each
+def test_too_large_a_matrix_is_refused(alg: Any) -> None:
+    prob = ODEProblem(lambda t, u: -u, torch.ones(5001, dtype=F64), (0.0, 1.0))
+    with pytest.raises(ValueError, match=r"5001 x 5001.*explicit"):
+        solve(prob, alg, **ENGINE)
+
+
+# -- the user's jac ----------------------------------------------------------------------------
+
+
+def rows(t: Tensor, u: Tensor) -> Tensor:
+    return torch.stack([-50 * u[..., 0] * u[..., 1], u[..., 0] - u[..., 1]], -1)
+
+
+def rows_jac(t: Tensor, u: Tensor) -> Tensor:
+    x, y = u.unbind(-1)
+    one = torch.ones_like(x)
+    return torch.stack([torch.stack([-50 * y, -50 * x], -1), torch.stack([one, -one], -1)], -2)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 2, 2)])
+@each
+def test_jac_of_the_user_gives_the_same_solution(alg: Any, shape: tuple[int, ...]) -> None:
+    u0 = 0.5 + torch.arange(math.prod(shape), dtype=F64).reshape(shape) / 10
+    prob = ODEProblem(rows, u0, (0.0, 2.0))
+    given = prob.remake(jac=rows_jac)
+    options = {"rtol": 1e-4, "atol": 1e-6, "save_everystep": False, **ENGINE}
+    torch.testing.assert_close(
+        solve(given, alg, **options).u, solve(prob, alg, **options).u, rtol=1e-10, atol=1e-12
+    )
+    assert check_jacobian(given) < 1e-12
+
+
+def test_check_jacobian_names_the_worst_entries() -> None:
+    def wrong(t: Tensor, u: Tensor) -> Tensor:
+        j = rows_jac(t, u).clone()
+        j[0, 1] *= 1.5
+        j[1, 0] = 0.0
+        return j
+
+    prob = ODEProblem(rows, torch.tensor([1.0, 2.0], dtype=F64), (0.0, 1.0), jac=wrong)
+    with pytest.raises(ValueError, match=r"J\[0, 1\]: given -75, exact -50\n  J\[1, 0\]: given 0"):
+        check_jacobian(prob)
+    states = [torch.tensor([0.0, 1.0], dtype=F64), torch.tensor([0.0, 2.0], dtype=F64)]
+    with pytest.raises(ValueError, match=r"J\[1, 0\]"):
+        check_jacobian(prob, t=0.5, u=states)
+    with pytest.raises(ValueError, match="no jac"):
+        check_jacobian(prob.remake(jac=None))
+
+
+def test_check_jacobian_looks_beside_an_initial_state_of_zeros() -> None:
+    prob = ODEProblem(
+        lambda t, u: -(u**2), torch.zeros(2, dtype=F64), (0.0, 1.0),
+        jac=lambda t, u: torch.zeros(2, 2, dtype=F64),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"given 0, exact -0\.00"):
+        check_jacobian(prob)
