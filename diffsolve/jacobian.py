@@ -13,7 +13,8 @@ from diffsolve.engines.native.trace import trace
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.jacobian import differentiator, given_jacobian
+from diffsolve.solvers.given_jacobian import given_jacobian
+from diffsolve.solvers.jacobian import differentiator
 
 _MOST_OPERATIONS = 2_000_000
 _MOST_SHOWN = 8

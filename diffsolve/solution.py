@@ -67,6 +67,11 @@ class Stats:
     compile_s: float = 0.0
     adjoint: Stats | None = None
 
+    def count(self, counts: dict[str, int]) -> None:
+        """Note work done, by the names of the fields."""
+        for name, value in counts.items():
+            setattr(self, name, value)
+
     def __str__(self) -> str:
         shown = [f"{self.naccept} steps", f"{self.nreject} rejected", f"nf={self.nf}"]
         shown += [

@@ -25,8 +25,8 @@ from diffsolve.solution import Solution, SolveError, Stats, Steps
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.explicit_rk.methods import Tsit5, Vern7
+from diffsolve.solvers.given_jacobian import given_jacobian
 from diffsolve.solvers.interpolation import DenseOutput
-from diffsolve.solvers.jacobian import given_jacobian
 from diffsolve.solvers.jacobian_layout import checked_pattern
 from diffsolve.solvers.norms import Tolerance
 from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
@@ -313,10 +313,11 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
     )
     if u.requires_grad and not isinstance(sensealg, (NoAdjoint, DiscreteAdjoint)):
         steps = _refusing_gradients(steps, u, sensealg)
-    native = isinstance(trajectory, NativeTrajectory)
-    done = trajectory if native else field
-    stats.nf, stats.njac, stats.nlu = done.nf, done.njac, done.nlu
-    stats.nsolve, stats.nnewton = done.nsolve, done.nnewton
+    if isinstance(trajectory, NativeTrajectory):
+        stats.count(trajectory.counts)
+    else:
+        stats.nf = field.nf
+        field.count_in(stats)
     stats.naccept, stats.nreject = trajectory.naccept, trajectory.nreject
 
     return Solution(

@@ -23,6 +23,9 @@ The training has two stages, both with L-BFGS:
    solution.
 2. The solution of the neural ODE is fitted to the data, by a stiff method and its discrete adjoint.
 
+From the default seed the solution ends within 0.3 % of each component's range (root mean square
+over log time; 1.4 % at most), at eight times as many points as it was trained on.
+
     python examples/stiff_neural_ode.py            # a table, and examples/output/stiff.png
     python examples/stiff_neural_ode.py --quick    # a few iterations, to see that it runs
 
@@ -47,7 +50,7 @@ from diffsolve.problems import library
 
 T_END = 1e5
 RTOL = 1e-6
-WEIGHT_PENALTY = 1e-7  # in the collocation; keeps the network smooth beside the data
+WEIGHT_PENALTY = 1e-6  # in the collocation; keeps the network smooth beside the data
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ def main() -> None:
     print(f"{'':<35}{'root mean square':>27}{'largest':>27}")
     print(f"{'':<14}{'evaluations':>12}{'seconds':>9}" + f"{'y1':>9}{'y2':>9}{'y3':>9}" * 2)
     stages = (
-        ("collocation", pretrain, 200 if args.quick else 3000),
+        ("collocation", pretrain, 200 if args.quick else 2000),
         ("solutions", train, 10 if args.quick else 500),
     )
     for name, stage, iterations in stages:

@@ -70,12 +70,12 @@ def test_the_stiff_neural_ode_learns_and_is_stiff(examples_path: None, tmp_path:
 
     data = stiff_neural_ode.rober_data()
     model = stiff_neural_ode.ScaledNetwork(data, seed=0)
-    stiff_neural_ode.pretrain(model, data, iterations=600)
+    stiff_neural_ode.pretrain(model, data, iterations=300)
     before = stiff_neural_ode.errors(model, data).square().mean()
     stiff_neural_ode.train(model, data, iterations=15)
     after = stiff_neural_ode.errors(model, data).square().mean()
     assert after < 0.8 * before
-    assert after.sqrt() < 0.1
+    assert after.sqrt() < 0.05
     sol = stiff_neural_ode.predict(model, data, data.t)
     assert (sol.steps.stiffness * sol.steps.h).sum() > 1e6
     stiff_neural_ode.draw(tmp_path / "stiff.png", data, data, model)

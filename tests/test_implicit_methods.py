@@ -283,6 +283,37 @@ def test_f_that_autograd_cannot_go_through(name: str) -> None:
     assert sol.stats.naccept <= 1.1 * expected.stats.naccept + 3
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    """A sine whose derivative has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.sin(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * torch.cos(*ctx.saved_tensors)
+
+
+@pytest.mark.parametrize("name", ["Rodas4", "KenCarp4"])
+def test_f_that_can_be_differentiated_once_only(name: str) -> None:
+    def custom(t: Tensor, u: Tensor) -> Tensor:
+        return -100 * (u - OnceDifferentiable.apply(t + 0.1 * u))  # type: ignore[operator]
+
+    def plain(t: Tensor, u: Tensor) -> Tensor:
+        return -100 * (u - torch.sin(t + 0.1 * u))
+
+    options = {"rtol": 1e-5, "atol": 1e-7, "save_everystep": False, **ENGINE}
+    u0 = torch.ones(2, dtype=F64)
+    one, other = (
+        solve(ODEProblem(f, u0, (0.0, 1.0)), method(name), **options) for f in (custom, plain)
+    )
+    torch.testing.assert_close(one.u, other.u, rtol=1e-6, atol=1e-8)
+    assert abs(one.stats.naccept - other.stats.naccept) <= 1
+
+
 def test_sparsity_gives_the_same_jacobian_with_fewer_products() -> None:
     prob = library.brusselator_1d(n=15, tspan=(0.0, 1.0))
     pattern = ds.jacobian_sparsity(prob)

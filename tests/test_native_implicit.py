@@ -38,6 +38,7 @@ from diffsolve import (
     Trapezoid,
     solve,
 )
+from diffsolve.engines.native import rosenbrock
 from diffsolve.problems import library
 
 ROSENBROCK = [
@@ -309,3 +310,42 @@ def test_gradients_of_two_methods_by_turns(sensealg):
     got, sol = gradient(AutoTsit5(KenCarp4()), sensealg, 1e-6)
     assert 0 < sol.stats.nlu < sol.stats.naccept
     assert_near(got, exact, 1e-4)
+
+
+# -- the systems of a Rosenbrock step, solved by expressions -------------------------------------
+
+
+@pytest.mark.parametrize("alg", [Rodas5P(), Rosenbrock23()], ids=label)
+def test_a_pivot_that_vanishes(alg):
+    """Elimination without exchanges of rows divides by zero: the kernel's own has to step in."""
+    dt = 0.05
+    grads = []
+    for engine in ("torch", "native"):
+        growth = 1 / (alg.tableau.stages.gamma * dt)
+        p = leaf([[growth, 100.0], [-120.0, -1.0]])
+        u0 = leaf([1.0, 2.0])
+        prob = ODEProblem(lambda t, u, p: p @ u, u0, (0.0, 2 * dt), p)
+        sol = solve(prob, alg, adaptive=False, dt=dt, engine=engine)
+        assert sol.stats.engine == engine
+        loss = sol.u.square().sum() + sol.steps.error_norm.sum()
+        grads.append((sol.u.detach(), *torch.autograd.grad(loss, [u0, p])))
+    for got, reference in zip(*grads[::-1], strict=True):
+        assert off(got, reference) <= 1e-9
+
+
+def test_steps_that_are_too_long_for_one_function(monkeypatch):
+    found = []
+    for most in (8_000, 0):
+        monkeypatch.setattr(rosenbrock, "_MOST", most)
+        prob = library.hires(tspan=(0.0, 10.0))  # a function of its own each time
+        p = prob.p.clone().requires_grad_()
+        f, shift = prob.f, float(most)
+        prob = prob.remake(p=p, f=lambda t, u, p, f=f, c=shift: f(t, u, p) + 1e-300 * c)
+        sol = solve(prob, Rodas4(), rtol=1e-5, atol=1e-8, saveat=2.0, engine="native")
+        (grad,) = torch.autograd.grad(weigh(sol, "u") + weigh(sol, "stiffness"), p)
+        found.append((sol.stats.nf, sol.stats.njac, sol.stats.nlu, sol.u.detach(), grad))
+    one, loops = found
+    assert one[:3] == loops[:3]
+    assert not torch.equal(one[4], loops[4])  # they are two ways
+    assert off(one[3], loops[3]) <= 1e-10
+    assert off(one[4], loops[4]) <= 1e-8

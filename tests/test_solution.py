@@ -64,9 +64,10 @@ def test_stats_print_on_one_line() -> None:
 
 def test_stats_name_what_was_chosen() -> None:
     prob = ODEProblem(decay, torch.ones(1, dtype=F64), (0.0, 1.0))
-    assert solve(prob).stats.alg == "Tsit5"
-    assert solve(prob, rtol=1e-8).stats.alg == "Vern7"
-    assert solve(prob.remake(u0=torch.ones(1)), rtol=1e-8).stats.alg == "Tsit5"  # single precision
+    assert solve(prob).stats.alg == "AutoTsit5(Rodas5P)"
+    assert solve(prob, rtol=1e-8).stats.alg == "AutoVern7(Rodas5P)"
+    single = prob.remake(u0=torch.ones(1))
+    assert solve(single, rtol=1e-8).stats.alg == "AutoTsit5(Rodas5P)"
     assert solve(prob).stats.sensealg == "none"
     on_tape = prob.remake(u0=torch.ones(1, dtype=F64, requires_grad=True))
     assert "DiscreteAdjoint" in solve(on_tape).stats.sensealg

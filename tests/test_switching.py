@@ -149,12 +149,12 @@ def test_gradient_across_switches(checkpoints: int | None) -> None:
         (sol.u**2).sum().backward()
         return torch.cat([u0.grad, p.grad * p.detach()])
 
-    expected = gradient(Rodas5P(), DiscreteAdjoint(), 1e-10)
+    expected = gradient(Rodas5P(), DiscreteAdjoint(), 1e-8)
     for alg in (AutoTsit5(), AutoVern7(ds.Kvaerno5())):
-        got = gradient(alg, DiscreteAdjoint(checkpoints=checkpoints), 1e-8)
-        assert_near(got, expected, 1e-5)
-        got = gradient(alg, InterpolatingAdjoint(checkpoints=checkpoints), 1e-8)
-        assert_near(got, expected, 1e-5)
+        got = gradient(alg, DiscreteAdjoint(checkpoints=checkpoints), 1e-6)
+        assert_near(got, expected, 1e-4)
+        got = gradient(alg, InterpolatingAdjoint(checkpoints=checkpoints), 1e-6)
+        assert_near(got, expected, 1e-4)
 
 
 def test_sweep_equals_plain_autograd_across_switches() -> None:
@@ -226,6 +226,7 @@ def test_large_coupled_rows_stay_explicit() -> None:
 
 # Rates of growth of an error between the times of a reference, where that is large
 SENSITIVE = {"lorenz", "pleiades", "arenstorf", "henon_heiles"}
+ATOL = {"e5": 1e-18}  # of 1e-24 to 1e-3
 NAMES = sorted(
     name
     for name in library.__all__
@@ -237,8 +238,11 @@ NAMES = sorted(
 def test_none_solves_the_library(name: str) -> None:
     named = getattr(library, name)
     t, u = named.reference()
-    rtol, atol = 1e-5, 1e-9
-    sol = solve(named(), saveat=t, rtol=rtol, atol=atol, **ENGINE)
+    rtol, atol = 1e-5, ATOL.get(name, 1e-9)
+    # a solution that is smooth but for what is damped at once is solved in steps so large that
+    # dense output, whose error nobody controls, is far off inside of them
+    stops = t[1:-1].tolist() if name == "prothero_robinson" else ()
+    sol = solve(named(), saveat=t, tstops=stops, rtol=rtol, atol=atol, **ENGINE)
     exact = torch.from_numpy(u)
     scaled = ((sol.u - exact) / (atol + rtol * exact.abs())).reshape(len(t), -1)
     assert float(scaled.pow(2).mean(1).sqrt().max()) < 300

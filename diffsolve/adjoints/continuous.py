@@ -8,20 +8,23 @@ is ``[lambda, (u,) mu]``: one solve from the last saved time to the first, with 
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffsolve.adjoints.native import run_continuous
 from diffsolve.adjoints.reversal import reverse_failure, reverse_stops
-from diffsolve.adjoints.reverse_jacobian import Lagrangian, ReverseJacobian
+from diffsolve.adjoints.reverse_jacobian import (
+    Lagrangian,
+    ReverseJacobian,
+    as_reals,
+    reverse_jacobian,
+)
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.reverse import compile_adjoint
@@ -31,12 +34,10 @@ from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm
-from diffsolve.solvers.jacobian import differentiator
 from diffsolve.solvers.norms import Tolerance, rms
 from diffsolve.solvers.switching import AutoSwitch
 
 Restore = Callable[[Sequence[Tensor]], Any]
-_START, _ENDS = np.zeros(1), np.array([0.0, 1.0])
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Reverse(VectorField, ABC):
     def __init__(self, field: VectorField, params: list[Tensor], extra: int):
         self.field = field
         self.n = field.structure.size
-        self.sizes = [self.n, extra, *[_as_reals(p, field.dtype).numel() for p in params]]
+        self.sizes = [self.n, extra, *[as_reals(p, field.dtype).numel() for p in params]]
         z = torch.empty(sum(self.sizes), dtype=field.dtype, device=field.device)
         super().__init__(_unused, None, StateStructure(z))
         self.breaks = field.breaks
@@ -176,7 +177,7 @@ class Reverse(VectorField, ABC):
             grads = (None,) * (1 + len(self.params))
         inputs = [u, *self.params]
         full = [
-            _as_reals(torch.zeros_like(x) if g is None else g, self.dtype)
+            as_reals(torch.zeros_like(x) if g is None else g, self.dtype)
             for g, x in zip(grads, inputs, strict=True)
         ]
         return du.detach(), full[0], full[1:]
@@ -197,29 +198,7 @@ class Reverse(VectorField, ABC):
         ValueError
             If the state is complex.
         """
-        if self.dtype.is_complex:
-            raise ValueError("an implicit method cannot solve the adjoint of a complex state")
-        (time,) = self.times(t, h, _START)
-        u, (bar, _, _) = self.state_at(time, z), self.blocks(z)
-        forward = differentiator(self.field)
-        found = forward.at(t, h, u, slope, exact=True)
-        at = Lagrangian(self.field, self.params, time, u, bar, self._flat)
-        moving = None
-        if slope and forward.moves_unseen:
-            # autograd does not see the time: a difference of all does
-            now, later = self.times(t, math.copysign(1e-7 * max(1e-2, abs(t)), h), _ENDS)
-            moving = (self.derivative(later, z) - self.derivative(now, z)) / (later - now)
-        elif slope:
-            moving = self.slope_at(time, at, found.slope)
-        sizes = (self.n, self.sizes[1], sum(self.sizes[2:]))
-        return ReverseJacobian(self, found.blocks, at, sizes, moving)
-
-    def _flat(self, grads: Sequence[Tensor | None]) -> Tensor:
-        parts = [
-            _as_reals(torch.zeros_like(p) if g is None else g, self.dtype)
-            for g, p in zip(grads, self.params, strict=True)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype, device=self.device)
+        return reverse_jacobian(self, t, h, z, slope)
 
     def blocks(self, z: Tensor) -> tuple[Tensor, ...]:
         """``lambda``, the extra entries, and all of ``mu``."""
@@ -376,13 +355,6 @@ def _integrate_reverse(
             type(sensealg).__name__, result.message, result.retcode, result.final_t, result.final_h
         )
     return result.final
-
-
-def _as_reals(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """``g``, flat, in the dtype of the reverse state; a complex one as pairs if that is real."""
-    if g.is_complex() and not dtype.is_complex:
-        g = torch.view_as_real(g.resolve_conj())
-    return g.reshape(-1).to(dtype)
 
 
 def _like(part: Tensor, p: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ class _NativeDiscrete(torch.autograd.Function):
             first = job.t0 if times is None or not len(times) else times[0]
             if of_saved is not None and len(of_saved) and first == job.t0:
                 u_bar = u_bar + of_saved[0]
-        stats.nf, stats.naccept = swept.nf, ctx.memory.integers[L.ACCEPTED]
+        stats.count(swept.counts)
+        stats.naccept = ctx.memory.integers[L.ACCEPTED]
         stats.kernel_s = swept.kernel_s
         grads = gradients(job, params, swept.p_bar)
         stats.wall_s = time.perf_counter() - started
@@ -181,7 +182,8 @@ def _reverse(
             job.settings.tolerance,
             job.field.breaks,
         )
-        stats.alg, stats.nf, stats.kernel_s = alg.name, found.nf, found.kernel_s
+        stats.alg, stats.kernel_s = alg.name, found.kernel_s
+        stats.count(found.counts)
         stats.naccept, stats.nreject = found.naccept, found.nreject
         if found.status != L.DONE:
             raise reverse_failure(

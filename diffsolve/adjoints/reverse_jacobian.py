@@ -9,14 +9,22 @@ of parameters beyond that of a product.
 
 from __future__ import annotations
 
+import functools
+import math
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.jacobian import differentiator
 from diffsolve.solvers.linear import BlockLU, factor
+
+_START, _ENDS = np.zeros(1), np.array([0.0, 1.0])
 
 Gradients = tuple[Tensor, Tensor]
 
@@ -107,7 +115,8 @@ class ReverseJacobian:
         sizes: Sequence[int],
         slope: Tensor | None,
     ):
-        self.field, self.blocks, self.at = field, blocks, at
+        self.field: Any = weakref.proxy(field)  # whose scratch space may hold this
+        self.blocks, self.at = blocks, at
         self.sizes, self.slope = list(sizes), slope
 
     @cached_property
@@ -151,3 +160,61 @@ class ReverseLU:
             bar, mu = bar - h * by_u, mu - h * by_p
         bar = self.back.solve(bar)
         return torch.cat([bar, u, self.gamma * (mu - h * at.by_parameters(bar))])
+
+
+def reverse_jacobian(reverse: Any, t: float, h: float, z: Tensor, slope: bool) -> ReverseJacobian:
+    """The Jacobian of a reverse problem at the start of a step.
+
+    Parameters
+    ----------
+    reverse
+        The problem, a ``Reverse``.
+    t, h, z
+        The step.
+    slope
+        Whether the derivative by time is wanted.
+
+    Raises
+    ------
+    ValueError
+        If the state is complex.
+    """
+    if reverse.dtype.is_complex:
+        raise ValueError("an implicit method cannot solve the adjoint of a complex state")
+    (time,) = reverse.times(t, h, _START)
+    u, (bar, _, _) = reverse.state_at(time, z), reverse.blocks(z)
+    forward = differentiator(reverse.field)
+    found = forward.at(t, h, u, slope, exact=True)
+    flat = functools.partial(_flat, reverse.params, reverse.dtype, reverse.device)
+    at = Lagrangian(reverse.field, reverse.params, time, u, bar, flat)
+    moving = None
+    if slope and forward.moves_unseen:  # by autograd, that is: a difference of all sees it
+        eps = torch.finfo(time.dtype).eps
+        size = math.copysign(math.sqrt(eps * max(1e-5, abs(t))), h)
+        now, later = reverse.times(t, size, _ENDS)
+        moving = (reverse.derivative(later, z) - reverse.derivative(now, z)) / (later - now)
+    elif slope:
+        moving = reverse.slope_at(time, at, found.slope)
+    sizes = (reverse.n, reverse.sizes[1], sum(reverse.sizes[2:]))
+    return ReverseJacobian(reverse, found.blocks, at, sizes, moving)
+
+
+def _flat(
+    params: Sequence[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    grads: Sequence[Tensor | None],
+) -> Tensor:
+    """Gradients by the parameters as their part of the reverse state."""
+    parts = [
+        as_reals(torch.zeros_like(p) if g is None else g, dtype)
+        for g, p in zip(grads, params, strict=True)
+    ]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype, device=device)
+
+
+def as_reals(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """``g``, flat, in the dtype of the reverse state; a complex one as pairs if that is real."""
+    if g.is_complex() and not dtype.is_complex:
+        g = torch.view_as_real(g.resolve_conj())
+    return g.reshape(-1).to(dtype)

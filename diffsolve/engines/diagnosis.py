@@ -12,6 +12,11 @@ from diffsolve.solution import ReturnCode
 from diffsolve.solvers.algorithm import Trouble
 from diffsolve.solvers.norms import Estimates
 
+_BLOWS_UP = (
+    "the solution seems to blow up there, as that of a stable system does backward in time; end "
+    "tspan earlier or check the signs in f"
+)
+
 
 def explain(
     code: ReturnCode,
@@ -51,7 +56,7 @@ def explain(
         floor = f"dtmin = {dtmin:.3g}" if dtmin > 0 and h >= 4 * math.ulp(t) else "rounding of t"
         what = f"{alg} needs a smaller step than {floor} {where}"
         if size > 1e8:
-            why = "the solution seems to blow up there; end tspan earlier or check the signs in f"
+            why = _BLOWS_UP
         else:
             why = (
                 "f may jump or be singular there, or the tolerance is below rounding; list jumps "
@@ -78,6 +83,8 @@ def explain(
             "f, or the state, left the range where it is defined (a root or log of a negative "
             "number, a division by zero, an overflow); check f there, or pass a smaller dt or dtmax"
         )
+    if code is not ReturnCode.MAX_ITERS and not size < 1e50:
+        why = _BLOWS_UP  # whatever it was that overflowed first
     if own_jacobian and code is not ReturnCode.UNSTABLE:
         why = f"jac is not the Jacobian of f: compare it with check_jacobian(prob). Or else: {why}"
     return f"{what}. {facts}. Likely: {why}."

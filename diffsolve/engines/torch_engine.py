@@ -213,7 +213,6 @@ class _Loop:
         self.whole = alg
         self.switch = Switch(alg.stability_size) if isinstance(alg, AutoSwitch) else None
         self._activate()
-        rhs.accuracy = settings.tolerance
         self.on_tape = torch.is_grad_enabled()
         self.direction = 1.0 if t1 >= t0 else -1.0
         self.stops = [*settings.tstops, t1]
@@ -233,6 +232,8 @@ class _Loop:
     def run(self, du0: Tensor | None) -> Trajectory:
         bar = progress_bar(self.t0, self.t1) if self.settings.progress else None
         self.t, self.h = self.t0, math.nan
+        # only for now: a norm may be a method of the right-hand side
+        outside, self.rhs.accuracy = self.rhs.accuracy, self.settings.tolerance
         try:
             self._start(du0)
             while self.result.retcode is ReturnCode.SUCCESS and self.stop < len(self.stops):
@@ -244,6 +245,7 @@ class _Loop:
             error.add_note(f"raised during a step from t = {_plain(self.t):.8g}, h = {self.h:.3g}")
             raise
         finally:
+            self.rhs.accuracy = outside
             if bar is not None:
                 bar.close()
         result = self.result
@@ -344,7 +346,7 @@ class _Loop:
             self.size = size * factor
         if accept and self.switch is not None:
             stiffness = relative_stiffness(step, before, settings.tolerance, estimates.stiffness)
-            self._consider_switching(stiffness, h)
+            self._consider_switching(stiffness, h, bool(step.solved))
         return None
 
     def _give_up(self, size: Any) -> None:
@@ -369,11 +371,13 @@ class _Loop:
         self._activate()
         self.size = self.size / FACTOR
 
-    def _consider_switching(self, stiffness: float, h: Any) -> None:
+    def _consider_switching(self, stiffness: float, h: Any, iterated: bool) -> None:
         assert self.switch is not None
         if self.switch.changes(stiffness, _plain(h)):
             self._activate()
             self.size = self.size * (FACTOR if self.switch.stiff else 1 / FACTOR)
+            if iterated:  # the derivative at hand is one up to the tolerance only
+                self._begin_anew(self.state[0])
 
     def _fit(self) -> tuple[Any, bool]:
         """Size of the next step, and whether it lands on the next stop."""
@@ -422,8 +426,9 @@ class _Loop:
     def _restart(self) -> None:
         """Go on from a stop: the state may jump there, and so may the right-hand side."""
         u = self.state[0]
-        if self.on_stop is not None:
-            u = self.on_stop(self.t, u)
+        self._begin_anew(u if self.on_stop is None else self.on_stop(self.t, u))
+
+    def _begin_anew(self, u: Tensor) -> None:
         du = self.rhs(self.rhs.after(self.t, self.direction), u)
         self.state = self.alg.init(self.rhs, self.t, u, du)
         self.restarted = True

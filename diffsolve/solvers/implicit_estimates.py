@@ -46,7 +46,10 @@ def radius_off_tape(
     count = field.nf
     push = push_forward(field, t, h, u)
     field.nf = count  # part of the estimate
-    return spectral_radius(lambda v: push(v, 0.0).detach(), u)
+    try:
+        return spectral_radius(lambda v: push(v, 0.0).detach(), u)
+    except RuntimeError:  # f holds a function that can be differentiated once only
+        return spectral_radius(at_hand.product, u)
 
 
 def radius_on_tape(field: VectorField, t: Any, h: Any, state: RKState, push: Push | None) -> Tensor:

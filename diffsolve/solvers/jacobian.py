@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffsolve.problems.structure import detached, under_transform
 from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.given_jacobian import given_jacobian
 from diffsolve.solvers.jacobian_layout import Layout, first_layout
 from diffsolve.solvers.linear import Jacobian
 
@@ -98,11 +100,17 @@ class Differentiator:
     """
 
     def __init__(self, field: VectorField):
-        self.field = field
+        self._field = weakref.ref(field)  # which keeps this
         self.layout: Layout = first_layout(field)
         self.by_differences = False
         self.moves_unseen: bool | None = None
         self._batched = True
+
+    @property
+    def field(self) -> VectorField:
+        field = self._field()
+        assert field is not None
+        return field
 
     def at(self, t: float, h: float, u: Tensor, slope: bool, exact: bool) -> Jacobian:
         field, count = self.field, self.field.nf
@@ -140,7 +148,11 @@ class Differentiator:
         (by_time,) = torch.autograd.grad(y, moving, w, create_graph=True, allow_unused=True)
         if by_time is None:
             return Jacobian(self.field, blocks, self._unseen_slope(t, h, u, y.detach()))
-        (pushed,) = torch.autograd.grad(by_time, w, torch.ones_like(by_time))
+        try:
+            (pushed,) = torch.autograd.grad(by_time, w, torch.ones_like(by_time))
+        except RuntimeError:  # f holds a function that can be differentiated once only
+            with torch.no_grad():
+                pushed = self.time_difference(t, h, u, y.detach())
         return Jacobian(self.field, blocks, pushed)
 
     def _graph(self, time: Tensor, u: Tensor, moving: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +190,7 @@ class Differentiator:
             blocks = self.layout.blocks(rows.detach())
             if blocks is not None:
                 return blocks
-            self.layout = self.layout.denser()
+            self.layout = first_layout(self.field, rows=False)
 
     def _products(self, y: Tensor, u: Tensor) -> Tensor | None:
         """Products of ``dy/du`` with the layout's cotangents, or None where y ignores u."""
@@ -214,7 +226,7 @@ class Differentiator:
             (rows,) = torch.vmap(pull)(self.layout.cotangents)
             blocks = self.layout.blocks(rows.detach())
             if blocks is None:
-                self.layout = self.layout.denser()
+                self.layout = first_layout(self.field, rows=False)
         pushed = _nested_push(self.field, time, u, None, 1.0).detach() if slope else None
         return Jacobian(self.field, blocks, pushed)
 
@@ -241,7 +253,7 @@ class Differentiator:
             signed = steps * layout.signs.reshape(count, size)
             if layout.agree(moved(signed), blocks * signed[:, None, :], 1e-3):
                 return blocks
-            layout = self.layout = layout.denser()
+            layout = self.layout = first_layout(self.field, rows=False)
 
     def _unseen_slope(self, t: float, h: float, u: Tensor, y: Tensor) -> Tensor | None:
         """``df/dt`` by a difference, where autograd saw no dependence on time; None: it has none.
@@ -341,36 +353,3 @@ def _nested_push(field: VectorField, time: Tensor, u: Tensor, v: Tensor | None, 
 
     push: Any = torch.func.vjp(pull, torch.zeros_like(u))[1]
     return push((torch.full_like(time, d), torch.zeros_like(u) if v is None else v))[0]
-
-
-def given_jacobian(field: VectorField, time: Tensor, u: Tensor) -> Tensor:
-    """The user's ``jac`` at a point, checked, as blocks ``(B, d, d)``.
-
-    Raises
-    ------
-    ValueError
-        If it returns no matrix of this state.
-    """
-    structure = field.structure
-    assert field.jac is not None
-    given = field.jac(time, structure.unravel(u), *field._args)
-    what = f"jac({field._signature}) is wrong: it returned"
-    if not isinstance(given, Tensor):
-        raise ValueError(f"{what} {type(given).__name__}, expected a tensor")
-    shape = structure.shapes[0] if structure.is_tensor else None
-    n = structure.size
-    if given.shape == (n, n) or (shape is not None and given.shape == (*shape, *shape)):
-        blocks = given.reshape(1, n, n)
-    elif shape is not None and len(shape) > 1 and given.shape == (*shape, shape[-1]):
-        blocks = given.reshape(-1, shape[-1], shape[-1])
-    else:
-        rows = ""
-        if shape is not None and len(shape) > 1:
-            rows = f", or {(*shape, shape[-1])} where rows are independent"
-        raise ValueError(f"{what} shape {tuple(given.shape)}, expected {(n, n)}{rows}")
-    if given.dtype != structure.dtype or given.device != structure.device:
-        raise ValueError(
-            f"{what} {given.dtype} on {given.device}, the state has {structure.dtype} on "
-            f"{structure.device}"
-        )
-    return blocks.detach()

@@ -36,10 +36,6 @@ class Layout:
         """The matrix ``(B, d, d)`` from the products; None where its structure is another."""
         raise NotImplementedError
 
-    def denser(self) -> Layout:
-        """The layout to try where this one does not hold."""
-        raise NotImplementedError
-
     def agree(self, known: Tensor, terms: Tensor, rtol: float) -> bool:
         """Whether ``known`` is the sum of ``terms`` over the last axis, up to rounding."""
         off = (known - terms.sum(-1)).abs()
@@ -72,7 +68,7 @@ class Rows(Layout):
     def __init__(self, field: VectorField):
         shape = field.structure.shapes[0]
         count, size = self.shape = (math.prod(shape[:-1]), shape[-1])
-        self.field = field
+        self.rounding = rounding(field)
         self.signs = random_signs(field)
         n = count * size
         chosen = torch.zeros(size + 1, count, size, dtype=field.dtype, device=field.device)
@@ -86,10 +82,7 @@ class Rows(Layout):
         *rows, known = products.reshape(size + 1, count, size).unbind(0)
         blocks = torch.stack(rows, 1)
         terms = (blocks * self.signs.reshape(count, size, 1)).mT
-        return blocks if self.agree(known, terms, rounding(self.field)) else None
-
-    def denser(self) -> Layout:
-        return first_layout(self.field, rows=False)
+        return blocks if self.agree(known, terms, self.rounding) else None
 
 
 class Coloured(Layout):
@@ -103,7 +96,7 @@ class Coloured(Layout):
     def __init__(self, field: VectorField, pattern: Tensor):
         n = field.structure.size
         self.shape = (1, n)
-        self.field, self.signs = field, random_signs(field)
+        self.signs, self.rounding = random_signs(field), rounding(field)
         self.colours = _colours(pattern).to(field.device)
         self.mask = pattern.to(field.dtype).to(field.device)
         chosen = torch.nn.functional.one_hot(self.colours).to(self.mask).T
@@ -111,7 +104,7 @@ class Coloured(Layout):
 
     def blocks(self, products: Tensor) -> Tensor:
         matrix = products[self.colours] * self.mask
-        if not self.agree(products[-1], (matrix * self.signs[:, None]).T, rounding(self.field)):
+        if not self.agree(products[-1], (matrix * self.signs[:, None]).T, self.rounding):
             raise ValueError(
                 "jac_sparsity is wrong: the Jacobian of f has entries outside of it; compare it "
                 "with jacobian_sparsity(prob)"

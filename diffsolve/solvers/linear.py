@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +47,8 @@ class Jacobian:
     """
 
     def __init__(self, field: VectorField, blocks: Tensor, slope: Tensor | None = None):
-        self.field, self.blocks, self.slope = field, blocks, slope
+        self.field: Any = weakref.proxy(field)  # whose scratch space may hold this
+        self.blocks, self.slope = blocks, slope
 
     @cached_property
     def finite(self) -> bool:

@@ -8,6 +8,7 @@ follows Hairer's code RADAU5 and OrdinaryDiffEq.jl.
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class Newton:
     """
 
     def __init__(self, field: VectorField, gamma: float):
-        self.field, self.gamma = field, gamma
+        self._field = weakref.ref(field)  # which keeps this
+        self.gamma = gamma
         self.jacobian: Any = None
         self.lu: Any = None
         self.stale = False
@@ -51,11 +53,22 @@ class Newton:
         self.trouble = Trouble.DIVERGED
         self._at: tuple[float, Tensor] | None = None  # where the Jacobian was evaluated
         self._factored_h = math.nan
-        self.tolerance = field.accuracy or _rounding(field)
         rtol = float(self.tolerance.rtol.min())
         eps = torch.finfo(field.structure.time_dtype).eps
         # where the tolerance is near rounding, increments do not get smaller
         self.kappa = min(1.0, max(KAPPA, 4 * eps / rtol)) if rtol > 0 else KAPPA
+
+    @property
+    def field(self) -> VectorField:
+        field = self._field()
+        assert field is not None
+        return field
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """What increments are measured by."""
+        field = self.field
+        return _rounding(field) if field.accuracy is None else field.accuracy
 
     def is_here(self, t: float, u: Tensor) -> bool:
         """Whether the Jacobian is that of this time and state."""

@@ -17,8 +17,10 @@ from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.derivative import jacobian, jvp, time_derivative, vjp
 from diffsolve.engines.native.expression import Node, Pool, needed, substitute
 from diffsolve.engines.native.llvm import FIELD, Code, Output, Signature, compile_function
+from diffsolve.engines.native.rosenbrock import RosenbrockStep, TooLong
 from diffsolve.solvers.explicit_rk.step import stiffness_stage
 from diffsolve.solvers.explicit_rk.tableau import Stages
+from diffsolve.solvers.rosenbrock.tableau import RosenbrockStages
 
 _VJP = Signature(("t",), ("u", "p", "w", "u_bar", "p_bar"))
 _STEP = Signature(("h",), ("times", "u", "k", "p", "new", "stiff", "error", "low"))
@@ -31,6 +33,8 @@ _STEP_VJP = Signature(
     ),
 )
 _JVP = Signature(("t",), ("u", "p", "v", "out"))
+_ROSENBROCK = Signature(("h",), ("times", "u", "k", "p", "new", "jac", "error", "check"))
+_ROSENBROCK_VJP = Signature(("h",), ("times", "u", "k", "p", "k_bar", "new_bar", "bar", "p_bar"))
 _log = logging.getLogger("diffsolve")
 #: A derivative of more operations than this takes a second and more to compile.
 _MOST_IN_DERIVATIVE = 25_000
@@ -212,7 +216,7 @@ class Compiled:
 
         def make() -> Jacobian:
             pool = self._pool
-            entries = jacobian(self._outputs, pool.inputs("u", self.n))
+            entries = jacobian(self._outputs, list(pool.inputs("u", self.n)))
             return Jacobian(pool, entries, time_derivative(self._outputs, pool.input("t", 0)))
 
         return self._jacobian("jacobian", make)
@@ -247,7 +251,7 @@ class Compiled:
         values = self.jacobian().nodes
         places = [("u", i) for i in range(n)] + [("p", i) for i in self.active_entries(active)]
         wrt = [pool.input(*place) for place in places]
-        found = zip(places, vjp(values, pool.inputs("w", len(values)), wrt), strict=True)
+        found = zip(places, vjp(values, list(pool.inputs("w", len(values))), wrt), strict=True)
         return [Output(f"{block}_bar", i, x, add=True) for (block, i), x in found if x is not None]
 
     def adjoint_jacobian(self, active: tuple[bool, ...], with_state: bool) -> Jacobian:
@@ -265,7 +269,7 @@ class Compiled:
             if not with_state:
                 path = [pool.input("p", self.n_params + i) for i in range(2 * n)]
                 tangents |= dict(zip(path[:n], path[n:], strict=True))
-            entries = jacobian(nodes, pool.inputs("u", len(nodes)))
+            entries = jacobian(nodes, list(pool.inputs("u", len(nodes))))
             return Jacobian(pool, entries, jvp(nodes, tangents))
 
         return self._jacobian(("adjoint_jacobian", active, with_state), make)
@@ -281,6 +285,35 @@ class Compiled:
         return self._code(
             ("step_vjp", stages, active), lambda: self._step_vjp_function(stages, active)
         )
+
+    def rosenbrock_step(self, stages: RosenbrockStages) -> int:
+        """A step of a Rosenbrock method as one function, or 0 where that would be too long."""
+        return self._code(("rosenbrock", stages), lambda: self._rosenbrock_function(stages))
+
+    def _rosenbrock_function(
+        self, stages: RosenbrockStages
+    ) -> tuple[Signature, list[Output]] | None:
+        try:
+            made = RosenbrockStep(self._outputs, self.jacobian(), stages)
+        except TooLong:
+            return None
+        return _ROSENBROCK, made.outputs()
+
+    def rosenbrock_vjp(self, stages: RosenbrockStages, active: tuple[bool, ...]) -> int:
+        """Its reverse, or 0."""
+        return self._code(
+            ("rosenbrock_vjp", stages, active),
+            lambda: self._rosenbrock_vjp_function(stages, active),
+        )
+
+    def _rosenbrock_vjp_function(
+        self, stages: RosenbrockStages, active: tuple[bool, ...]
+    ) -> tuple[Signature, list[Output]] | None:
+        try:
+            made = RosenbrockStep(self._outputs, self.jacobian(), stages)
+            return _ROSENBROCK_VJP, made.reverse(self.active_entries(active))
+        except TooLong:
+            return None
 
     def _fits(self, stages: Stages) -> bool:
         return (self.size + stages.n * self.n) * stages.n <= _MOST_IN_STEP

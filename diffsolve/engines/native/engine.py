@@ -36,6 +36,13 @@ RETCODES = {
     L.UNSTABLE: ReturnCode.UNSTABLE,
     L.NEWTON_FAILED: ReturnCode.NEWTON_FAILED,
 }
+_COUNTERS = {
+    "nf": L.NF,
+    "njac": L.NJAC,
+    "nlu": L.NLU,
+    "nsolve": L.NSOLVE,
+    "nnewton": L.NNEWTON,
+}
 _TROUBLES = {
     L.NOT_FINITE: Trouble.NOT_FINITE,
     L.NOT_CONVERGED: Trouble.DIVERGED,
@@ -68,7 +75,7 @@ def write_tolerance(
         integers[slot], integers[stride] = address(values), len(values) > 1
 
 
-Reverse = tuple[int, int, Kernel]
+Reverse = tuple[int, int, int, Kernel]
 
 
 class Template:
@@ -107,10 +114,13 @@ class Template:
         self.advance = kernel("advance", self.method.family, compiled.single)
         self._reverse: dict[tuple[bool, ...], Reverse] = {}
         integers[L.FIELD] = compiled.field()
-        if self.method.is_implicit:
-            integers[L.JVP] = compiled.jvp() if self.method.needs_jvp else 0
-        else:
-            integers[L.FUSED] = compiled.step(self.method.stages)
+        family, stages = self.method.family, self.method.stages
+        if family == "explicit_rk":
+            integers[L.FUSED] = compiled.step(stages)
+        elif family == "rosenbrock":
+            integers[L.FUSED] = compiled.rosenbrock_step(stages)
+        elif self.method.needs_jvp:
+            integers[L.JVP] = compiled.jvp()
         reals[L.NEWTON_ETA] = 1.0
         slots = L.RTOL, L.RTOL_STRIDE, L.ATOL, L.ATOL_STRIDE
         write_tolerance(settings.tolerance, slots, integers, self.held)
@@ -125,18 +135,18 @@ class Template:
         reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
 
     def reverse(self, compiled: Compiled, active: tuple[bool, ...]) -> Reverse:
-        """Product with the Jacobian, one more function, and the kernel of the sweep.
-
-        That is the reverse of a whole step, of an implicit method that of the Jacobian.
-        """
+        """Product with the Jacobian, the reverse of a step and of the Jacobian, and the kernel."""
         found = self._reverse.get(active)
         if found is None:
             sweep = kernel("sweep", self.method.family, compiled.single)
-            if self.method.is_implicit:
-                second = compiled.jacobian_vjp(active)
+            stages, fused, of_jacobian = self.method.stages, 0, 0
+            if self.method.family == "explicit_rk":
+                fused = compiled.step_vjp(stages, active)
             else:
-                second = compiled.step_vjp(self.method.stages, active)
-            found = self._reverse[active] = (compiled.vjp(active), second, sweep)
+                of_jacobian = compiled.jacobian_vjp(active)
+            if self.method.family == "rosenbrock":
+                fused = compiled.rosenbrock_vjp(stages, active)
+            found = self._reverse[active] = (compiled.vjp(active), fused, of_jacobian, sweep)
         return found
 
 
@@ -248,12 +258,13 @@ class Memory:
         self.reals = reals = template.reals[:]
         self.held: dict[int, Any] = template.held.copy()
         self.source: Memory | None = None  # keeps alive what a copy points to
+        self.identity: np.ndarray | None = None  # so do polynomials that stand for stages
         self.arguments = integers.buffer_info()[0], reals.buffer_info()[0]
         integers[L.N] = n
         integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = 1, self.arguments[0] + 8 * L.N
         if field is not None:
             integers[L.FIELD], integers[L.FUSED] = field, 0
-        self.fused = int(integers[L.FUSED])
+        self.is_own_field = field is not None
         self.jacobian = jacobian or native.compiled.jacobian
         if template.stiff is not None:
             stiff = method_of(template.stiff)
@@ -283,7 +294,7 @@ class Memory:
         integers[L.JAC_ENTRIES], integers[L.TIME_TERMS] = found.entries, found.time_terms
         integers[L.JAC_ROWS], integers[L.JAC_COLUMNS] = found.places
         values = found.entries + found.time_terms
-        room = [(L.MATRIX, found.head**2), (L.PIVOTS, found.head), (L.VECTOR, 2 * self.n)]
+        room = [(L.MATRIX, found.head**2), (L.PIVOTS, found.head), (L.VECTOR, self.n)]
         room += [(L.JAC_VALUES, values), (L.JAC_BAR, values)]
         self.hold_new(L.MATRIX, np.zeros(sum(count for _, count in room)))
         place = integers[L.MATRIX]
@@ -314,6 +325,14 @@ class Memory:
         copy.integers[L.BLOCK_ENDS] = copy.arguments[0] + 8 * L.N
         copy.integers[L.STOPS] = copy.arguments[1] + 8 * L.T_END  # read only while going forward
         return copy
+
+    def counts(self) -> dict[str, int]:
+        """Work done, by the names of ``Stats``."""
+        return {name: self.integers[slot] for name, slot in _COUNTERS.items()}
+
+    def restart_counts(self) -> None:
+        for slot in _COUNTERS.values():
+            self.integers[slot] = 0
 
     def steps(self) -> np.ndarray:
         """Start, size and estimates of each step, in rows."""
@@ -470,11 +489,7 @@ class NativeTrajectory:
     error: Tensor
     error_norm: Tensor
     stiffness: Tensor
-    nf: int
-    njac: int
-    nlu: int
-    nsolve: int
-    nnewton: int
+    counts: dict[str, int]
     nreject: int
     final_t: float
     final_h: float
@@ -542,11 +557,7 @@ def integrate(
         error=from_numpy(estimates[0]),
         error_norm=from_numpy(estimates[1]),
         stiffness=from_numpy(estimates[2]),
-        nf=integers[L.NF],
-        njac=integers[L.NJAC],
-        nlu=integers[L.NLU],
-        nsolve=integers[L.NSOLVE],
-        nnewton=integers[L.NNEWTON],
+        counts=memory.counts(),
         nreject=integers[L.REJECTED],
         final_t=reals[L.T],
         final_h=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,

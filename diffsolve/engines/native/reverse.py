@@ -48,7 +48,7 @@ class Swept:
 
     u_bar: Tensor
     p_bar: Tensor
-    nf: int
+    counts: dict[str, int]
     kernel_s: float
 
 
@@ -70,7 +70,7 @@ def sweep(
     memory.work()
     memory.hold(L.STATES, states)
     integers, n, dtype = memory.integers, memory.n, memory.dtype
-    integers[L.NF] = 0
+    memory.restart_counts()
     bars = np.zeros(2 * n + compiled.n_params, dtype)
     memory.hold_new(L.STATE_BAR, bars)
     integers[L.P_BAR] = integers[L.STATE_BAR] + 2 * n * memory.item
@@ -83,8 +83,8 @@ def sweep(
     kernel_s = 0.0
     for run in reversed(runs_of(memory)):
         use(memory, run)
-        second = L.JAC_VJP if memory.method.is_implicit else L.FUSED_VJP
-        integers[L.VJP], integers[second], function = run.template.reverse(compiled, active)
+        addresses = run.template.reverse(compiled, active)
+        integers[L.VJP], integers[L.FUSED_VJP], integers[L.JAC_VJP], function = addresses
         if memory.method.is_implicit:
             memory.work_of_systems()
         integers[L.SWEPT], integers[L.SWEEP_LAST] = run.end, run.end - 1
@@ -92,7 +92,7 @@ def sweep(
         memory.run(function)
         kernel_s += time.perf_counter() - started
     u_bar, p_bar = torch.from_numpy(bars[:n]), torch.from_numpy(bars[2 * n :])
-    return Swept(u_bar, p_bar, integers[L.NF], kernel_s)
+    return Swept(u_bar, p_bar, memory.counts(), kernel_s)
 
 
 class Path:
@@ -202,7 +202,7 @@ class ReverseProblem:
 class ReverseResult:
     z: Tensor
     worst: float
-    nf: int
+    counts: dict[str, int]
     naccept: int
     nreject: int
     status: int
@@ -264,7 +264,7 @@ def solve_reverse(
     return ReverseResult(
         z=z,
         worst=reals[L.WORST],
-        nf=integers[L.NF],
+        counts=memory.counts(),
         naccept=integers[L.ACCEPTED],
         nreject=integers[L.REJECTED],
         status=status,

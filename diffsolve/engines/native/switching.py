@@ -1,8 +1,7 @@
 """A solve that two methods share: handing over from one to the other, and reading what both left.
 
-The kernels know one method at a time. Where ``loop.py`` says that the other is to go on, its numbers
-replace those of the first in the same memory. ``Memory.runs`` notes the steps from which on a
-template was at work.
+The kernels know one method at a time. Where ``loop.py`` says that the other is to go on, its
+numbers replace those of the first in the same memory. ``Memory.runs`` notes who took which steps.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def use(memory: Memory, run: Run) -> None:
     method, integers = run.template.method, memory.integers
     memory.method = method
     integers[_METHOD] = run.template.integers[_METHOD]
-    integers[L.FUSED] = 0 if method.is_implicit else memory.fused
+    integers[L.FUSED] = 0 if memory.is_own_field else run.template.integers[L.FUSED]
     integers[L.RUN_BEGIN] = run.begin
     if run.state is not None:
         memory.hold_new(L.RUN_STATE, run.state)
@@ -109,11 +108,11 @@ def as_polynomials(dense: np.ndarray, run: Run, degree: int) -> np.ndarray:
 
 def use_polynomials(memory: Memory, degree: int) -> None:
     """Let kernels read dense records of this degree that hold coefficients, not stages."""
-    memory.identity = np.eye(degree)
+    memory.identity = identity = np.eye(degree)
     integers = memory.integers
     integers[L.STAGES] = integers[L.DEGREE] = degree
     integers[L.EXTRA], integers[L.DENSE_ROWS] = 0, 1 + degree
-    integers[L.POLY] = address(memory.identity)
+    integers[L.POLY] = address(identity)
 
 
 def join_dense(memory: Memory) -> None:

@@ -12,7 +12,6 @@ import math
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.estimates import ERROR, LOW, NEW, SPARE, STIFF, TOTAL, reverse_error
 from diffsolve.solvers.kernels.memory import (
-    beside_breaks,
     call_step,
     call_step_vjp,
     cast,
@@ -36,25 +35,10 @@ from diffsolve.solvers.kernels.rows import (
     row,
     stage,
     stage_bar,
+    stage_times,
     through_combination,
     vjp_at,
 )
-
-
-@inlined
-def stage_times(I, t, h, like):
-    """Write the times of the stages, as ``f`` sees them; returns where."""
-    stages = I[L.STAGES]
-    nodes = reals(I[L.C])
-    place = stage(I, stages + I[L.EXTRA], like)
-    times = view(place, like)
-    if I[L.N_BREAKS] == 0:
-        for i in range(stages):
-            times[i] = cast(t + nodes[i] * h, like)
-        return place
-    for i in range(stages):
-        times[i] = cast(beside_breaks(I, t + nodes[i] * h, t, t + h, like), like)
-    return place
 
 
 @inlined

@@ -124,6 +124,12 @@ def call_step(typingctx, address, h, times, u, k, p, new, stiff, error, low):
 
 
 @intrinsic
+def call_step_reverse(typingctx, address, h, times, u, k, p, k_bar, new_bar, bar, p_bar):
+    """Reverse of a Rosenbrock ``step``; added to: ``bar``, row 0 of ``k_bar``, and ``p_bar``."""
+    return types.void(address, h, times, u, k, p, k_bar, new_bar, bar, p_bar), _caller(1, 8)
+
+
+@intrinsic
 def call_step_vjp(
     typingctx, address, h, times, u, k, p, k_bar, new_bar, stiff_bar, error_bar, low_bar, bar, p_bar
 ):

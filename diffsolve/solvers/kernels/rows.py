@@ -17,6 +17,7 @@ from diffsolve.solvers.kernels.memory import (
     integers,
     reals,
     size_of,
+    view,
 )
 from diffsolve.solvers.kernels.norms import add_scaled, fill_zero
 
@@ -145,6 +146,22 @@ def combine_error(I, weights, h, out, like):
     for j in range(stages):
         if coefficients[j] != 0.0:
             add_scaled(n, coefficients[j] * h, stage(I, j, like), out, like)
+
+
+@inlined
+def stage_times(I, t, h, like):
+    """Write the times of the stages, as ``f`` sees them; returns where."""
+    stages = I[L.STAGES]
+    nodes = reals(I[L.C])
+    place = stage(I, stages + I[L.EXTRA], like)
+    times = view(place, like)
+    if I[L.N_BREAKS] == 0:
+        for i in range(stages):
+            times[i] = cast(t + nodes[i] * h, like)
+        return place
+    for i in range(stages):
+        times[i] = cast(beside_breaks(I, t + nodes[i] * h, t, t + h, like), like)
+    return place
 
 
 @inlined

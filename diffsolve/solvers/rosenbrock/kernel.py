@@ -18,7 +18,16 @@ from diffsolve.solvers.kernels.linear import (
     solve_transposed,
     through_jacobian,
 )
-from diffsolve.solvers.kernels.memory import inlined, reals, size_of
+from diffsolve.solvers.kernels.memory import (
+    call_step,
+    call_step_reverse,
+    cast,
+    inlined,
+    is_single,
+    reals,
+    size_of,
+    view,
+)
 from diffsolve.solvers.kernels.norms import add_scaled, copy
 from diffsolve.solvers.kernels.rows import (
     bar_row,
@@ -27,16 +36,51 @@ from diffsolve.solvers.kernels.rows import (
     row,
     stage,
     stage_bar,
+    stage_times,
     through_combination,
     vjp_at,
 )
+
+_LARGEST_ERROR = 1e-11  # of what is solved without exchanges of rows; float32: 1e-4
+_LARGEST_ERROR_SINGLE = 1e-4
+
+
+@inlined
+def fused_step(I, t, h, like):
+    """The whole step by one function, if its systems could be solved without exchanging rows."""
+    u, k, new = row(I, L.W_U, like), stage(I, 0, like), row(I, L.W_NEW, like)
+    error, check = row(I, L.W_ERROR, like), row(I, L.W_LOW, like)
+    times, values = stage_times(I, t, h, like), I[L.JAC_VALUES]
+    call_step(I[L.FUSED], cast(h, like), times, u, k, I[L.PARAMS], new, values, error, check)
+    largest = _LARGEST_ERROR_SINGLE if is_single(like) else _LARGEST_ERROR
+    if not float(view(check, like)[0]) < largest:
+        I[L.FRESH] = 0  # its time terms are not there
+        return False
+    I[L.NF] += I[L.STAGES] - 2
+    I[L.NSOLVE] += I[L.STAGES] - 2
+    I[L.NLU] += 1
+    I[L.NJAC] += 1 - I[L.FRESH]
+    I[L.HAS_JAC], I[L.FRESH], I[L.FACTORED] = 1, 1, 0
+    return True
 
 
 @inlined
 def take_step(I, R, t, h, like):
     """Stages, new state and error row of a step from ``W_U, W_DU``; whether it could be taken."""
+    copy(I[L.N], row(I, L.W_DU, like), stage(I, 0, like), like)
+    if I[L.FUSED] != 0 and fused_step(I, t, h, like):
+        return True
+    if not solve_stages(I, R, t, h, like):
+        return False
+    if I[L.B_ERROR] != 0:
+        combine_smoothed(I, R, h, like)
+    return True
+
+
+@inlined
+def solve_stages(I, R, t, h, like):
+    """The stages, one linear system after the other, and the new state."""
     n, stages = I[L.N], I[L.STAGES]
-    copy(n, row(I, L.W_DU, like), stage(I, 0, like), like)
     if not jacobian_of_step(I, R, t, h, row(I, L.W_U, like), like):
         return False
     if not factor(I, R, h, like):
@@ -60,9 +104,26 @@ def take_step(I, R, t, h, like):
     last = stages - 1
     combine(I, I[L.A], last * stages, last, h, g, like)
     field_at(I, R, t + h, t, t + h, g, stage(I, last, like), like)
-    if I[L.B_ERROR] != 0:
-        combine_smoothed(I, R, h, like)
     return True
+
+
+@inlined
+def reverse_fused_step(I, t, h, like):
+    total = bar_row(I, TOTAL, like)
+    call_step_reverse(
+        I[L.FUSED_VJP],
+        cast(h, like),
+        stage_times(I, t, h, like),
+        row(I, L.W_U, like),
+        stage(I, 0, like),
+        I[L.PARAMS],
+        stage_bar(I, 0, like),
+        bar_row(I, NEW, like),
+        total,
+        I[L.P_BAR],
+    )
+    if I[L.STIFFNESS_BARS] != 0:
+        through_jacobian(I, t, h, total, like)  # what the estimates left there
 
 
 @inlined
@@ -82,6 +143,11 @@ def reverse_step(I, R, t, h, like):
     n, stages = I[L.N], I[L.STAGES]
     nodes, coupling, weights = reals(I[L.C]), reals(I[L.COUPLING]), reals(I[L.TIME_WEIGHTS])
     total, g, bar = bar_row(I, TOTAL, like), row(I, L.W_TEMP, like), row(I, L.W_DU, like)
+    if I[L.FUSED_VJP] != 0:
+        if fused_step(I, t, h, like):
+            reverse_fused_step(I, t, h, like)
+            return
+        solve_stages(I, R, t, h, like)  # that one left its own in their place
     last = stages - 1
     vjp_at(I, t + h, t, t + h, row(I, L.W_NEW, like), stage_bar(I, last, like), bar, like)
     add_scaled(n, 1.0, bar_row(I, NEW, like), bar, like)
