@@ -33,6 +33,7 @@ from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 from diffsolve.times import SaveTimes, ordered_stops, snapped
 
 _MOST_UNKNOWNS = 500  # up to which alg=None may use dense matrices
+_TSIT5, _VERN7, _AUTO_TSIT5, _AUTO_VERN7 = Tsit5(), Vern7(), AutoTsit5(), AutoVern7()
 _STEPS_NEED_DISCRETE = (
     "sol.steps.{name} has no gradient under {sensealg}: a continuous adjoint differentiates the "
     "equation, not the solver's steps. Use sensealg=DiscreteAdjoint(), or the local regularizer "
@@ -171,7 +172,7 @@ def solve(
     transformed = transforms_active()
     recording = torch.is_grad_enabled() and not transformed
     u0 = field.structure.ravel(prob.u0)
-    if alg.is_implicit:
+    if alg.is_implicit and (field.jac is not None or field.jac_sparsity is not None):
         _check_jacobian(field, field.after(t0, direction), u0.detach())
     moving = u0.requires_grad or saves.differentiable(prob.tspan)
     stats = Stats(engine="torch", alg=alg.name)
@@ -238,10 +239,10 @@ def _chosen_algorithm(rtol: Any, adaptive: bool, field: VectorField) -> Algorith
     size = structure.shapes[0][-1] if rows else structure.size
     alone = structure.dtype.is_complex or size > _MOST_UNKNOWNS
     if alone or not adaptive or transforms_active():
-        return Vern7() if tight else Tsit5()
+        return _VERN7 if tight else _TSIT5
     # rows may turn out to be coupled: the explicit method then goes on
     field.largest_matrix = _MOST_UNKNOWNS
-    return AutoVern7() if tight else AutoTsit5()
+    return _AUTO_VERN7 if tight else _AUTO_TSIT5
 
 
 def _checked_algorithm(

@@ -312,6 +312,56 @@ def test_gradients_of_two_methods_by_turns(sensealg):
     assert_near(got, exact, 1e-4)
 
 
+@pytest.mark.parametrize("alg", [KenCarp4(), AutoTsit5(Kvaerno5())], ids=label)
+def test_checkpoints_repeat_what_newton_did(alg):
+    """What Newton leaves is magnified from step to step: a repeated one must leave the same."""
+    found = []
+    for checkpoints in (2, 10_000):
+        prob = library.van_der_pol(mu=100.0, tspan=(0.0, 180.0))
+        p = prob.p.clone().requires_grad_()
+        sensealg = DiscreteAdjoint(checkpoints=checkpoints)
+        options = {"rtol": 1e-5, "atol": 1e-5, "saveat": [180.0], "engine": "native"}
+        sol = solve(prob.remake(p=p), alg, sensealg=sensealg, **options)
+        found.append(torch.autograd.grad(sol.u[-1, 0], p)[0])
+    assert_near(found[0], found[1], 0.05)
+
+
+def test_a_pivot_that_vanishes_where_nothing_moves_at_first():
+    """The second block starts at rest: the first stage shows nothing of its pivots."""
+
+    def f(t, u, p):
+        x, y, z = u.unbind(-1)
+        return torch.stack([-x, p[0] * y + p[1] * z + x - 1.0, p[2] * y - z], -1)
+
+    dt, alg, grads = 0.05, Rodas5P(), []
+    for engine in ("torch", "native"):
+        growth = (1 - 1e-9) / (alg.tableau.stages.gamma * dt)
+        p, u0 = leaf([growth, 100.0, -120.0]), leaf([1.0, 0.0, 0.0])
+        sol = solve(ODEProblem(f, u0, (0.0, dt), p), alg, adaptive=False, dt=dt, engine=engine)
+        grads.append((sol.u.detach(), *torch.autograd.grad(sol.u[-1].sum(), [u0, p])))
+    for got, reference in zip(*grads[::-1], strict=True):
+        assert off(got, reference) <= 1e-9
+
+
+@pytest.mark.parametrize("alg", [Kvaerno4(), Kvaerno5()], ids=label)
+def test_nodes_beyond_a_stop_stay_on_its_side(alg):
+    """Their second stage lies behind the end of the step."""
+    seen = []
+
+    def f(t, u):
+        seen.append(float(t))
+        return -u * (1.0 if float(t) < 0.5 else 1e6)
+
+    prob = ODEProblem(f, torch.ones(1, dtype=DOUBLE), (0.0, 0.6))
+    sol = solve(
+        prob, alg, dt=0.1, adaptive=False, tstops=[0.5], engine="torch", maxiters=5, throw=False
+    )
+    assert len(sol.steps) == 5
+    assert max(seen) <= 0.5 + 1e-12  # the last is where the next step would begin
+    smooth = torch.exp(torch.tensor([-0.5], dtype=DOUBLE))
+    assert_near(sol.u[5], smooth, 1e-4)
+
+
 # -- the systems of a Rosenbrock step, solved by expressions -------------------------------------
 
 

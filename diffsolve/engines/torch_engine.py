@@ -355,8 +355,8 @@ class _Loop:
         self.rejections += 1
         self.not_finite = self.trouble in (Trouble.NOT_FINITE, Trouble.JACOBIAN)
         self.size = size * _AFTER_FAILURE
-        if not self.settings.adaptive:
-            self._fail(self._why_too_small(), None)
+        if not self.settings.adaptive or self.trouble is Trouble.JACOBIAN:
+            self._fail(self._why_too_small(), None)  # a smaller step would have the same Jacobian
 
     def _why_too_small(self) -> ReturnCode:
         if self.not_finite:
@@ -376,6 +376,7 @@ class _Loop:
         if self.switch.changes(stiffness, _plain(h)):
             self._activate()
             self.size = self.size * (FACTOR if self.switch.stiff else 1 / FACTOR)
+            self.rhs.scratch.pop("newton", None)  # what it learnt is of another time
             if iterated:  # the derivative at hand is one up to the tolerance only
                 self._begin_anew(self.state[0])
 

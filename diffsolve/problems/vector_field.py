@@ -186,13 +186,15 @@ class VectorField:
         return self.times(t, math.copysign(1.0, direction), _START)[0]
 
     def _beside_breaks(self, values: list[float], start: float, end: float) -> list[float]:
-        """Move times off a break at either end of a step, by one unit of rounding, inward."""
+        """Move times at a break at either end of a step, or beyond it, just inside."""
         near = 8 * math.ulp(max(abs(start), abs(end)))
         for edge, other in ((start, end), (end, start)):
             i = bisect_left(self.breaks, edge - near)
             if i < len(self.breaks) and self.breaks[i] <= edge + near:
                 inside = self._next(self.breaks[i], math.copysign(math.inf, other - edge))
-                values = [inside if abs(x - self.breaks[i]) <= near else x for x in values]
+                at, inward = self.breaks[i], other - edge
+                outside = (abs(x - at) <= near or (x - at) * inward < 0 for x in values)
+                values = [inside if out else x for x, out in zip(values, outside, strict=True)]
         return values
 
     def _next(self, t: float, towards: float) -> float:

@@ -93,8 +93,9 @@ def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _pi_controller(order: int) -> PIController:
-    return PIController.for_order(order)
+def pi_controller(order: int, steady: float = 1.0) -> PIController:
+    """The controller of methods of this order, made once."""
+    return PIController.for_order(order, steady=steady)
 
 
 class Algorithm(ABC):
@@ -142,7 +143,7 @@ class Algorithm(ABC):
 
     def default_controller(self) -> Controller:
         """Step-size controller that the literature gives this method."""
-        return _pi_controller(self.order)
+        return pi_controller(self.order)
 
     def __repr__(self) -> str:
         return f"{self.name}()"

@@ -23,12 +23,20 @@ from diffsolve.solvers.norms import Tolerance
 KAPPA = 0.01
 MOST_ITERATIONS = 10
 #: A rate of convergence above this asks for a new Jacobian at the next step.
-SLOW = 0.5
+SLOW = 0.2
 #: Change of the step size up to which the factors are kept.
 REUSE = 0.2
 #: An increment so small, at the first iteration, that the equation was solved already.
 EXACT = 1e-5
 _SMALLEST_ETA = 2.2e-16
+
+
+def kappa(rtol: float, eps: float) -> float:
+    """What an iteration may leave of an error, in units of the tolerance.
+
+    More where the tolerance is near rounding, below which increments do not get smaller.
+    """
+    return min(1.0, max(KAPPA, 4 * eps / rtol)) if rtol > 0 else KAPPA
 
 
 class Newton:
@@ -55,8 +63,7 @@ class Newton:
         self._factored_h = math.nan
         rtol = float(self.tolerance.rtol.min())
         eps = torch.finfo(field.structure.time_dtype).eps
-        # where the tolerance is near rounding, increments do not get smaller
-        self.kappa = min(1.0, max(KAPPA, 4 * eps / rtol)) if rtol > 0 else KAPPA
+        self.kappa = kappa(rtol, eps)
 
     @property
     def field(self) -> VectorField:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,11 +48,12 @@ class Jacobian:
 
     Attributes
     ----------
-    address
-        ``jac(t, u, p, out)``: the entries that are not zero by structure, in the order of
-        ``rows`` and ``columns``; then, if ``time_terms``, all of the time derivative.
+    slots
+        What kernels read of it, from ``layout.JAC`` to ``layout.HEAD``. The first is the address of
+        ``jac(t, u, p, out)``: the entries that are not zero by structure, in the order of ``rows``
+        and ``columns``; then, if ``time_terms``, all of the time derivative.
     rows, columns
-        Where the entries belong; ``places``: their addresses.
+        Where the entries belong.
     head
         Columns from this one on are zero: components that nothing depends on.
     entries, time_terms
@@ -66,13 +68,17 @@ class Jacobian:
         self.rows, self.columns = (
             np.ascontiguousarray([place[i] for place in entries], dtype=np.int64) for i in (0, 1)
         )
-        self.places = self.rows.ctypes.data, self.columns.ctypes.data
         self.head = 1 + max(self.columns.tolist(), default=-1)
         zero = pool.const(0.0)
         slopes = [zero if x is None else x for x in slopes]
         self.entries, self.time_terms = len(entries), 0 if _are_zero(slopes) else len(slopes)
         self.nodes = [*entries.values(), *slopes[: self.time_terms]]
-        self.address = 0
+        self.slots = array("q")
+
+    def place_at(self, address: int) -> None:
+        """Note the address of the compiled function, and what kernels read besides."""
+        places = self.rows.ctypes.data, self.columns.ctypes.data
+        self.slots = array("q", (address, self.entries, *places, self.time_terms, self.head))
 
     def outputs(self) -> list[Output]:
         return [Output("out", i, x) for i, x in enumerate(self.nodes)]
@@ -225,9 +231,11 @@ class Compiled:
         found = self._jacobians.get(key)
         if found is None:
             with self._lock:
-                found = make()
-                found.address = self._code(key, lambda: (FIELD, found.outputs()))
-                self._jacobians[key] = found
+                found = self._jacobians.get(key)
+                if found is None:
+                    found = made = make()
+                    made.place_at(self._code(key, lambda: (FIELD, made.outputs())))
+                    self._jacobians[key] = made
         return found
 
     def jvp(self) -> int:

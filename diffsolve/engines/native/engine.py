@@ -26,6 +26,7 @@ from diffsolve.engines.torch_engine import Settings, progress_bar
 from diffsolve.solution import ReturnCode
 from diffsolve.solvers.algorithm import Algorithm, Trouble
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.newton import kappa
 from diffsolve.solvers.norms import Estimates, Tolerance
 from diffsolve.solvers.switching import LIMIT, STIFF_STEPS, AutoSwitch
 
@@ -49,6 +50,7 @@ _TROUBLES = {
     L.SINGULAR: Trouble.SINGULAR,
     L.JAC_NOT_FINITE: Trouble.JACOBIAN,
 }
+_NO_JACOBIAN = array("q", [0] * (L.FACTORED + 1 - L.HAS_JAC))
 _FIRST_ROOM = 256  # steps; doubled when they are not enough
 _ROOM_IN_NUMBERS = 1_000_000  # for large states: less to begin with
 _MOST_TEMPLATES = 50
@@ -93,13 +95,17 @@ class Template:
         #: Makes the template of the stiff method, where two share a solve.
         self.other: Callable[[], Template] | None = None
         self.stiff: Algorithm | None = None
+        limit = math.nan
         if isinstance(alg, AutoSwitch):
-            stiff, self.stability, alg = alg.stiff, alg.stability_size, alg.nonstiff
+            limit, stiff, alg = LIMIT * alg.stability_size, alg.stiff, alg.nonstiff
             own = settings.controller_stiff or settings.controller
             theirs = replace(settings, controller=own, controller_stiff=None)
             self.other = lambda: template(compiled, stiff, theirs)
             self.stiff = stiff
         self.method = method_of(alg)
+        methods = [self.method, method_of(self.stiff)] if self.stiff else [self.method]
+        self.most_rows = max(method.rows for method in methods)
+        self.most_stages = max(method.n for method in methods)
         if settings.tolerance.norm is not None:
             raise Declined("it has a norm of its own")
         if settings.h_on_tape:
@@ -121,7 +127,14 @@ class Template:
             integers[L.FUSED] = compiled.rosenbrock_step(stages)
         elif self.method.needs_jvp:
             integers[L.JVP] = compiled.jvp()
+        if self.method.is_implicit:
+            compiled.jacobian()
         reals[L.NEWTON_ETA] = 1.0
+        eps = float(np.finfo(np.float32 if compiled.single else np.float64).eps)
+        reals[L.KAPPA] = kappa(float(settings.tolerance.doubles[0].min()), eps)
+        if self.stiff is not None:
+            integers[L.SWITCH], integers[L.SWITCH_AFTER] = L.NONSTIFF, STIFF_STEPS
+            integers[L.DENSE_ROWS], reals[L.STIFF_ABOVE] = 1 + self.most_rows, limit
         slots = L.RTOL, L.RTOL_STRIDE, L.ATOL, L.ATOL_STRIDE
         write_tolerance(settings.tolerance, slots, integers, self.held)
         integers[L.ADAPTIVE] = settings.adaptive
@@ -248,7 +261,7 @@ class Memory:
     ):
         self.native, self.template = native, template
         self.method: Method = template.method
-        self.most_rows, self.most_stages = self.method.rows, self.method.n
+        self.most_rows, self.most_stages = template.most_rows, template.most_stages
         self.runs = [Run(template, 0)]
         self.prepare_stiff: Callable[[], Any] = _nothing
         self.n = n
@@ -258,21 +271,15 @@ class Memory:
         self.reals = reals = template.reals[:]
         self.held: dict[int, Any] = template.held.copy()
         self.source: Memory | None = None  # keeps alive what a copy points to
+        self.jacobian_at_work: Jacobian | None = None
         self.identity: np.ndarray | None = None  # so do polynomials that stand for stages
         self.arguments = integers.buffer_info()[0], reals.buffer_info()[0]
         integers[L.N] = n
         integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = 1, self.arguments[0] + 8 * L.N
         if field is not None:
-            integers[L.FIELD], integers[L.FUSED] = field, 0
+            integers[L.FIELD], integers[L.FUSED], integers[L.JVP] = field, 0, 0
         self.is_own_field = field is not None
         self.jacobian = jacobian or native.compiled.jacobian
-        if template.stiff is not None:
-            stiff = method_of(template.stiff)
-            self.most_rows = max(self.most_rows, stiff.rows)
-            self.most_stages = max(self.most_stages, stiff.n)
-            integers[L.SWITCH], integers[L.DENSE_ROWS] = L.NONSTIFF, 1 + self.most_rows
-            integers[L.SWITCH_AFTER] = STIFF_STEPS
-            reals[L.STIFF_ABOVE] = LIMIT * template.stability
         self.hold(L.PARAMS, params)
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
@@ -290,19 +297,17 @@ class Memory:
     def work_of_systems(self) -> None:
         """Room for the Jacobian, its factors and the vectors that are solved for."""
         found, integers = self.jacobian(), self.integers
-        integers[L.JAC], integers[L.HEAD] = found.address, found.head
-        integers[L.JAC_ENTRIES], integers[L.TIME_TERMS] = found.entries, found.time_terms
-        integers[L.JAC_ROWS], integers[L.JAC_COLUMNS] = found.places
+        self.jacobian_at_work = found  # whose arrays the kernels read
+        integers[L.JAC : L.HEAD + 1] = found.slots
         values = found.entries + found.time_terms
-        room = [(L.MATRIX, found.head**2), (L.PIVOTS, found.head), (L.VECTOR, self.n)]
-        room += [(L.JAC_VALUES, values), (L.JAC_BAR, values)]
-        self.hold_new(L.MATRIX, np.zeros(sum(count for _, count in room)))
-        place = integers[L.MATRIX]
-        for slot, count in room:
-            integers[slot] = place
-            place += 8 * count
-        for slot in (L.HAS_JAC, L.FRESH, L.STALE, L.FACTORED):
-            integers[slot] = 0
+        matrix = np.zeros(found.head * (found.head + 1) + self.n + 2 * values)
+        self.hold_new(L.MATRIX, matrix)
+        place = integers[L.MATRIX] + 8 * found.head**2
+        integers[L.PIVOTS] = place
+        integers[L.VECTOR] = place = place + 8 * found.head
+        integers[L.JAC_VALUES] = place = place + 8 * self.n
+        integers[L.JAC_BAR] = place + 8 * values
+        integers[L.HAS_JAC : L.FACTORED + 1] = _NO_JACOBIAN
         self.reals[L.NEWTON_ETA] = 1.0
 
     def records(self) -> Memory:
@@ -403,7 +408,7 @@ class Memory:
         integers[L.STEP_ROOM] = room
         self.hold_steps(np.empty((len(_STEPS), room)))
         if wanted.states:
-            self.hold_new(L.MARKS, np.empty((room, 4), _INT64))
+            self.hold_new(L.MARKS, np.empty((room, L.N_MARKS), _INT64))
             integers[L.STRIDE] = 1
             kept = room if wanted.checkpoints is None else wanted.checkpoints
             integers[L.STATE_ROOM] = kept

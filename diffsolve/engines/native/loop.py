@@ -16,7 +16,15 @@ import math
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.memory import inlined, integers, reals, size_of, ulp, view
 from diffsolve.solvers.kernels.norms import add_scaled, copy, scaled_norm
-from diffsolve.solvers.kernels.rows import field_at, interpolate, locate, marks_of, row, stage
+from diffsolve.solvers.kernels.rows import (
+    field_at,
+    forget,
+    interpolate,
+    locate,
+    marks_of,
+    row,
+    stage,
+)
 
 _STRETCH = 1.01  # as in the torch engine
 _ROUNDING = 1 + 1e-8
@@ -240,6 +248,7 @@ def accept(I, R, h, lands, error, norm, stiffness, complete_step, like):
     if I[L.MARKS] != 0:
         marks = marks_of(I, index)
         marks[L.MARK_RESTART] = I[L.RESTARTED]
+        marks[L.MARK_FORGOT] = I[L.FORGOT]
         marks[L.MARK_FIRST_SAVE] = first
         marks[L.MARK_INSIDE] = inside
         marks[L.MARK_END_SAVE] = end_save
@@ -327,12 +336,15 @@ def attempt(I, R, step, measure, complete_step, like):
     I[L.ATTEMPTS] += 1
     R[L.LAST_H] = h
     I[L.FAILURE] = 0
+    begin_attempt(I, R)
     if not step(I, R, t, h, like):
         I[L.REJECTED] += 1
         I[L.REJECTIONS] += 1
         R[L.LAST_ERROR] = R[L.LAST_STIFFNESS] = math.nan
         R[L.SIZE] = _AFTER_NEWTON * size
-        return L.GO_ON if adaptive else reason_to_stop(I)
+        if adaptive and I[L.FAILURE] != L.JAC_NOT_FINITE:
+            return L.GO_ON
+        return reason_to_stop(I)  # a smaller step would have the same Jacobian
     error, norm, stiffness = measure(I, R, t, h, like)
     accepted, factor = error < math.inf, 1.0
     if adaptive:
@@ -356,6 +368,21 @@ def attempt(I, R, step, measure, complete_step, like):
     if accepted and I[L.SWITCH] != 0:
         return consider_switch(I, R, size)
     return L.GO_ON
+
+
+@inlined
+def begin_attempt(I, R):
+    """Forget what Newton's iteration learnt, where a repeated step could not know it.
+
+    With checkpoints the steps after a kept state are taken again, but not those that were rejected.
+    """
+    if I[L.THINNING] == 0 or I[L.STRIDE] == 0:
+        return
+    if I[L.ACCEPTED] % I[L.STRIDE] == 0 or I[L.REJECTIONS] > 0:
+        forget(I, R)
+        I[L.FORGOT] = 1
+    else:
+        I[L.FORGOT] = 0
 
 
 @inlined
@@ -390,6 +417,16 @@ def no_room(I):
 
 
 @inlined
+def take_over(I, R, like):
+    """Begin with the other of two methods, and note from what."""
+    n = I[L.N]
+    if I[L.TAKEN_OVER] == L.ANEW:  # the derivative at hand is right up to the tolerance only
+        restart(I, R, like)
+    I[L.TAKEN_OVER] = 0
+    copy(2 * n, row(I, L.W_U, like), I[L.RUN_STATE], like)
+
+
+@inlined
 def advance(I, R, step, measure, complete_step, like):
     """Integrate until the end, a failure, or a reason to return to Python for a moment."""
     if I[L.BEGUN] == 0:
@@ -397,6 +434,8 @@ def advance(I, R, step, measure, complete_step, like):
         if status != L.GO_ON:
             return status
         I[L.BEGUN] = 1
+    if I[L.TAKEN_OVER] != 0:
+        take_over(I, R, like)
     for _ in range(I[L.CHUNK]):
         if I[L.STOP] >= I[L.N_STOPS]:
             return L.DONE

@@ -14,6 +14,7 @@ from diffsolve.solvers.kernels.norms import add_scaled, copy, fill_zero
 from diffsolve.solvers.kernels.rows import (
     bar_row,
     field_at,
+    forget,
     interpolation_weight,
     marks_of,
     row,
@@ -62,10 +63,19 @@ def take_up(I, begin, like):
 
 
 @inlined
+def repeat(I, R, index, step, like):
+    """A step again, as it was taken."""
+    I[L.FRESH] = 0
+    if marks_of(I, index)[L.MARK_FORGOT] != 0:
+        forget(I, R)
+    step(I, R, reals(I[L.STEP_T])[index], reals(I[L.STEP_H])[index], like)
+
+
+@inlined
 def remake_segment(I, R, begin, last, step, like):
     """Repeat the steps from a state that was kept, and note where each starts."""
     n, size = I[L.N], size_of(like)
-    starts, sizes = reals(I[L.STEP_T]), reals(I[L.STEP_H])
+    starts = reals(I[L.STEP_T])
     u, du = row(I, L.W_U, like), row(I, L.W_DU, like)
     take_up(I, begin, like)
     for i in range(begin, last + 1):
@@ -74,8 +84,7 @@ def remake_segment(I, R, begin, last, step, like):
         copy(n, du, place + n * size, like)
         if i == last:
             break
-        I[L.FRESH] = 0
-        step(I, R, starts[i], sizes[i], like)
+        repeat(I, R, i, step, like)
         copy(n, row(I, L.W_NEW, like), u, like)
         copy(n, stage(I, I[L.STAGES] - 1, like), du, like)
         if marks_of(I, i + 1)[L.MARK_RESTART] != 0:
@@ -91,7 +100,7 @@ def sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse
     t, h = reals(I[L.STEP_T])[index], reals(I[L.STEP_H])[index]
     marks = marks_of(I, index)
     load_state(I, R, index, step, like)
-    I[L.FRESH] = I[L.FACTORED] = 0
+    forget(I, R)
     if I[L.STATE_ROWS] > 2:
         results(I, R, h, like)
     else:
@@ -164,8 +173,7 @@ def replay(I, R, step, complete, like):
         if i > first and marks_of(I, i)[L.MARK_RESTART] != 0:
             t = starts[i]
             field_at(I, R, t, t, t + R[L.DIRECTION], u, du, like)
-        I[L.FRESH] = 0
-        step(I, R, starts[i], sizes[i], like)
+        repeat(I, R, i, step, like)
         complete(I, R, starts[i], sizes[i], like)
         place = I[L.DENSE] + (i - first) * I[L.DENSE_ROWS] * n * size
         copy(n, u, place, like)

@@ -6,6 +6,7 @@ numbers replace those of the first in the same memory. ``Memory.runs`` notes who
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from diffsolve.solvers.switching import FACTOR, NONSTIFF_STEPS, STIFF_STEPS
 if TYPE_CHECKING:
     from diffsolve.engines.native.engine import Memory, Template
 
+_log = logging.getLogger("diffsolve")
 #: Slots that belong to the method at work.
 _METHOD = slice(L.STAGES, L.SMOOTHED + 1)
 _CONTROLLER = slice(L.SAFETY, L.BETA_PLAIN + 1)
@@ -64,17 +66,24 @@ def switch(memory: Memory) -> None:
         found = template.other() if to_stiff else template
         if to_stiff:
             memory.prepare_stiff()
-    except Declined:
+            memory.jacobian()
+    except Declined as reason:
+        name = template.stiff.name if template.stiff is not None else ""
+        _log.warning("diffsolve: the problem is stiff, but %s cannot take over: %s", name, reason)
         integers[L.SWITCH] = 0
         return
+    iterated = memory.method.family == "sdirk"
     n = memory.n
-    run = Run(found, integers[L.ACCEPTED], state=memory.held[L.WORK][: 2 * n].copy())
+    run = Run(found, integers[L.ACCEPTED], state=np.empty((2, n), memory.dtype))
     memory.runs.append(run)
     use(memory, run)
     if to_stiff:
         memory.work_of_systems()
-    integers[L.CONTROLLER], integers[L.JVP] = found.integers[L.CONTROLLER], found.integers[L.JVP]
+    integers[L.TAKEN_OVER] = L.ANEW if iterated else L.AS_IT_IS
+    integers[L.CONTROLLER] = found.integers[L.CONTROLLER]
+    integers[L.JVP] = 0 if memory.is_own_field else found.integers[L.JVP]
     reals[_CONTROLLER] = found.reals[_CONTROLLER]
+    reals[L.MEMORY1] = reals[L.MEMORY2] = 0.0
     integers[L.HAS_MEMORY] = integers[L.SWITCH_COUNT] = 0
     integers[L.SWITCH] = L.STIFF if to_stiff else L.NONSTIFF
     integers[L.SWITCH_AFTER] = NONSTIFF_STEPS if to_stiff else STIFF_STEPS

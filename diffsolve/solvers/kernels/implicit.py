@@ -14,6 +14,7 @@ from diffsolve.solvers.kernels.linear import (
     add_outer,
     evaluate_jacobian,
     factor,
+    jacobian_of_step,
     multiply,
     multiply_transposed,
     solve,
@@ -90,7 +91,7 @@ def measure(I, R, t, h, like):
     """Scaled error, its norm, and the stiffness where the step is one to be accepted."""
     n = I[L.N]
     u, new = row(I, L.W_U, like), row(I, L.W_NEW, like)
-    error, norm, stiffness = 0.0, 0.0, 0.0
+    error, norm, stiffness = 0.0, 0.0, math.nan
     if I[L.B_ERROR] == 0:
         if not distance(n, new, 0, like) < math.inf:
             error = math.nan
@@ -103,6 +104,8 @@ def measure(I, R, t, h, like):
         error = math.nan
     wanted = I[L.STIFFNESS] != 0 or I[L.SWITCH] != 0
     if wanted and (error <= 1.0 or (I[L.ADAPTIVE] == 0 and error < math.inf)):
+        if I[L.JVP] == 0:  # there are no products but with entries
+            jacobian_of_step(I, R, t, h, u, like)
         first, second = row(I, L.W_STIFF, like), row(I, L.W_LOW, like)
         third, spare = row(I, L.W_TEMP, like), row(I, L.W_BASE, like)
         stiffness, _ = spectral_radius(I, R, t, h, first, second, third, spare, like)

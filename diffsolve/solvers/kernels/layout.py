@@ -68,6 +68,7 @@ HAS_JAC = _integer("HAS_JAC")
 FRESH = _integer("FRESH")  # whether it is the Jacobian at the start of the step
 STALE = _integer("STALE")  # whether Newton was slow with it
 FACTORED = _integer("FACTORED")
+FORGOT = _integer("FORGOT")  # whether the step at hand began without all that
 NJAC = _integer("NJAC")
 NLU = _integer("NLU")
 NSOLVE = _integer("NSOLVE")
@@ -103,7 +104,7 @@ STEP_H = _integer("STEP_H")
 ERROR = _integer("ERROR")
 ERROR_NORM = _integer("ERROR_NORM")
 STIFFNESS = _integer("STIFFNESS")
-MARKS = _integer("MARKS")  # integers (STEP_ROOM, 4): see below; 0: not wanted
+MARKS = _integer("MARKS")  # integers (STEP_ROOM, N_MARKS): see below; 0: not wanted
 STATES = _integer("STATES")  # (STATE_ROOM, STATE_ROWS, N), of each STRIDE-th step
 STATE_ROWS = _integer("STATE_ROWS")  # 2: u and du at the start; 1 + STAGES: u and all stages
 STATE_ROOM = _integer("STATE_ROOM")
@@ -162,6 +163,7 @@ SWEEP_LAST = _integer("SWEEP_LAST")  # the sweep goes from this step back to RUN
 SWITCH = _integer("SWITCH")  # 0: no; NONSTIFF or STIFF: which of them is at work
 SWITCH_COUNT = _integer("SWITCH_COUNT")  # steps in a row that ask for the other
 SWITCH_AFTER = _integer("SWITCH_AFTER")  # so many hand over to it
+TAKEN_OVER = _integer("TAKEN_OVER")  # whether the next step is the first of its method
 RUN_BEGIN = _integer("RUN_BEGIN")  # first step of the method at work, in a reverse pass
 RUN_STATE = _integer("RUN_STATE")  # (2, N): the state that it took over
 DENSE_ROWS = _integer("DENSE_ROWS")  # rows of a record of DENSE
@@ -200,6 +202,7 @@ WINDOW_LOW = _real("WINDOW_LOW")  # the part of it that PATH holds
 WINDOW_HIGH = _real("WINDOW_HIGH")
 PATH_END = _real("PATH_END")
 FACTORED_H = _real("FACTORED_H")  # step size in MATRIX
+KAPPA = _real("KAPPA")  # what Newton may leave, in tolerances
 NEWTON_ETA = _real("NEWTON_ETA")  # of the last stage that converged
 STIFF_ABOVE = _real("STIFF_ABOVE")  # step size times stiffness that asks for the stiff method
 RELATIVE_STIFFNESS = _real("RELATIVE_STIFFNESS")  # the estimate that is judged by
@@ -212,6 +215,8 @@ MARK_RESTART = 0
 MARK_FIRST_SAVE = 1
 MARK_INSIDE = 2  # saves strictly inside the step
 MARK_END_SAVE = 3  # the save at its end, or -1
+MARK_FORGOT = 4  # whether Newton's iteration began without what it had learnt before
+N_MARKS = 5
 
 # kinds of controllers
 INTEGRAL = 0
@@ -234,6 +239,10 @@ NOT_FINITE = 1
 NOT_CONVERGED = 2
 SINGULAR = 3
 JAC_NOT_FINITE = 4
+
+# how a method takes over
+AS_IT_IS = 1
+ANEW = 2  # with a derivative of its own
 
 # which method of two is at work
 NONSTIFF = 1

@@ -154,7 +154,7 @@ def _next(t, towards, like):
 
 @inlined
 def beside_breaks(I, value, start, end, like):
-    """A time of a step from ``start`` to ``end``, moved off a break at either end, inward."""
+    """A time of a step; at a break at either end, or beyond it, it is moved just inside."""
     count = I[L.N_BREAKS]
     if count == 0:
         return value
@@ -166,7 +166,9 @@ def beside_breaks(I, value, start, end, like):
         i = 0
         while i < count and breaks[i] < edge - near:
             i += 1
-        if i < count and breaks[i] <= edge + near and abs(value - breaks[i]) <= near:
+        if i == count or breaks[i] > edge + near:
+            continue
+        if abs(value - breaks[i]) <= near or (value - breaks[i]) * (other - edge) < 0.0:
             inward = np.inf if other > edge else -np.inf
             value = _next(breaks[i], inward, like)
     return value

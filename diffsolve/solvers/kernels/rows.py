@@ -196,10 +196,17 @@ def interpolation_weight(I, j, theta):
 
 @inlined
 def marks_of(I, index):
-    """The four integers that are noted of a step."""
-    return integers(I[L.MARKS] + index * 32)
+    """The integers that are noted of a step."""
+    return integers(I[L.MARKS] + index * 8 * L.N_MARKS)
 
 
 @inlined
 def nothing_to_complete(I, R, t, h, like):
     """For methods whose interpolant has no stages of its own."""
+
+
+@inlined
+def forget(I, R):
+    """Drop what Newton's iteration has learnt from the steps before."""
+    I[L.HAS_JAC] = I[L.FRESH] = I[L.STALE] = I[L.FACTORED] = 0
+    R[L.NEWTON_ETA] = 1.0

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.algorithm import Algorithm, Step
-from diffsolve.solvers.controllers import Controller, PIController
+from diffsolve.solvers.algorithm import Algorithm, Step, pi_controller
+from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.rosenbrock import tableaus
 from diffsolve.solvers.rosenbrock.step import take_step
 from diffsolve.solvers.rosenbrock.tableau import RosenbrockTableau
@@ -59,7 +59,7 @@ class Rosenbrock(Algorithm):
         return take_step(field, self.tableau.stages, t, h, RKState(*state))
 
     def default_controller(self) -> Controller:
-        return PIController.for_order(min(self.order, self.tableau.error_order or 1) + 1)
+        return pi_controller(min(self.order, self.tableau.error_order or 1) + 1)
 
     def __repr__(self) -> str:
         if type(self) is Rosenbrock:

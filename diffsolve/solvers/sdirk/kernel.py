@@ -33,9 +33,8 @@ from diffsolve.solvers.kernels.rows import (
     vjp_at,
 )
 
-_KAPPA = 0.01  # of the tolerance: what Newton may leave
 _MOST_ITERATIONS = 10
-_SLOW = 0.5  # rate of convergence that asks for a new Jacobian
+_SLOW = 0.2  # rate of convergence that asks for a new Jacobian
 _REUSE = 0.2  # change of the step size up to which the matrix is kept
 _EXACT = 1e-5  # a first correction that says that there is nothing to correct
 
@@ -77,9 +76,9 @@ def newton(I, R, t, h, i, base, like):
                 return False, 1.0
             eta = theta / (1.0 - theta)
             left = theta ** float(_MOST_ITERATIONS - m) / (1.0 - theta) * size
-            if left > _KAPPA:
+            if left > R[L.KAPPA]:
                 return False, 1.0
-        if eta * size < _KAPPA or (m == 1 and size <= _EXACT):
+        if eta * size < R[L.KAPPA] or (m == 1 and size <= _EXACT):
             R[L.NEWTON_ETA], I[L.FAILURE] = eta, 0
             copy(n, base, g, like)
             add_scaled(n, step, k, g, like)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.algorithm import Algorithm, Step
-from diffsolve.solvers.controllers import Controller, PIController
+from diffsolve.solvers.algorithm import Algorithm, Step, pi_controller
+from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.sdirk import tableaus
 from diffsolve.solvers.sdirk.step import take_step
 from diffsolve.solvers.sdirk.tableau import SDIRKTableau
@@ -69,7 +69,7 @@ class SDIRK(Algorithm):
 
     def default_controller(self) -> Controller:
         # a step that hardly changes keeps its matrix
-        return PIController.for_order(self.tableau.estimate_order, steady=1.2)
+        return pi_controller(self.tableau.estimate_order, 1.2)
 
     def __repr__(self) -> str:
         if type(self) is SDIRK:

@@ -53,11 +53,10 @@ def take_step(
 
 
 def _newton(field: VectorField, stages: SDIRKStages) -> Newton:
-    key = ("newton", id(stages))
-    if key not in field.scratch:
-        # the stages are kept in the entry, so their identity stays taken
-        field.scratch[key] = (stages, Newton(field, stages.gamma))
-    return field.scratch[key][1]
+    found = field.scratch.get("newton")
+    if found is None or found[0] is not stages:
+        found = field.scratch["newton"] = (stages, Newton(field, stages.gamma))
+    return found[1]
 
 
 def _solved_step(
