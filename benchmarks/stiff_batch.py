@@ -24,7 +24,7 @@ from diffsolve.solvers.algorithm import Algorithm
 BATCH, SAMPLE = 1000, 20
 RTOL = 1e-6
 SPREAD = 0.2  # of the rates, about those of the problem
-METHODS = ("Rodas5P", "Rodas4P", "KenCarp4")
+METHODS = ("AutoTsit5(Rodas5P)", "Rodas5P", "Rodas4P", "KenCarp4")
 
 
 def rates(case: StiffCase) -> np.ndarray:

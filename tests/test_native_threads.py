@@ -112,8 +112,10 @@ def test_a_long_solve_does_not_hold_up_other_threads():
 
 
 INTERRUPTED = """
-import sys, time, torch
+import signal, time, torch
 from diffsolve import *
+# a job in the background, as CI may be, is started with this signal ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def f(t, u):
     return torch.stack([u[1], -u[0]])
 u0 = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
