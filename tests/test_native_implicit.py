@@ -40,6 +40,7 @@ from diffsolve import (
 )
 from diffsolve.engines.native import rosenbrock
 from diffsolve.problems import library
+from diffsolve.solvers.kernels import layout as L
 
 ROSENBROCK = [
     *(Rosenbrock23(), Rosenbrock32(), ROS3P(), Rodas3()),
@@ -324,6 +325,21 @@ def test_checkpoints_repeat_what_newton_did(alg):
         sol = solve(prob.remake(p=p), alg, sensealg=sensealg, **options)
         found.append(torch.autograd.grad(sol.u[-1, 0], p)[0])
     assert_near(found[0], found[1], 0.05)
+
+
+def test_a_step_that_cannot_be_repeated():
+    """The reverse pass says so, rather than to go on with what Newton's iteration left."""
+    found = []
+    for sign in (1.0, -1.0):  # nothing is below a negative tolerance
+        prob = forced_problem(requires_grad=True)
+        sensealg = DiscreteAdjoint(checkpoints=3)
+        sol = solve(prob, KenCarp4(), sensealg=sensealg, rtol=1e-5, atol=1e-7, engine="native")
+        node = sol.u.grad_fn
+        node.memory.reals[L.KAPPA] *= sign
+        found.append(sol)
+    found[0].u.sum().backward()
+    with pytest.raises(RuntimeError, match="could not repeat a step"):
+        found[1].u.sum().backward()
 
 
 def test_a_pivot_that_vanishes_where_nothing_moves_at_first():

@@ -37,6 +37,7 @@ class ODEProblem:
         Jacobian ``jac(t, u, p)``, or ``jac(t, u)`` when ``p`` is None, for implicit methods: ``(N,
         N)`` over the raveled state, or ``(..., d, d)`` where ``u`` is a batch ``(..., d)`` of rows
         that ``f`` treats independently. None: computed from ``f``, exactly where autograd can.
+        Gradients never use it, and the native engine, which has the exact one, does not either.
         ``check_jacobian`` compares the two. Gradients never use it.
     jac_sparsity
         Which entries of the Jacobian can be other than zero, ``(N, N)``, dense or sparse. Where it

@@ -52,6 +52,15 @@ class Swept:
     kernel_s: float
 
 
+def refuse_lost(status: int) -> None:
+    """Refuse to go on where a step of the solve could not be taken again."""
+    if status != L.DONE:
+        raise RuntimeError(
+            "the reverse pass could not repeat a step of the solve: its equations were not solved. "
+            "Use DiscreteAdjoint() without checkpoints, which keeps their solutions."
+        )
+
+
 def sweep(
     forward: Memory, states: Tensor, cotangents: Sequence[Tensor | None], active: tuple[bool, ...]
 ) -> Swept:
@@ -89,7 +98,7 @@ def sweep(
             memory.work_of_systems()
         integers[L.SWEPT], integers[L.SWEEP_LAST] = run.end, run.end - 1
         started = time.perf_counter()
-        memory.run(function)
+        refuse_lost(memory.run(function))
         kernel_s += time.perf_counter() - started
     u_bar, p_bar = torch.from_numpy(bars[:n]), torch.from_numpy(bars[2 * n :])
     return Swept(u_bar, p_bar, memory.counts(), kernel_s)
@@ -159,7 +168,8 @@ class Path:
             integers = memory.integers
             integers[L.DENSE_ROWS] = rows
             integers[L.SWEPT], integers[L.CHUNK] = begin, end - begin
-            memory.run(kernel("replay", memory.method.family, memory.native.compiled.single))
+            function = kernel("replay", memory.method.family, memory.native.compiled.single)
+            refuse_lost(memory.run(function))
             parts.append(dense)
         if len(memory.runs) > 1:
             degree = degree_of(memory)

@@ -68,7 +68,8 @@ def repeat(I, R, index, step, like):
     I[L.FRESH] = 0
     if marks_of(I, index)[L.MARK_FORGOT] != 0:
         forget(I, R)
-    step(I, R, reals(I[L.STEP_T])[index], reals(I[L.STEP_H])[index], like)
+    if not step(I, R, reals(I[L.STEP_T])[index], reals(I[L.STEP_H])[index], like):
+        I[L.LOST] = 1
 
 
 @inlined
@@ -105,7 +106,8 @@ def sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse
         results(I, R, h, like)
     else:
         before = I[L.NF]
-        step(I, R, t, h, like)
+        if not step(I, R, t, h, like):
+            I[L.LOST] = 1
         I[L.NF] = before  # counted when they are differentiated
 
     new_bar, total = bar_row(I, NEW, like), bar_row(I, TOTAL, like)
@@ -155,6 +157,8 @@ def sweep(I, R, step, results, estimates, reverse, complete, reverse_complete, l
         I[L.SWEPT] -= 1
         index = I[L.SWEPT]
         sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse_complete, like)
+        if I[L.LOST] != 0:
+            return L.NEWTON_FAILED
     return L.DONE if I[L.SWEPT] == I[L.RUN_BEGIN] else L.GO_ON
 
 
@@ -180,4 +184,4 @@ def replay(I, R, step, complete, like):
         copy(rows * n, stage(I, 0, like), place + n * size, like)
         copy(n, row(I, L.W_NEW, like), u, like)
         copy(n, stage(I, I[L.STAGES] - 1, like), du, like)
-    return L.DONE
+    return L.DONE if I[L.LOST] == 0 else L.NEWTON_FAILED

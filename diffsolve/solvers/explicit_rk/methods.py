@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.algorithm import Algorithm, Step
+from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.controllers import Controller, IController
 from diffsolve.solvers.explicit_rk import tableaus, tableaus_high_order
 from diffsolve.solvers.explicit_rk.step import take_step
 from diffsolve.solvers.explicit_rk.tableau import Tableau
 from diffsolve.solvers.stage_rows import RKState
+from diffsolve.solvers.tableau_method import Named, TableauMethod
 
 
-class ExplicitRK(Algorithm):
+class ExplicitRK(TableauMethod):
     """Explicit Runge-Kutta method of any tableau.
 
     Parameters
@@ -36,37 +37,14 @@ class ExplicitRK(Algorithm):
 
     is_one_step = True
     kernels = "explicit_rk"
-
-    def __init__(self, tableau: Tableau):
-        if not isinstance(tableau, Tableau):
-            raise TypeError(f"ExplicitRK needs a Tableau, got {type(tableau).__name__}")
-        self.tableau = tableau
-        self.order = tableau.order
-        self.adaptive = tableau.stages.b_error is not None
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
-        return RKState(u, field(field.time(t), u) if du is None else du)
+    tableau_type = Tableau
 
     def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
         return take_step(field, self.tableau.stages, t, h, RKState(*state))
 
-    def __repr__(self) -> str:
-        if type(self) is ExplicitRK:
-            return f"ExplicitRK({self.tableau.name})"
-        return f"{type(self).__name__}()"
 
-
-class _Named(ExplicitRK):
+class _Named(Named, ExplicitRK):
     """An explicit method that is its class's tableau."""
-
-    coefficients: Tableau
-
-    def __init__(self) -> None:
-        super().__init__(self.coefficients)
 
 
 class Euler(_Named):

@@ -156,6 +156,7 @@ ERROR_BARS = _integer("ERROR_BARS")  # (steps), or 0
 ERROR_NORM_BARS = _integer("ERROR_NORM_BARS")
 STIFFNESS_BARS = _integer("STIFFNESS_BARS")
 SEGMENT = _integer("SEGMENT")  # states made again between two that were kept
+LOST = _integer("LOST")  # whether a step could not be taken again
 SWEPT = _integer("SWEPT")  # steps that are still to be swept
 SWEEP_LAST = _integer("SWEEP_LAST")  # the sweep goes from this step back to RUN_BEGIN
 

@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.algorithm import Algorithm, Step, pi_controller
+from diffsolve.solvers.algorithm import Step, pi_controller
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.rosenbrock import tableaus
 from diffsolve.solvers.rosenbrock.step import take_step
 from diffsolve.solvers.rosenbrock.tableau import RosenbrockTableau
 from diffsolve.solvers.stage_rows import RKState
+from diffsolve.solvers.tableau_method import Named, TableauMethod
 
 
-class Rosenbrock(Algorithm):
+class Rosenbrock(TableauMethod):
     """Rosenbrock method of any tableau: linearly implicit, for stiff problems.
 
     Each step evaluates the Jacobian of ``f`` and its derivative by time, factors one matrix, and
@@ -40,40 +41,17 @@ class Rosenbrock(Algorithm):
 
     is_implicit = True
     kernels = "rosenbrock"
-
-    def __init__(self, tableau: RosenbrockTableau):
-        if not isinstance(tableau, RosenbrockTableau):
-            raise TypeError(f"Rosenbrock needs a RosenbrockTableau, got {type(tableau).__name__}")
-        self.tableau = tableau
-        self.order = tableau.order
-        self.adaptive = tableau.stages.b_error is not None
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
-        return RKState(u, field(field.time(t), u) if du is None else du)
+    tableau_type = RosenbrockTableau
 
     def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
         return take_step(field, self.tableau.stages, t, h, RKState(*state))
 
     def default_controller(self) -> Controller:
-        return pi_controller(min(self.order, self.tableau.error_order or 1) + 1)
-
-    def __repr__(self) -> str:
-        if type(self) is Rosenbrock:
-            return f"Rosenbrock({self.tableau.name})"
-        return f"{type(self).__name__}()"
+        return pi_controller(self.tableau.estimate_order)
 
 
-class _Named(Rosenbrock):
+class _Named(Named, Rosenbrock):
     """A method that is its class's tableau."""
-
-    coefficients: RosenbrockTableau
-
-    def __init__(self) -> None:
-        super().__init__(self.coefficients)
 
 
 class Rosenbrock23(_Named):
@@ -90,7 +68,7 @@ class Rosenbrock23(_Named):
 
 
 class Rosenbrock32(_Named):
-    """The companion of order 3 to ``Rosenbrock23``, which is not L-stable.
+    """The companion of order 3 to ``Rosenbrock23``, which is not A-stable.
 
     References
     ----------

@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.algorithm import Algorithm, Step, pi_controller
+from diffsolve.solvers.algorithm import Step, pi_controller
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.sdirk import tableaus
 from diffsolve.solvers.sdirk.step import take_step
 from diffsolve.solvers.sdirk.tableau import SDIRKTableau
 from diffsolve.solvers.stage_rows import RKState
+from diffsolve.solvers.tableau_method import Named, TableauMethod
 
 
-class SDIRK(Algorithm):
+class SDIRK(TableauMethod):
     """Singly diagonally implicit Runge-Kutta method of any tableau, for stiff problems.
 
     A simplified Newton iteration solves the stages one by one, all with one matrix that is used
@@ -42,20 +43,7 @@ class SDIRK(Algorithm):
 
     is_implicit = True
     kernels = "sdirk"
-
-    def __init__(self, tableau: SDIRKTableau):
-        if not isinstance(tableau, SDIRKTableau):
-            raise TypeError(f"SDIRK needs a SDIRKTableau, got {type(tableau).__name__}")
-        self.tableau = tableau
-        self.order = tableau.order
-        self.adaptive = tableau.stages.b_error is not None
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
-        return RKState(u, field(field.time(t), u) if du is None else du)
+    tableau_type = SDIRKTableau
 
     def step(
         self,
@@ -71,19 +59,9 @@ class SDIRK(Algorithm):
         # a step that hardly changes keeps its matrix
         return pi_controller(self.tableau.estimate_order, 1.2)
 
-    def __repr__(self) -> str:
-        if type(self) is SDIRK:
-            return f"SDIRK({self.tableau.name})"
-        return f"{type(self).__name__}()"
 
-
-class _Named(SDIRK):
+class _Named(Named, SDIRK):
     """A method that is its class's tableau."""
-
-    coefficients: SDIRKTableau
-
-    def __init__(self) -> None:
-        super().__init__(self.coefficients)
 
 
 class ImplicitEuler(_Named):

@@ -1,0 +1,53 @@
+"""What the methods of all families share that are given by a tableau."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.stage_rows import RKState
+
+
+class TableauMethod(Algorithm):
+    """Base of the families' classes, whose state is ``(u, du)``.
+
+    Raises
+    ------
+    TypeError
+        If ``tableau`` is not one of the family's.
+    """
+
+    tableau_type: ClassVar[type]
+
+    def __init__(self, tableau: Any):
+        kind = self.tableau_type
+        if not isinstance(tableau, kind):
+            family = next(c for c in type(self).__mro__ if "tableau_type" in vars(c)).__name__
+            raise TypeError(f"{family} needs a {kind.__name__}, got {type(tableau).__name__}")
+        self.tableau = tableau
+        self.order = tableau.order
+        self.adaptive = tableau.stages.b_error is not None
+
+    @property
+    def name(self) -> str:
+        return self.tableau.name
+
+    def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
+        return RKState(u, field(field.time(t), u) if du is None else du)
+
+    def __repr__(self) -> str:
+        kind = type(self)
+        of_any_tableau = "tableau_type" in vars(kind)
+        return f"{kind.__name__}({self.tableau.name if of_any_tableau else ''})"
+
+
+class Named(TableauMethod):
+    """Mixed into a family's class: a method that is its class's tableau."""
+
+    coefficients: ClassVar[Any]
+
+    def __init__(self) -> None:
+        super().__init__(self.coefficients)
