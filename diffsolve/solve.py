@@ -19,6 +19,8 @@ from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, templ
 from diffsolve.engines.native.field import find
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.sde import SDEProblem
+from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Solution, SolveError, Stats, Steps
@@ -29,6 +31,7 @@ from diffsolve.solvers.given_jacobian import given_jacobian
 from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.jacobian_layout import checked_pattern
 from diffsolve.solvers.norms import Tolerance
+from diffsolve.solvers.stochastic.setup import brownian_path, stochastic_method
 from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 from diffsolve.times import SaveTimes, ordered_stops, snapped
 
@@ -46,7 +49,7 @@ _DENSE_NEEDS_TAPE = (
 
 
 def solve(
-    prob: ODEProblem,
+    prob: ODEProblem | SDEProblem,
     alg: Algorithm | None = None,
     *,
     sensealg: Sensealg | None = None,
@@ -66,6 +69,8 @@ def solve(
     engine: str = "auto",
     progress: bool = False,
     throw: bool = True,
+    seed: Any = None,
+    noise: Any = None,
 ) -> Solution:
     """Solve an initial value problem; the solution can be differentiated.
 
@@ -140,12 +145,17 @@ def solve(
     tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
     """
     started = time.perf_counter()
-    if not isinstance(prob, ODEProblem):
-        raise TypeError(f"prob must be an ODEProblem, got {type(prob).__name__}")
+    if not isinstance(prob, (ODEProblem, SDEProblem)):
+        kind = type(prob).__name__
+        raise TypeError(f"prob must be an ODEProblem or an SDEProblem, got {kind}")
     if engine not in ("auto", "torch", "native"):
         raise ValueError(f'engine must be "auto", "torch" or "native", got {engine!r}')
-    field = VectorField.of(prob)
-    alg = _checked_algorithm(alg, prob, rtol, adaptive, field)
+    if isinstance(prob, SDEProblem):
+        field = SDEField.of(prob)
+        alg = stochastic_method(alg, prob)
+    else:
+        field = VectorField.of(prob)
+        alg = _checked_algorithm(alg, prob, rtol, adaptive, field)
     t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
     direction = 1.0 if t1 >= t0 else -1.0
     saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
@@ -181,6 +191,8 @@ def solve(
         try:
             if transformed:
                 raise Declined("a torch.func transform looks on")
+            if isinstance(field, SDEField):
+                raise Declined("it does not run SDEs")
             native = find(field, t0, u0, direction, guard=engine == "auto")
             if recording:
                 field.params = native.differentiable(field, u0.requires_grad)
@@ -199,6 +211,8 @@ def solve(
             raise ValueError(f'engine="native" cannot run this solve: {why}')
         sensealg = choose(asked, recording and (moving or bool(field.params)))
     assert sensealg is not None
+    if isinstance(field, SDEField):
+        field.path = brownian_path(field, alg, seed, noise, t0, t1)
     if transformed:
         refuse_moving_times([*([] if sensealg.handles_time else prob.tspan), saveat])
     if not sensealg.handles_time:
@@ -328,6 +342,7 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
         stats=stats,
         steps=steps,
         message=trajectory.message,
+        noise=field.path if isinstance(field, SDEField) else None,
         _interpolate=_dense_reader(job, sensealg, trajectory.dense, u),
         _job=job,
     )

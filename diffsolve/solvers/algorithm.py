@@ -111,6 +111,8 @@ class Algorithm(ABC):
         Whether it can solve ``M du/dt = f``.
     is_one_step
         Whether the state of the method follows from ``(t, u)``, as ``init`` makes it.
+    carries_derivative
+        Whether ``init`` wants the derivative at ``t``, so that callers may make it for several.
     kernels
         Folder of the family whose compiled kernels take this class's steps; None: there are none.
     is_implicit
@@ -120,11 +122,12 @@ class Algorithm(ABC):
         function theorem) instead of solving them.
     """
 
-    order: int
+    order: float
     adaptive: bool
     supports_mass_matrix: ClassVar[bool] = False
     is_one_step: ClassVar[bool] = False
     kernels: ClassVar[str | None] = None
+    carries_derivative: ClassVar[bool] = True
     is_implicit: ClassVar[bool] = False
 
     @property

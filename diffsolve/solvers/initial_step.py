@@ -22,7 +22,7 @@ def initial_step(
     u0: Tensor,
     f0: Tensor,
     direction: float,
-    order: int,
+    order: float,
     tolerance: Tolerance,
     dtmax: Any,
 ) -> Any:
