@@ -57,7 +57,7 @@ from diffsolve.solvers.sdirk.methods import (
     Trapezoid,
 )
 from diffsolve.solvers.sdirk.tableau import SDIRKTableau
-from diffsolve.solvers.stochastic.low_order import EM
+from diffsolve.solvers.stochastic.low_order import EM, EulerHeun, LambaEM, LambaEulerHeun
 from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 
 __version__ = "0.1.0"
@@ -81,6 +81,7 @@ __all__ = [
     "Controller",
     "DiscreteAdjoint",
     "Euler",
+    "EulerHeun",
     "ExplicitRK",
     "Heun",
     "IController",
@@ -94,6 +95,8 @@ __all__ = [
     "Kvaerno3",
     "Kvaerno4",
     "Kvaerno5",
+    "LambaEM",
+    "LambaEulerHeun",
     "Midpoint",
     "ODEProblem",
     "PIController",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField, no_buffer, root
 
+_ENDS = np.array([0.0, 1.0])
 _SHAPES = {
     "diagonal": "the shape of u",
     "scalar": "the shape of u, or (*u.shape, 1)",
@@ -95,8 +97,6 @@ class SDEField(VectorField):
         self.is_diagonal = False
         self.ng = 0
         self.path = None
-        #: What a step without stiffness estimate gives as one.
-        self.zero = torch.zeros((), dtype=structure.time_dtype, device=structure.device)
         #: Increments that replace those of the path: steps run at once, in a batch, get theirs.
         self.given: Any = None
         self._g_shapes: list[Any] = []
@@ -111,6 +111,10 @@ class SDEField(VectorField):
         return cls(f, g, prob.p, structure, prob.noise, prob.interpretation)
 
     # -- what a step asks for ------------------------------------------------------------------
+
+    def both_ends(self, t: Any, h: Any) -> Sequence[Tensor]:
+        """``t`` and ``t + h`` as ``f`` and ``g`` see them, on the step's side of jumps."""
+        return self.times(t, h, _ENDS)
 
     def diffusion(self, t: Tensor, u: Tensor) -> Tensor:
         """``g(t, u)``: ``(N,)`` where ``is_diagonal``, else ``(R, d, m)``; ``u`` is flat."""

@@ -58,7 +58,7 @@ class Step:
     stiffness
         Estimate of the dominant eigenvalue's magnitude: a 0-d tensor, what computes it when asked,
         or the pair (difference of two derivatives, difference of their states) whose ratio of norms
-        it is.
+        it is. None where the method has none.
     interpolant
         Continuous extension, valid until the next step unless kept.
     error_low
@@ -75,7 +75,7 @@ class Step:
 
     state: tuple[Tensor, ...]
     error: Tensor | None
-    stiffness: Tensor | tuple[Tensor, Tensor] | Callable[[], Tensor]
+    stiffness: Tensor | tuple[Tensor, Tensor] | Callable[[], Tensor] | None
     interpolant: StepInterpolant
     error_low: Tensor | None = None
     converged: bool = True

@@ -6,6 +6,7 @@ refused before any work, with the methods that do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, TypeVar
@@ -30,7 +31,9 @@ class StochasticMethod(Algorithm):
     """Base of the methods for SDEs, whose state is ``(u,)``.
 
     A step asks its field for the increment of the Brownian path over ``(t, h)``
-    (``SDEField.increment``), so it is still a pure function of ``(field, t, h, state)``.
+    (``SDEField.increment``), so it is still a pure function of ``(field, t, h, state)``. Its ``t``
+    and ``h`` are floats, or 0-d tensors where many steps run at once under ``torch.vmap``:
+    ``moved``, ``scaled`` and ``root`` take both.
 
     Attributes
     ----------
@@ -68,6 +71,21 @@ class StochasticMethod(Algorithm):
 
     def default_controller(self) -> Controller:
         return _controller(self.order + 0.5)
+
+
+def scaled(x: Tensor, a: Any) -> Tensor:
+    """``a x`` in the dtype of ``x``, for a number or a 0-d tensor ``a``."""
+    return x * (a.to(x.dtype) if isinstance(a, Tensor) else a)
+
+
+def moved(u: Tensor, f: Tensor, h: Any) -> Tensor:
+    """``u + h f``, for a number or a 0-d tensor ``h``."""
+    return u + scaled(f, h) if isinstance(h, Tensor) else torch.add(u, f, alpha=h)
+
+
+def root(h: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """``sqrt(|h|)``, for a number or a 0-d tensor ``h``, then in this dtype."""
+    return h.abs().sqrt().to(dtype) if isinstance(h, Tensor) else math.sqrt(abs(h))
 
 
 @cache
