@@ -49,7 +49,10 @@ class StochasticMethod(Algorithm):
     needs_levy_area
         Whether a step needs ``H``, the path's space-time Levy area.
     order
-        The strong order: a step's error is proportional to ``h**(order + 1/2)``.
+        The strong order.
+    estimate_order
+        Strong order of the solution whose error a step estimates: the estimate is proportional to
+        ``h**(estimate_order + 1/2)``. Default: that of the method.
     """
 
     noise_types: ClassVar[frozenset[str]]
@@ -57,6 +60,7 @@ class StochasticMethod(Algorithm):
     strong_order: ClassVar[float]
     weak_order: ClassVar[float]
     needs_levy_area: ClassVar[bool] = False
+    estimate_order: ClassVar[float | None] = None
     is_one_step = True
     carries_derivative = False
 
@@ -70,7 +74,8 @@ class StochasticMethod(Algorithm):
         return (u,)
 
     def default_controller(self) -> Controller:
-        return _controller(self.order + 0.5)
+        order = self.strong_order if self.estimate_order is None else self.estimate_order
+        return _controller(order + 0.5)
 
 
 def scaled(x: Tensor, a: Any) -> Tensor:
