@@ -104,7 +104,7 @@ def test_normals_are_those_of_the_words():
 
 
 def test_extreme_words():
-    """The ends of the uniforms: a radius of zero, and the largest; the ends of both half circles."""
+    """The ends of the uniforms: radius zero and the largest, the ends of the half circle."""
     from numba import njit
 
     from diffsolve.solvers.stochastic.noise import kernel

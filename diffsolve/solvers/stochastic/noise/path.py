@@ -199,13 +199,13 @@ class BrownianPath(Noise):
         known = len(times)
         if i < known and times[i] == time:
             return i
+        if not math.isfinite(time):
+            raise ValueError(f"a Brownian path is asked for at t = {time}")
         near = _ULPS * math.ulp(max(abs(time), abs(times[0]), abs(times[-1])))
         if i and time - times[i - 1] <= near:
             return i - 1
         if i < known and times[i] - time <= near:
             return i
-        if not math.isfinite(time):
-            raise ValueError(f"a Brownian path is asked for at t = {time}")
         if reading:
             counter = counter_of(READS, time)
         else:
