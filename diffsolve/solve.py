@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffsolve.adjoints.discrete import DiscreteAdjoint
-from diffsolve.adjoints.select import choose, refuse_moving_times, transforms_active
+from diffsolve.adjoints.select import (
+    choose,
+    refuse_for_noise,
+    refuse_moving_times,
+    transforms_active,
+)
 from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.native.declined import Declined
@@ -31,7 +37,8 @@ from diffsolve.solvers.given_jacobian import given_jacobian
 from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.jacobian_layout import checked_pattern
 from diffsolve.solvers.norms import Tolerance
-from diffsolve.solvers.stochastic.setup import brownian_path, stochastic_method
+from diffsolve.solvers.stochastic.method import StochasticMethod
+from diffsolve.solvers.stochastic.setup import brownian_path, refuse_noise, stochastic_method
 from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 from diffsolve.times import SaveTimes, ordered_stops, snapped
 
@@ -41,6 +48,10 @@ _STEPS_NEED_DISCRETE = (
     "sol.steps.{name} has no gradient under {sensealg}: a continuous adjoint differentiates the "
     "equation, not the solver's steps. Use sensealg=DiscreteAdjoint(), or the local regularizer "
     "diffsolve.regularization.local_error_estimate, which works under every sensealg."
+)
+_NO_ESTIMATE = (
+    "sol.steps.{name} has no gradient: a step of {alg} estimates no such thing. Use a method that "
+    "does, such as LambaEM(), LambaEulerHeun() or SOSRI()."
 )
 _DENSE_NEEDS_TAPE = (
     "sol(t) has no gradient under {sensealg}: list the times in saveat, whose values do, or use "
@@ -72,7 +83,7 @@ def solve(
     seed: Any = None,
     noise: Any = None,
 ) -> Solution:
-    """Solve an initial value problem; the solution can be differentiated.
+    """Solve an initial value problem of an ODE or an SDE; the solution can be differentiated.
 
     Parameters
     ----------
@@ -84,7 +95,9 @@ def solve(
         problem is stiff. ``Tsit5()`` or ``Vern7()`` alone where no matrix is to be had: for complex
         states; for those of more than 500 numbers, unless they are a batch ``(..., d)`` of rows
         with ``d <= 500``; with fixed steps; under ``torch.func`` transforms and forward mode.
-        ``sol.stats.alg`` tells.
+        For an SDE: ``SOSRA()`` where the noise is additive; ``SOSRI()``, or in the sense of
+        Stratonovich ``RKMil("stratonovich")``, where it is diagonal or scalar; else ``LambaEM()``
+        or ``LambaEulerHeun()``. ``sol.stats.alg`` tells.
     sensealg
         How to differentiate. None: ``DiscreteAdjoint()`` where something requires a gradient;
         ``DiscreteAdjoint(tape=True)`` under ``torch.func`` transforms and forward mode.
@@ -125,6 +138,14 @@ def solve(
     throw
         Raise ``SolveError`` when the solve fails; False: return the partial solution, whose
         ``retcode`` and ``message`` tell why.
+    seed
+        Of the noise of an SDE: an integer, with which path ``i`` of a batch is the same whatever
+        the size of the batch; an integer tensor of the batch's shape, a seed a path; a
+        ``torch.Generator``, to draw one from. None: one drawn from torch's default generator, so
+        that ``torch.manual_seed`` decides it. ``sol.noise.seed`` tells.
+    noise
+        A Brownian path for an SDE to follow: ``sol.noise`` of another solve, of the same shapes,
+        or a ``VirtualBrownianTree``. It stays as it is.
 
     Returns
     -------
@@ -154,6 +175,7 @@ def solve(
         field = SDEField.of(prob)
         alg = stochastic_method(alg, prob)
     else:
+        refuse_noise(seed, noise)
         field = VectorField.of(prob)
         alg = _checked_algorithm(alg, prob, rtol, adaptive, field)
     t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
@@ -185,6 +207,8 @@ def solve(
     if alg.is_implicit and (field.jac is not None or field.jac_sparsity is not None):
         _check_jacobian(field, field.after(t0, direction), u0.detach())
     moving = u0.requires_grad or saves.differentiable(prob.tspan)
+    if isinstance(field, SDEField):
+        refuse_for_noise(sensealg, recording and saves.differentiable(prob.tspan))
     stats = Stats(engine="torch", alg=alg.name)
     native, du0, asked = None, None, sensealg
     if engine != "torch":
@@ -212,7 +236,8 @@ def solve(
         sensealg = choose(asked, recording and (moving or bool(field.params)))
     assert sensealg is not None
     if isinstance(field, SDEField):
-        field.path = brownian_path(field, alg, seed, noise, t0, t1)
+        fixed = None if settings.adaptive else settings.dt
+        field.path = brownian_path(field, alg, seed, noise, (t0, t1), fixed)
     if transformed:
         refuse_moving_times([*([] if sensealg.handles_time else prob.tspan), saveat])
     if not sensealg.handles_time:
@@ -328,6 +353,8 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
     )
     if u.requires_grad and not isinstance(sensealg, (NoAdjoint, DiscreteAdjoint)):
         steps = _refusing_gradients(steps, u, sensealg)
+    elif u.requires_grad and isinstance(job.alg, StochasticMethod):
+        steps = _refusing_missing(steps, u, job.alg)
     if isinstance(trajectory, NativeTrajectory):
         stats.count(trajectory.counts)
     else:
@@ -392,3 +419,16 @@ def _refusing_gradients(steps: Steps, anchor: Tensor, sensealg: Sensealg) -> Ste
         return undifferentiable(getattr(steps, name), anchor, message)
 
     return Steps(steps.t, steps.h, guard("error"), guard("error_norm"), guard("stiffness"))
+
+
+def _refusing_missing(steps: Steps, anchor: Tensor, alg: StochasticMethod) -> Steps:
+    """Estimates that a method lacks are zero: to optimise them would do nothing, silently."""
+    missing = [] if alg.adaptive else ["error", "error_norm"]
+    missing += [] if alg.estimates_stiffness else ["stiffness"]
+    refusing = {
+        name: undifferentiable(
+            getattr(steps, name), anchor, _NO_ESTIMATE.format(name=name, alg=alg.name)
+        )
+        for name in missing
+    }
+    return replace(steps, **refusing)

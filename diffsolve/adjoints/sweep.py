@@ -51,10 +51,6 @@ class Sweep:
         self.dparams: list[Tensor | None] = [None] * len(self.params)
         self.parallel = ParallelSweep(job, self.field, self.params, cotangents)
 
-    @property
-    def nf(self) -> int:
-        return self.field.nf + self.parallel.extra_nf
-
     def run(self, tape: StepTape) -> tuple[Tensor, list[Tensor]]:
         """Gradients by the flat initial state and by the parameters."""
         job = self.job

@@ -49,9 +49,27 @@ class Increment(NamedTuple):
 class Path(Protocol):
     """A Brownian path, as fields ask for it: the same numbers whenever they are asked for."""
 
-    seed: Any
+    def increment(self, s: float, t: float, /) -> Increment:
+        """From ``s`` to ``t``."""
+        ...
 
-    def increment(self, s: float, t: float) -> Any: ...
+    def at(self, times: Sequence[float], since: float | None = None) -> Tensor:
+        """``W`` at times, from ``since`` on: ``(len(times), R, m)``."""
+        ...
+
+
+class GivenNoise(NamedTuple):
+    """Noise of a step, or of many steps that are run at once: each entry has them in front.
+
+    Attributes
+    ----------
+    bridges, W, H
+        ``SDEField.bridges`` and the increment; without ``H`` where the path has none.
+    """
+
+    bridges: Tensor
+    W: Tensor
+    H: Tensor | None = None
 
 
 class SDEField(VectorField):
@@ -76,7 +94,7 @@ class SDEField(VectorField):
         The Brownian path; set before a step is taken.
     """
 
-    path: Any
+    path: Path | None
 
     def __init__(
         self,
@@ -97,8 +115,8 @@ class SDEField(VectorField):
         self.is_diagonal = False
         self.ng = 0
         self.path = None
-        #: Increments that replace those of the path: steps run at once, in a batch, get theirs.
-        self.given: Any = None
+        #: What takes the place of the path's noise while steps are run at once.
+        self.given: GivenNoise | None = None
         self._g_shapes: list[Any] = []
         self._g_buffer: Callable[[], Tensor | None] = no_buffer
 
@@ -144,10 +162,17 @@ class SDEField(VectorField):
             return torch.addcmul(u, G, w.reshape(-1))
         return u + self.product(G, w)
 
+    def deviation(self, G: Tensor) -> Tensor:
+        """Standard deviation of ``product(G, w)`` for standard normal ``w``: ``(N,)``."""
+        if self.is_diagonal:
+            return G.abs()
+        return torch.linalg.vector_norm(G, dim=-1).reshape(-1)
+
     def increment(self, t: Any, h: Any) -> Increment:
         """Increment of the path from ``t`` to ``t + h``; ``h`` may be negative."""
         if self.given is not None:
-            return self.given
+            return Increment(self.given.W, self.given.H)
+        assert self.path is not None
         return self.path.increment(t, t + h)
 
     def bridges(self, t: Any, h: Any, theta: Tensor) -> Tensor:
@@ -155,9 +180,30 @@ class SDEField(VectorField):
 
         Values inside of a step are remembered by the path, and do not change its steps.
         """
+        if self.given is not None:
+            return self.given.bridges
+        assert self.path is not None
         whole = self.increment(t, h).W
-        inside = self.path.inside(t, t + h, (t + theta * h).tolist())
+        inside = self.path.at((t + theta * h).tolist(), since=t)
         return inside - theta.to(whole)[:, None, None] * whole
+
+    def noise_of(
+        self, steps: Sequence[tuple[float, float]], thetas: Sequence[Sequence[float]]
+    ) -> tuple[Tensor, ...]:
+        """The ``GivenNoise`` of steps ``(t, h)`` that are to be run at once.
+
+        ``thetas`` holds those that their interpolants are read at, as many for each; it is empty
+        where there are none.
+        """
+        W, H = zip(*(self.increment(t, h) for t, h in steps), strict=True)
+        if thetas:
+            rows = [torch.tensor(x, dtype=torch.float64) for x in thetas]
+            inside = [self.bridges(t, h, x) for (t, h), x in zip(steps, rows, strict=True)]
+            bridges = torch.stack(inside)
+        else:
+            bridges = W[0].new_empty(len(W), 0, *W[0].shape)
+        areas = () if H[0] is None else (torch.stack(H),)
+        return bridges, torch.stack(W), *areas
 
     # -- parameters and checks -----------------------------------------------------------------
 

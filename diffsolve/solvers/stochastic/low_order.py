@@ -37,6 +37,7 @@ class EM(StochasticMethod):
     strong_order = 0.5
     weak_order = 1.0
     adaptive = False
+    estimates_stiffness = False
 
     def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
         (u,) = state
@@ -103,6 +104,7 @@ class LambaEM(EM):
     """
 
     adaptive = True
+    estimates_stiffness = True
 
     def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
         (u,) = state

@@ -48,11 +48,13 @@ class StochasticMethod(Algorithm):
         Orders of convergence of paths and of expectations.
     needs_levy_area
         Whether a step needs ``H``, the path's space-time Levy area.
-    order
-        The strong order.
     estimate_order
         Strong order of the solution whose error a step estimates: the estimate is proportional to
         ``h**(estimate_order + 1/2)``. Default: that of the method.
+    estimates_stiffness
+        Whether a step gives a stiffness estimate.
+    order
+        The order of the estimate, by which step sizes are chosen.
     """
 
     noise_types: ClassVar[frozenset[str]]
@@ -61,12 +63,13 @@ class StochasticMethod(Algorithm):
     weak_order: ClassVar[float]
     needs_levy_area: ClassVar[bool] = False
     estimate_order: ClassVar[float | None] = None
+    estimates_stiffness: ClassVar[bool] = True
     is_one_step = True
     carries_derivative = False
 
     @property
     def order(self) -> float:  # type: ignore[override]
-        return self.strong_order
+        return self.strong_order if self.estimate_order is None else self.estimate_order
 
     def init(
         self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
@@ -74,8 +77,7 @@ class StochasticMethod(Algorithm):
         return (u,)
 
     def default_controller(self) -> Controller:
-        order = self.strong_order if self.estimate_order is None else self.estimate_order
-        return _controller(order + 0.5)
+        return _controller(self.order + 0.5)
 
 
 def scaled(x: Tensor, a: Any) -> Tensor:
