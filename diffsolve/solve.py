@@ -353,7 +353,7 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
     )
     if u.requires_grad and not isinstance(sensealg, (NoAdjoint, DiscreteAdjoint)):
         steps = _refusing_gradients(steps, u, sensealg)
-    elif u.requires_grad and isinstance(job.alg, StochasticMethod):
+    elif u.requires_grad and isinstance(job.alg, StochasticMethod) and not transforms_active():
         steps = _refusing_missing(steps, u, job.alg)
     if isinstance(trajectory, NativeTrajectory):
         stats.count(trajectory.counts)

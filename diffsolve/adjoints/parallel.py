@@ -192,7 +192,10 @@ class ParallelSweep:
 
         noise: tuple[Tensor, ...] = ()
         if isinstance(field, SDEField):
-            noise = field.noise_of([(r.t, r.h) for r in records], thetas)
+            saves: Any = self.job.save_times
+            read = [saves[r.first_save : r.first_save + len(r.thetas)] for r in records]
+            inside = [[*x, *[r.t] * (most - len(x))] for x, r in zip(read, records, strict=True)]
+            noise = field.noise_of([(r.t, r.h) for r in records], inside if most else [])
 
         def one_step(time: Tensor, theta: Tensor, u: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
             t, h = time.unbind()

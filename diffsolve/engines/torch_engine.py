@@ -14,7 +14,7 @@ from diffsolve.engines.diagnosis import explain
 from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import CHANGED, VectorField
 from diffsolve.solution import ReturnCode
-from diffsolve.solvers.algorithm import Algorithm, Step, Trouble
+from diffsolve.solvers.algorithm import Algorithm, Step, Trouble, read
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.initial_step import initial_step
 from diffsolve.solvers.interpolation import DenseOutput
@@ -462,7 +462,8 @@ class _Loop:
                 theta = torch.stack([torch.as_tensor(x) for x in thetas])
             else:
                 theta = torch.tensor(thetas, dtype=torch.float64)
-            for x, value in zip(inside, step.interpolant(theta).unbind(0), strict=True):
+            values = read(step.interpolant, inside, theta)
+            for x, value in zip(inside, values.unbind(0), strict=True):
                 self._save(x, value)
         if record is not None:
             record.first_save, record.thetas = first, [(x - t) / h for x in inside]

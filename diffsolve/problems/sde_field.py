@@ -18,8 +18,8 @@ from torch import Tensor
 
 from diffsolve.problems.autocast import under_current_autocast
 from diffsolve.problems.sde import SDEProblem
-from diffsolve.problems.structure import StateStructure
-from diffsolve.problems.vector_field import VectorField, no_buffer, root
+from diffsolve.problems.structure import StateStructure, outside_transforms, under_transform
+from diffsolve.problems.vector_field import VectorField, no_buffer, root, unchanged
 
 _ENDS = np.array([0.0, 1.0])
 _SHAPES = {
@@ -149,17 +149,17 @@ class SDEField(VectorField):
         return found.reshape(self.rows, self.d, self.m)
 
     def product(self, G: Tensor, w: Tensor) -> Tensor:
-        """Diffusion ``G`` applied to noise ``w`` ``(R, m)``: ``(N,)``."""
+        """Diffusion ``G`` applied to noise ``w`` ``(..., R, m)``: ``(..., N)``."""
         if self.is_diagonal:
-            return G * w.reshape(-1)
+            return G * w.flatten(-2)
         if self.m == 1:
-            return (G[..., 0] * w).reshape(-1)
-        return torch.matmul(G, w[..., None]).reshape(-1)
+            return (G[..., 0] * w).flatten(-2)
+        return torch.matmul(G, w[..., None]).flatten(-3)
 
     def add_noise(self, u: Tensor, G: Tensor, w: Tensor) -> Tensor:
         """``u + product(G, w)``, in one operation where that is possible."""
         if self.is_diagonal:
-            return torch.addcmul(u, G, w.reshape(-1))
+            return torch.addcmul(u, G, w.flatten(-2))
         return u + self.product(G, w)
 
     def deviation(self, G: Tensor) -> Tensor:
@@ -173,32 +173,35 @@ class SDEField(VectorField):
         if self.given is not None:
             return Increment(self.given.W, self.given.H)
         assert self.path is not None
+        if under_transform():
+            with outside_transforms():
+                return self.path.increment(t, t + h)
         return self.path.increment(t, t + h)
 
-    def bridges(self, t: Any, h: Any, theta: Tensor) -> Tensor:
-        """``W(t + theta h) - W(t) - theta (W(t + h) - W(t))``, ``(k, R, m)``, ``theta`` ``(k,)``.
+    def bridges(self, t: Any, h: Any, times: Sequence[float]) -> Tensor:
+        """``W(x) - W(t) - (x - t)/h (W(t + h) - W(t))`` at ``times`` in a step: ``(k, R, m)``.
 
-        Values inside of a step are remembered by the path, and do not change its steps.
+        The path remembers them, and they do not change what its steps draw.
         """
         if self.given is not None:
             return self.given.bridges
         assert self.path is not None
-        whole = self.increment(t, h).W
-        inside = self.path.at((t + theta * h).tolist(), since=t)
-        return inside - theta.to(whole)[:, None, None] * whole
+        with outside_transforms():
+            whole = self.path.increment(t, t + h).W
+            theta = torch.tensor([(x - t) / h for x in times], dtype=torch.float64).to(whole)
+            return self.path.at(times, since=t) - theta[:, None, None] * whole
 
     def noise_of(
-        self, steps: Sequence[tuple[float, float]], thetas: Sequence[Sequence[float]]
+        self, steps: Sequence[tuple[float, float]], times: Sequence[Sequence[float]]
     ) -> tuple[Tensor, ...]:
         """The ``GivenNoise`` of steps ``(t, h)`` that are to be run at once.
 
-        ``thetas`` holds those that their interpolants are read at, as many for each; it is empty
+        ``times`` holds those that their interpolants are read at, as many for each; it is empty
         where there are none.
         """
         W, H = zip(*(self.increment(t, h) for t, h in steps), strict=True)
-        if thetas:
-            rows = [torch.tensor(x, dtype=torch.float64) for x in thetas]
-            inside = [self.bridges(t, h, x) for (t, h), x in zip(steps, rows, strict=True)]
+        if times:
+            inside = [self.bridges(t, h, x) for (t, h), x in zip(steps, times, strict=True)]
             bridges = torch.stack(inside)
         else:
             bridges = W[0].new_empty(len(W), 0, *W[0].shape)
@@ -313,6 +316,12 @@ class SDEField(VectorField):
             )
 
     # -- siblings ------------------------------------------------------------------------------
+
+    def along(self, path: Path) -> SDEField:
+        """This field on another path."""
+        field = self._sibling(self.p, unchanged)
+        field.params, field.path = self.params, path
+        return field
 
     def _sibling(self, p: Any, changed: Callable[..., Callable[..., Any]]) -> SDEField:
         field = SDEField(

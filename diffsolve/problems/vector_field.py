@@ -338,7 +338,7 @@ class VectorField:
         """
         fresh = {id(x): (x, x.detach().requires_grad_()) for x in self.params if _is_derived(x)}
         if not fresh:
-            field = self._sibling(self.p, _unchanged)
+            field = self._sibling(self.p, unchanged)
             field.params = self.params
             return field, field.params
         leaves, spec = pytree.tree_flatten(self.p)
@@ -365,7 +365,8 @@ class VectorField:
         return field
 
 
-def _unchanged(f: Any) -> Any:
+def unchanged(f: Any) -> Any:
+    """``f``."""
     return f
 
 

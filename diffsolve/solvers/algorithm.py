@@ -7,7 +7,7 @@ under autograd, so the discrete adjoint is written once for every method.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -34,6 +34,18 @@ class StepInterpolant(Protocol):
     def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., StepInterpolant]]:
         """Its tensors, and what makes a kept one of them again."""
         ...
+
+
+def read(
+    interpolant: StepInterpolant, times: Sequence[float], theta: Tensor, derivative: int = 0
+) -> Tensor:
+    """Values ``(m, N)`` at ``times``, the fractions ``theta`` of a step.
+
+    An interpolant that has a method ``at`` is asked by the times too: a Brownian path is looked at
+    there, and ``t + theta h`` may be a time beside them.
+    """
+    at: Any = getattr(interpolant, "at", None)
+    return interpolant(theta, derivative) if at is None else at(times, theta, derivative)
 
 
 class Trouble(Enum):

@@ -7,7 +7,7 @@ refused before any work, with the methods that do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar, TypeVar
 
@@ -166,18 +166,21 @@ class PathInterpolant:
         self.field, self.t, self.h, self.u, self.u_new, self.G = field, t, h, u, u_new, G
 
     def __call__(self, theta: Tensor, derivative: int = 0) -> Tensor:
+        given = self.field.given is not None  # noise at these fractions, for steps run at once
+        times = () if given else (self.t + theta * self.h).tolist()
+        return self.at(times, theta, derivative)
+
+    def at(self, times: Sequence[float], theta: Tensor, derivative: int = 0) -> Tensor:
+        """Values at ``times``, the fractions ``theta`` of the step: ``(k, N)``."""
         if derivative:
             raise ValueError(
                 "the solution of an SDE has no derivative by time: a Brownian path has none. For "
                 "the drift, evaluate f at the state"
             )
         field = self.field
-        bridges = field.bridges(self.t, self.h, theta)  # (k, R, m)
         theta = theta.to(device=self.u.device, dtype=self.u.dtype)
         line = torch.lerp(self.u, self.u_new, theta[:, None])
-        if not len(theta):
-            return line
-        return line + torch.stack([field.product(self.G, w) for w in bridges.unbind(0)])
+        return line + field.product(self.G, field.bridges(self.t, self.h, times))
 
     def keep(self) -> PathInterpolant:
         return self

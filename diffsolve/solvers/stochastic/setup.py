@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import outside_transforms
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.stochastic.low_order import LambaEM, LambaEulerHeun
 from diffsolve.solvers.stochastic.method import StochasticMethod, check_method
@@ -70,6 +71,18 @@ def brownian_path(
         or times.
     """
     assert isinstance(alg, StochasticMethod)
+    with outside_transforms():
+        return _brownian_path(field, alg, seed, noise, span, dt)
+
+
+def _brownian_path(
+    field: SDEField,
+    alg: StochasticMethod,
+    seed: Any,
+    noise: Any,
+    span: tuple[float, float],
+    dt: float | None,
+) -> Noise:
     if noise is None:
         path: Noise = BrownianPath(
             _checked_seed(seed, field),
