@@ -31,11 +31,12 @@ def explain(
     state: Tensor,
     trouble: Trouble | None = None,
     own_jacobian: bool = False,
+    noisy: bool = False,
 ) -> str:
     """A message for a solve that stopped at ``t`` with a next step of size ``h``.
 
     ``trouble`` is that of the last attempt, and ``own_jacobian`` tells whether the method used a
-    ``jac`` of the user's.
+    ``jac`` of the user's; ``noisy``, whether the problem is an SDE.
     """
     size = float(torch.linalg.vector_norm(state.detach(), ord=math.inf))
     error = math.nan if estimates is None else float(detached(estimates.error))
@@ -79,9 +80,11 @@ def explain(
         )
     else:
         what = f"{alg} met NaN or Inf {where}"
+        which = "f, g" if noisy else "f"
         why = (
-            "f, or the state, left the range where it is defined (a root or log of a negative "
-            "number, a division by zero, an overflow); check f there, or pass a smaller dt or dtmax"
+            f"{which}, or the state, left the range where it is defined (a root or log of a "
+            f"negative number, a division by zero, an overflow); check {which} there, or pass a "
+            "smaller dt or dtmax"
         )
     if code is not ReturnCode.MAX_ITERS and not size < 1e50:
         why = _BLOWS_UP  # whatever it was that overflowed first

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.diagnosis import explain
+from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import CHANGED, VectorField
 from diffsolve.solution import ReturnCode
@@ -490,6 +491,7 @@ class _Loop:
             state=self.state[0],
             trouble=self.trouble,
             own_jacobian=self.alg.is_implicit and self.rhs.jac is not None,
+            noisy=isinstance(self.rhs, SDEField),
         )
 
 
