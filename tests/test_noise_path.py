@@ -10,9 +10,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from noise_basis import Basis, covariance
 from scipy import stats
 
-from diffsolve.solvers.stochastic.noise import BrownianPath, draw_seed
+from diffsolve.solvers.stochastic.noise import BrownianPath, draw_seed, draws
 from diffsolve.solvers.stochastic.noise import path as path_module
 from diffsolve.solvers.stochastic.noise.bridge import divide, weights
 
@@ -98,6 +99,29 @@ def test_halves_join_to_the_whole():
     W, H = joined(first, second, 0.7, 1.3)
     same(W, whole.W)
     same(H, whole.H)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_law_is_exact_whatever_was_asked_for(seed):
+    """Covariances from the coefficients of the normals, after steps, rejections and reads."""
+    rng = np.random.default_rng(seed)
+    path = BrownianPath(0, rows=400, levy_area=True)
+    path._draws = Basis(400)
+    t = 0.0
+    for _ in range(12):
+        h = rng.uniform(0.05, 1.0)
+        for _ in range(rng.integers(0, 4)):  # rejected
+            path.increment(t, t + h)
+            h *= rng.uniform(0.1, 0.9)
+        path.increment(t, t + h)
+        path.at(rng.uniform(t, t + h, 2), since=t)
+        t += h
+    path.increment(-1.0, 0.4 * t)
+    path.at([-2.0, t + 3.0])
+    for points in (path.times, rng.uniform(-3, t + 4, 20)):
+        found = covariance(path, sorted(points))
+        # the shortest of the random intervals lose digits of H in the sum over parts
+        torch.testing.assert_close(found, torch.eye(len(found)).double(), rtol=0, atol=1e-10)
 
 
 # -- distribution --------------------------------------------------------------------------------
@@ -245,6 +269,30 @@ def test_seeds_differ():
     x, y, z = (BrownianPath(seed, rows=5).increment(0.0, 1.0).W for seed in (1, 2, -1))
     assert len(torch.cat([x, y, z]).unique()) == 15
     assert torch.equal(BrownianPath(2**64 - 1, rows=5).increment(0.0, 1.0).W, z)
+
+
+@pytest.mark.parametrize("seed", [9, torch.arange(6) * 10**17])
+@pytest.mark.parametrize("levy_area", [True, False])
+def test_without_the_kernel(seed, levy_area, monkeypatch):
+    """As on another device: the same path from operations of torch."""
+
+    def run():
+        path = BrownianPath(seed, 6, 2, levy_area=levy_area)
+        found = steps(path, [0.0, 0.3, 1.0, 1.7, 2.0])
+        found += steps(path, [2.0, 1.6, 0.8, 0.1, -1.0])
+        return found, path.at([0.05, 1.3]), path.extra(0.0, 1.0, 3), path._draws
+
+    found, at, extra, kernel = run()
+    monkeypatch.setattr(draws, "compiled", lambda name: None)
+    other, other_at, other_extra, plain = run()
+    assert (kernel._draw is None, plain._draw is None) == (False, True)
+    same(at, other_at)
+    same(extra, other_extra)
+    for x, y in zip(found, other, strict=True):
+        assert x.W.shape == y.W.shape == (6, 2)
+        same(x.W, y.W)
+        if levy_area:
+            same(x.H, y.H)
 
 
 def test_levy_area_does_not_change_the_path():

@@ -15,14 +15,16 @@ from numba import cfunc, types
 from numba.core import config
 
 from diffsolve.engines.native.llvm import machine
-from diffsolve.engines.native.loop import advance, read
+from diffsolve.engines.native.loop import advance, polynomial_at, read
 from diffsolve.engines.native.sweep import replay, sweep
 from diffsolve.solvers.explicit_rk import kernel as explicit_rk
 from diffsolve.solvers.kernels.implicit import measure, reverse_estimates
 from diffsolve.solvers.kernels.rows import nothing_to_complete
 from diffsolve.solvers.rosenbrock import kernel as rosenbrock
 from diffsolve.solvers.sdirk import kernel as sdirk
+from diffsolve.solvers.stochastic import kernel as stochastic
 from diffsolve.solvers.stochastic.noise import kernel as noise
+from diffsolve.solvers.stochastic.noise import kernel_bridges as bridges
 
 _ARGUMENTS = (types.CPointer(types.int64), types.CPointer(types.float64))
 #: What is left for the linker: the mathematical library and the compiler's own helpers.
@@ -35,7 +37,7 @@ def _kernels(family: Any, measure: Any, estimates: Any, complete: Any, reverse_c
     """The kernels of a family of methods: loops, and the functions of its steps that they call."""
     step, reverse = family.take_step, (family.combine_results, estimates, family.reverse_step)
     return {
-        "advance": (advance, (step, measure, complete)),
+        "advance": (advance, (step, measure, complete, polynomial_at)),
         "sweep": (sweep, (step, *reverse, complete, reverse_complete)),
         "read": (read, (complete,)),
         "replay": (replay, (step, complete)),
@@ -53,7 +55,18 @@ _FAMILIES = {
     ),
     "rosenbrock": _kernels(rosenbrock, *_IMPLICIT),
     "sdirk": _kernels(sdirk, *_IMPLICIT),
-    "stochastic/noise": {"draw": (noise.draw, ())},
+    "stochastic": {
+        "advance": (
+            advance,
+            (stochastic.take_step, stochastic.measure, nothing_to_complete, stochastic.value_at),
+        ),
+        "sweep": (stochastic.sweep, ()),
+    },
+    "stochastic/noise": {
+        "draw": (noise.draw, ()),
+        "bridge": (bridges.bridge, ()),
+        "tree": (bridges.tree, ()),
+    },
 }
 #: Families whose loops are over many numbers, and written to be made of vectors.
 _VECTORISED = {"stochastic/noise"}
@@ -116,6 +129,10 @@ def _entry_of_three(kernel: Any, a: Any, b: Any, c: Any, like: Any) -> Any:
     return lambda I, R: kernel(I, R, a, b, c, like)
 
 
+def _entry_of_four(kernel: Any, a: Any, b: Any, c: Any, d: Any, like: Any) -> Any:
+    return lambda I, R: kernel(I, R, a, b, c, d, like)
+
+
 def _entry_of_six(kernel: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, like: Any) -> Any:
     return lambda I, R: kernel(I, R, a, b, c, d, e, f, like)
 
@@ -125,6 +142,7 @@ _ENTRIES = {
     1: _entry_of_one,
     2: _entry_of_two,
     3: _entry_of_three,
+    4: _entry_of_four,
     6: _entry_of_six,
 }
 

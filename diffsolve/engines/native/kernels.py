@@ -31,10 +31,9 @@ Kernel = Callable[[int, int], int]
 
 @functools.cache
 def _source(family: str) -> str:
-    names = [*_SOURCES, f"solvers/{family}/kernel.py"]
-    if family != "explicit_rk":
-        names += _OF_IMPLICIT
-    return "\n".join((_ROOT / name).read_text() for name in names)
+    own = sorted((_ROOT / "solvers" / family).glob("kernel*.py"))
+    shared = [*_SOURCES, *(_OF_IMPLICIT if family in ("rosenbrock", "sdirk") else ())]
+    return "\n".join(path.read_text() for path in [*(_ROOT / name for name in shared), *own])
 
 
 @functools.cache

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsolve.solvers.stochastic.noise.bridge import divide
 from diffsolve.solvers.stochastic.noise.philox import INV_SQRT_12, normals
 
-_INTEGERS = 16
 _WORD64 = (1 << 64) - 1
 
 
 @functools.cache
-def compiled(name: str) -> Callable[[int, int], int] | None:
+def compiled(name: str) -> Callable[[Any, Any], int] | None:
     """A kernel of ``kernel.py`` for float64, or None where it cannot be made (which is logged)."""
     # the one place where a solver asks for machine code: the loader belongs to the engine
     from diffsolve.engines.native.declined import Declined
@@ -60,16 +60,24 @@ class Draws:
         self.device = torch.device("cpu") if device.type == "mps" else device
         own = isinstance(seed, Tensor)
         seeds = seed.reshape(-1) if own else torch.tensor([signed(seed)])
-        self._seeds = seeds.to(self.device, torch.int64).contiguous()
-        self._seeded = own
-        self._draw: Any = compiled("draw") if self.device.type == "cpu" else None
+        self.seeds = seeds.to(self.device, torch.int64).contiguous()
+        self.seeded = own
+        self._draw = self.kernel("draw")
         if self._draw is None:
             self._component = torch.arange(m, device=self.device)
             path = torch.arange(rows, device=self.device)
             self._path = (torch.zeros_like(path) if own else path)[:, None]
             return
-        self._integers = (ctypes.c_int64 * _INTEGERS)(self._seeds.data_ptr(), own, 0, 0, 0, rows, m)
-        self._address = ctypes.addressof(self._integers)
+        self._size = 8 * rows * m
+        work = self._work = torch.empty(2, rows, m, dtype=torch.float64)
+        at = self.seeds.data_ptr(), own
+        self._for_draw = (ctypes.c_int64 * 9)(*at, 0, 0, 0, rows, m)
+        self._for_bridge = (ctypes.c_int64 * 9)(*at, 0, rows, m, 0, 0, work.data_ptr())
+        self._reals = (ctypes.c_double * 4)()
+
+    def kernel(self, name: str) -> Callable[[Any, Any], int] | None:
+        """A compiled kernel where these numbers can come from one; it takes arrays of ctypes."""
+        return compiled(name) if self.device.type == "cpu" else None
 
     def __call__(self, counter: int, count: int, both: bool) -> Tensor:
         """Of the counters from ``counter`` on: ``(1 or 2, count, rows, m)``, float64.
@@ -80,18 +88,44 @@ class Draws:
         if self._draw is None:
             return self._by_torch(counter, count, both)
         out = torch.empty(1 + both, count, self.rows, self.m, dtype=torch.float64)
-        address = out.data_ptr()
-        I = self._integers
-        I[2], I[3] = counter, count
-        I[7] = address
-        I[8] = address + 8 * count * self.rows * self.m if both else 0
-        self._draw(self._address, 0)
+        I = self._for_draw
+        I[2], I[3], I[7] = counter, count, out.data_ptr()
+        I[8] = I[7] + self._size * count if both else 0
+        self._draw(I, None)
+        return out
+
+    def divide(
+        self, W: Tensor, H: Tensor, scale: float, counter: int, left: float, right: float
+    ) -> Tensor:
+        """Both parts of an interval that is divided by the normals of a counter.
+
+        Parameters
+        ----------
+        W, H
+            Of the whole, ``(rows, m)``, contiguous, before they are multiplied by ``scale``.
+        left, right
+            Lengths of the parts.
+
+        Returns
+        -------
+        Tensor
+            ``W1, H1, W2, H2``, ``(4, rows, m)``.
+        """
+        kernel = None if self._draw is None else self.kernel("bridge")
+        if kernel is None:
+            n = self(counter, 1, True)[:, 0]
+            return divide(scale * W, scale * H, n, left, right)
+        out = torch.empty(4, self.rows, self.m, dtype=torch.float64)
+        I, R = self._for_bridge, self._reals
+        I[2], I[5], I[6], I[8] = counter, W.data_ptr(), H.data_ptr(), out.data_ptr()
+        length = left + right
+        R[0], R[1], R[2], R[3] = scale, left / length, right / length, length
+        kernel(I, R)
         return out
 
     def _by_torch(self, counter: int, count: int, both: bool) -> Tensor:
         counters = torch.arange(counter, counter + count, device=self.device)[:, None, None]
-        seeds = self._seeds[:, None]
-        found = normals(counters, self._component, self._path, seeds)
+        found = normals(counters, self._component, self._path, self.seeds[:, None])
         if not both:
             return found[0][None]
         return torch.stack([found[0], found[1] * INV_SQRT_12])

@@ -28,6 +28,7 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57  # Salmon et al. (2011), section 4.3
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _INV_SQRT_12 = 12**-0.5
+_ARRAYS = 16
 _TILE = 4096  # numbers that one loop makes, so that its index is short
 
 
@@ -64,44 +65,83 @@ def fused(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     return types.float64(types.float64, types.float64, types.float64), codegen
 
 
-def _scopes(builder: Any) -> Any:
-    """LLVM's name for the memory of seeds, which no store of normals overlaps."""
+def _tagged(builder: Any, access: Any, which: int) -> None:
+    """Tell LLVM that an access is to the array ``which``, and that such arrays do not overlap."""
     module = builder.module
-    text = ir.MetaDataString(module, "diffsolve seeds")
-    return module.add_metadata([module.add_metadata([text, module.add_metadata([text])])])
+
+    def named(text: str, *more: Any) -> Any:
+        return module.add_metadata([ir.MetaDataString(module, f"diffsolve {text}"), *more])
+
+    domain = named("arrays")
+    scopes = [named(f"array {i}", domain) for i in range(_ARRAYS)]
+    others = [scope for i, scope in enumerate(scopes) if i != which]
+    access.set_metadata("alias.scope", module.add_metadata([scopes[which]]))
+    access.set_metadata("noalias", module.add_metadata(others))
+
+
+def _place(builder: Any, address: Any, i: Any, kind: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [i], source_etype=kind)
+
+
+def array(which: int) -> tuple[Any, Any]:
+    """``load(address, i)`` and ``store(address, i, x)`` of float64 in the array number ``which``.
+
+    Memory that is one array must not be another one elsewhere in the same kernel: LLVM may exchange
+    accesses to different ones. Without that promise it makes no vectors of loops over many arrays.
+    """
+
+    @intrinsic
+    def load(typingctx: Any, address: Any, i: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.DoubleType()
+            value = builder.load(_place(builder, args[0], args[1], kind), typ=kind)
+            _tagged(builder, value, which)
+            return value
+
+        return types.float64(types.int64, types.int64), codegen
+
+    @intrinsic
+    def store(typingctx: Any, address: Any, i: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            place = _place(builder, args[0], args[1], ir.DoubleType())
+            _tagged(builder, builder.store(args[2], place), which)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.float64), codegen
+
+    return load, store
 
 
 @intrinsic
 def _seed(typingctx: Any, seeds: Any, i: Any) -> Any:
-    """The seed number ``i``; the loop around may be made of vectors, see `_store`."""
+    """The seed number ``i``: the array number 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(64)
-        place = builder.gep(
-            builder.inttoptr(args[0], word.as_pointer()), [args[1]], source_etype=word
-        )
-        value = builder.load(place, typ=word)
-        value.set_metadata("alias.scope", _scopes(builder))
+        value = builder.load(_place(builder, args[0], args[1], word), typ=word)
+        _tagged(builder, value, 0)
         return value
 
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic
-def _store(typingctx: Any, address: Any, i: Any, x: Any, like: Any) -> Any:
-    """Store a float64 in the type of ``like``, where no seed lies."""
+def _store_as(which: int) -> Any:
+    """``store(address, i, x, like)`` of a float64 in the type of ``like``."""
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = context.get_value_type(like)
-        value = context.cast(builder, args[2], types.float64, like)
-        place = builder.gep(
-            builder.inttoptr(args[0], kind.as_pointer()), [args[1]], source_etype=kind
-        )
-        stored = builder.store(value, place)
-        stored.set_metadata("noalias", _scopes(builder))
-        return context.get_dummy_value()
+    @intrinsic
+    def store(typingctx: Any, address: Any, i: Any, x: Any, like: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = context.cast(builder, args[2], types.float64, like)
+            place = _place(builder, args[0], args[1], context.get_value_type(like))
+            _tagged(builder, builder.store(value, place), which)
+            return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float64, like), codegen
+        return types.void(types.int64, types.int64, types.float64, like), codegen
+
+    return store
+
+
+_store_w, _store_h = _store_as(1), _store_as(2)
 
 
 # -- integers ------------------------------------------------------------------------------------
@@ -202,9 +242,9 @@ def _loop(seeded: bool, both: bool) -> Any:
             at = counter + row
             of_path = 0 if seeded else i
             a, b = pair(at, component + e - line * m, of_path, at >> 32, key, key >> 32)
-            _store(W, e, scale * a, like)
+            _store_w(W, e, scale * a, like)
             if both:
-                _store(H, e, scale * (b * _INV_SQRT_12), like)
+                _store_h(H, e, scale * (b * _INV_SQRT_12), like)
 
     return loop
 
@@ -236,6 +276,7 @@ def fill(seeds, seeded, counter, count, first, paths, m, scale, W, H, like):
     W, H
         Addresses of ``(count, paths, m)`` numbers of the type of ``like``: increments, and
         space-time Levy areas, of variances ``scale**2`` and ``scale**2 / 12``. ``H`` may be 0.
+        What is ``W`` in one call must not be ``H`` in another of the same kernel (`array`).
     """
     by_m, by_paths = 0, 0
     lines, rows = 1, 1  # of a tile; it has one of what the index need not be divided by

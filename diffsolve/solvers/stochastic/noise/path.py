@@ -13,7 +13,6 @@ from torch import Tensor
 
 from diffsolve.problems.sde_field import Increment
 from diffsolve.solvers.stochastic.noise.base import Noise
-from diffsolve.solvers.stochastic.noise.bridge import divide
 from diffsolve.solvers.stochastic.noise.philox import READS, STEPS, counter_of
 
 #: Times that are closer than this many units in the last place of the largest are one.
@@ -112,7 +111,7 @@ class BrownianPath(Noise):
         most = _AHEAD.get(self._draws.device.type, _AHEAD_ELSEWHERE)
         self._most_ahead = max(1, min(_ROWS_AHEAD, most // size))
         self._expected = 0
-        self._halves: OrderedDict[int, Tensor] = OrderedDict()
+        self._halves: OrderedDict[int, Sequence[Tensor]] = OrderedDict()
         self._most_halves = max(16, _REMEMBERED // (32 * size))
 
     # -- what is asked for ---------------------------------------------------------------------
@@ -147,7 +146,7 @@ class BrownianPath(Noise):
             where, total = origin, zero
             for k in sorted({k for k in at if (k - origin) * side > 0}, key=lambda k: side * k):
                 low, high = (where, k) if side > 0 else (k, where)
-                total = total + side * self._sum(low, high, False)[0]
+                total = total + side * self._sum(self._spans(low, high), False)[0]
                 found[k] = total
                 where = k
         if not at:
@@ -228,13 +227,14 @@ class BrownianPath(Noise):
     def _whole(self, piece: int, length: float) -> Increment:
         """Increment over one interval."""
         if piece < 0:
-            half = self._half(piece)
-            # a copy: what is handed out may be changed
-            found = self._out((half if self.levy_area else half[0]).clone())
-        else:
-            found = self._normals(piece) * math.sqrt(length)
-            if found.dtype is not self.dtype or found.device != self.device:
-                found = self._out(found)
+            W, H = self._half(piece)
+            # copies: what is handed out may be changed
+            if not self.levy_area:
+                return Increment(self._out(W.clone()))
+            return Increment(self._out(W.clone()), self._out(H.clone()))
+        found = self._normals(piece) * math.sqrt(length)
+        if found.dtype is not self.dtype or found.device != self.device:
+            found = self._out(found)
         return Increment(*found.unbind(0)) if self.levy_area else Increment(found)
 
     def _normals(self, counter: int) -> Tensor:
@@ -264,8 +264,8 @@ class BrownianPath(Noise):
         self._ahead = (drawn if self.levy_area else drawn[0]).unbind(1 if self.levy_area else 0)
         self._first = first
 
-    def _half(self, piece: int) -> Tensor:
-        """``W, H`` of a half of an interval that was divided, ``(2, rows, m)``."""
+    def _half(self, piece: int) -> Sequence[Tensor]:
+        """``W`` and ``H`` of a half of an interval that was divided."""
         k, second = divmod(~piece, 2)
         found = self._halves.get(k)
         if found is None:
@@ -274,61 +274,75 @@ class BrownianPath(Noise):
             self._halves.move_to_end(k)
         return found[2:] if second else found[:2]
 
-    def _divide(self, k: int) -> Tensor:
+    def _divide(self, k: int) -> Sequence[Tensor]:
         """Both halves of ``divisions[k]``, after those of the intervals that it came from."""
         line = [k]
         while (parent := self.divisions[line[-1]].parent) < 0 and ~parent // 2 not in self._halves:
             line.append(~parent // 2)
-        found = self._halves.get(~parent // 2) if parent < 0 else None
+        found: Sequence[Tensor] = self._halves[~parent // 2] if parent < 0 else []
         for k in reversed(line):
             parent, counter, left, middle, right = self.divisions[k]
-            if found is None:
-                W, H = self._draws(parent, 1, True)[:, 0] * math.sqrt(right - left)
+            if parent >= 0:
+                W, H = self._draws(parent, 1, True)[:, 0].unbind(0)
+                scale = math.sqrt(right - left)
             else:
                 W, H = found[2:] if ~parent % 2 else found[:2]
-            n = self._draws(counter, 1, True)[:, 0]
-            found = divide(W, H, n, middle - left, right - middle)
-            self._halves[k] = found
+                scale = 1.0
+            parts = self._draws.divide(W, H, scale, counter, middle - left, right - middle)
+            found = self._halves[k] = parts.unbind(0)
             if len(self._halves) > self._most_halves:
                 self._halves.popitem(last=False)
-        assert found is not None
         return found
 
     def _union(self, i: int, j: int) -> Increment:
         """Increment over the intervals between the points ``i`` and ``j``."""
-        # a step that was divided since: its own numbers, not their sum with its rounding
-        piece, right = self.pieces[i], self.times[j]
-        while piece < 0 and ~piece % 2 == 0:
-            division = self.divisions[~piece // 2]
-            piece = division.parent
-            if division.right >= right:
-                if division.right == right:
-                    return self._whole(piece, right - division.left)
-                break
-        W, H = self._sum(i, j, self.levy_area)
+        spans = self._spans(i, j)
+        if len(spans) == 1:  # one that was divided since: its own numbers, not a rounded sum
+            piece, left, right = spans[0]
+            return self._whole(piece, right - left)
+        W, H = self._sum(spans, self.levy_area)
         return Increment(self._out(W), None if H is None else self._out(H))
 
-    def _sum(self, i: int, j: int, area: bool) -> tuple[Tensor, Tensor | None]:
-        """``W`` and ``H`` over the intervals between two points, float64.
+    def _spans(self, i: int, j: int) -> list[tuple[int, float, float]]:
+        """The largest intervals that lie between two points, divided since or not, and their ends.
+
+        However many points there are in an interval, a part of it is a few of these.
+        """
+        times, end, found = self.times, self.times[j], []
+        while i < j:
+            piece, left, right = self.pieces[i], times[i], times[i + 1]
+            while piece < 0 and ~piece % 2 == 0:
+                division = self.divisions[~piece // 2]
+                if division.right > end:
+                    break
+                piece, right = division.parent, division.right
+            found.append((piece, left, right))
+            i = i + 1 if right == times[i + 1] else bisect_left(times, right, i + 1)
+        return found
+
+    def _sum(
+        self, spans: list[tuple[int, float, float]], area: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``W`` and ``H`` over intervals, one after the other, float64.
 
         ``h (H + W/2)``, the integral, is the sum over the intervals of ``h_k (H_k + W_k/2)`` and of
         ``W_k`` times what comes after.
         """
-        W = self._zeros_inside()
-        H = torch.zeros_like(W) if area else None
-        start, end = self.times[i], self.times[j]
-        for k in range(i, j):
-            left, right, piece = self.times[k], self.times[k + 1], self.pieces[k]
+        W = H = None
+        start, end = spans[0][1], spans[-1][2]
+        for piece, left, right in spans:
             if piece >= 0:
                 scale, row = math.sqrt(right - left), self._normals(piece)
                 w, h = row if self.levy_area else (row, row)
             else:
                 scale, (w, h) = 1.0, self._half(piece)
-            W.add_(w, alpha=scale)
-            if H is not None:
-                later = (end - 0.5 * (left + right)) / (end - start)
-                H.add_(w, alpha=scale * (later - 0.5))
+            W = w * scale if W is None else W.add_(w, alpha=scale)
+            if area:
+                # what W adds to H, and H itself
+                early = scale * ((end - 0.5 * (left + right)) / (end - start) - 0.5)
+                H = w * early if H is None else H.add_(w, alpha=early)
                 H.add_(h, alpha=scale * (right - left) / (end - start))
+        assert W is not None
         return W, H
 
     def _zeros_inside(self) -> Tensor:
