@@ -27,7 +27,7 @@ from diffsolve import (
     Tsit5,
     Vern7,
 )
-from diffsolve.adjoints.continuous import Reverse
+from diffsolve.adjoints.reverse import Reverse
 from diffsolve.problems.capture import Substitute
 from diffsolve.problems.vector_field import VectorField
 

@@ -10,11 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore, Reverse
-from diffsolve.adjoints.reversal import in_tolerances
+from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore
+from diffsolve.adjoints.reconstruction import Reconstruction
+from diffsolve.adjoints.reverse import Reverse, ReverseField
 from diffsolve.adjoints.reverse_jacobian import Lagrangian
 from diffsolve.adjoints.sensealg import Job
+from diffsolve.adjoints.stochastic import ForwardSteps, StochasticBacksolve, diffusion_at_start
 from diffsolve.engines.torch_engine import Settings, Trajectory
+from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.norms import Tolerance
 
@@ -67,7 +70,12 @@ class BacksolveAdjoint(ContinuousAdjoint):
         return replace(settings, maxiters=min(settings.maxiters, most))
 
     def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
-        return job.run(u0), [u0], lambda tensors: tensors[0]
+        if not isinstance(job.field, SDEField):
+            return job.run(u0), [u0], lambda tensors: tensors[0]
+        G0 = diffusion_at_start(job, u0)
+        trajectory = job.run(u0)
+        steps = ForwardSteps.of(trajectory)
+        return trajectory, [u0, G0], lambda tensors: (steps, *tensors)
 
     def warn_of(self, worst: float) -> None:
         """Warn where the reconstruction was off by more tolerances than is safe."""
@@ -81,11 +89,15 @@ class BacksolveAdjoint(ContinuousAdjoint):
                 stacklevel=3,
             )
 
-    def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
-        return _BacksolveReverse(self, job, kept, field, params)
+    def reverse(
+        self, job: Job, kept: Any, field: VectorField, params: list[Tensor]
+    ) -> ReverseField:
+        if not isinstance(job.field, SDEField):
+            return _BacksolveReverse(self, job, kept, field, params)
+        return StochasticBacksolve(self, job, field, params, *kept)
 
 
-class _BacksolveReverse(Reverse):
+class _BacksolveReverse(Reconstruction, Reverse):
     def __init__(
         self,
         sensealg: BacksolveAdjoint,
@@ -95,8 +107,7 @@ class _BacksolveReverse(Reverse):
         params: list[Tensor],
     ):
         super().__init__(field, params, extra=field.structure.size)
-        self.sensealg, self.job, self.u0 = sensealg, job, u0
-        self.worst = 0.0
+        self.expect(sensealg, job, u0)
 
     def derivative(self, t: Tensor, z: Tensor) -> Tensor:
         bar, u, _ = self.blocks(z)
@@ -109,39 +120,3 @@ class _BacksolveReverse(Reverse):
     def slope_at(self, time: Tensor, at: Lagrangian, by_time: Tensor | None) -> Tensor:
         by_u, by_p = at.second(None, 1.0)
         return torch.cat([-by_u, torch.zeros_like(by_u) if by_time is None else by_time, -by_p])
-
-    def tolerance(self, rtol: float, atol: float, forward: Tolerance) -> Tolerance:
-        """The forward tolerance for the state, where it was not overridden."""
-        own = super().tolerance(rtol, atol, forward)
-
-        def blocks(ours: Tensor, theirs: Tensor, overridden: bool) -> Tensor:
-            full = ours.expand(sum(self.sizes)).clone()
-            if not overridden:
-                full[self.n : 2 * self.n] = theirs
-            return full
-
-        return Tolerance(
-            blocks(own.rtol, forward.rtol, self.sensealg.rtol is not None),
-            blocks(own.atol, forward.atol, self.sensealg.atol is not None),
-            self.norm,
-        )
-
-    def start(self, bar: Tensor, u: Tensor) -> Tensor:
-        z = super().start(bar, u)
-        z[self.n : 2 * self.n] = u
-        return z
-
-    def at_save(self, z: Tensor, bar: Tensor, u: Tensor) -> Tensor:
-        z = super().at_save(z, bar, u)
-        if self.sensealg.checkpointing:
-            self._compare(z, u)
-            z[self.n : 2 * self.n] = u
-        return z
-
-    def finish(self, z: Tensor) -> None:
-        self._compare(z, self.u0)
-        self.sensealg.warn_of(self.worst)
-
-    def _compare(self, z: Tensor, u: Tensor) -> None:
-        off = in_tolerances(z[self.n : 2 * self.n], u, self.job.settings.tolerance)
-        self.worst = max(self.worst, off)

@@ -9,7 +9,7 @@ is ``[lambda, (u,) mu]``: one solve from the last saved time to the first, with 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -19,22 +19,19 @@ from torch import Tensor
 
 from diffsolve.adjoints.native import run_continuous
 from diffsolve.adjoints.reversal import reverse_failure, reverse_stops
-from diffsolve.adjoints.reverse_jacobian import (
-    Lagrangian,
-    ReverseJacobian,
-    as_reals,
-    reverse_jacobian,
-)
+from diffsolve.adjoints.reverse import ReverseField, UsedLater
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
+from diffsolve.adjoints.stochastic import StochasticReverse, check_reverse_method, reverse_method
+from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.reverse import compile_adjoint
 from diffsolve.engines.torch_engine import OnStop, Saving, Settings, Trajectory, integrate
-from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
-from diffsolve.problems.structure import StateStructure
+from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm
-from diffsolve.solvers.norms import Tolerance, rms
+from diffsolve.solvers.norms import Tolerance
+from diffsolve.solvers.stochastic.method import StochasticMethod
 from diffsolve.solvers.switching import AutoSwitch
 
 Restore = Callable[[Sequence[Tensor]], Any]
@@ -47,7 +44,8 @@ class ContinuousAdjoint(Sensealg):
     Parameters
     ----------
     alg
-        Method of the reverse solve; None: that of the forward solve.
+        Method of the reverse solve; None: that of the forward solve. For an SDE ``EulerHeun()`` or
+        ``LambaEulerHeun()``; None: the latter where the forward steps are adaptive, else the other.
     rtol, atol
         Tolerances of the reverse solve, numbers; None: those of the forward solve. ``atol``
         counts in units of the largest cotangent.
@@ -56,6 +54,8 @@ class ContinuousAdjoint(Sensealg):
     alg: Algorithm | None = None
     rtol: float | None = None
     atol: float | None = None
+
+    handles_noise = True
 
     def __post_init__(self) -> None:
         if self.alg is not None and not isinstance(self.alg, Algorithm):
@@ -83,16 +83,28 @@ class ContinuousAdjoint(Sensealg):
         """Integrate; returns also tensors for autograd to save, and what makes ``kept`` of them."""
 
     @abstractmethod
-    def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
+    def reverse(
+        self, job: Job, kept: Any, field: VectorField, params: list[Tensor]
+    ) -> ReverseField:
         """The reverse problem, from what the reverse pass needs of the forward one."""
 
     #: Whether the reverse solve reads the forward solution, rather than solving it again.
     along_path: ClassVar[bool] = False
 
     def compile(self, native: NativeField, alg: Algorithm) -> None:
+        if isinstance(alg, StochasticMethod):
+            raise Declined("the adjoint equation of an SDE is solved by torch")
         compile_adjoint(native, self.alg or alg, self.along_path)
 
+    def reverse_method(self, job: Job) -> Algorithm:
+        """The method of the reverse solve."""
+        if isinstance(job.field, SDEField):
+            return reverse_method(self.alg, job)
+        return self.alg or job.alg
+
     def run(self, job: Job) -> Outputs:
+        if self.alg is not None:
+            check_reverse_method(self.alg, isinstance(job.field, SDEField))
         if job.native is not None:
             return run_continuous(self, job)
         carrier = Carrier(job)
@@ -102,8 +114,8 @@ class ContinuousAdjoint(Sensealg):
 
     def reverse_settings(self, job: Job, tolerance: Tolerance, stops: Sequence[float]) -> Settings:
         forward = job.settings
-        alg = self.alg or job.alg
-        same = self.alg is None
+        alg = self.reverse_method(job)
+        same = self.alg is None and alg.name == job.alg.name
         return replace(
             forward,
             tolerance=tolerance,
@@ -120,114 +132,6 @@ class ContinuousAdjoint(Sensealg):
             tstops=tuple(stops),
             progress=False,
         )
-
-
-def _unused(t: Any, u: Any) -> Any:  # a bound method here would keep the field alive in a cycle
-    raise NotImplementedError
-
-
-class _UsedLater(Exception):
-    """``f`` uses a parameter that it did not use at the start."""
-
-
-class Reverse(VectorField, ABC):
-    """Right-hand side of the reverse problem over ``z = [lambda, ..., mu]``.
-
-    Parameters
-    ----------
-    field, params
-        Forward right-hand side, and those of its parameters that gradients are taken by.
-    extra
-        Entries of the reverse state between ``lambda`` and ``mu``.
-    """
-
-    def __init__(self, field: VectorField, params: list[Tensor], extra: int):
-        self.field = field
-        self.n = field.structure.size
-        self.sizes = [self.n, extra, *[as_reals(p, field.dtype).numel() for p in params]]
-        z = torch.empty(sum(self.sizes), dtype=field.dtype, device=field.device)
-        super().__init__(_unused, None, StateStructure(z))
-        self.breaks = field.breaks
-        self.params = params
-        self.others = {id(p) for p in field.params} - {id(p) for p in params}
-
-    def __call__(self, t: Tensor, u: Tensor) -> Tensor:
-        self.nf += 1
-        return self.derivative(t, u)
-
-    def write(self, t: Tensor, u: Tensor, row: Tensor) -> None:
-        row.copy_(self(t, u))
-
-    @abstractmethod
-    def derivative(self, t: Tensor, z: Tensor) -> Tensor:
-        """Right-hand side of the reverse state."""
-
-    def products(self, t: Tensor, u: Tensor, bar: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """``f(t, u)``, ``J^T bar`` and the contributions ``f_p^T bar``, flat."""
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            du = self.field(t, u)
-        if du.requires_grad:
-            leaves = reached_leaves([du])
-            if not self.others.isdisjoint(leaves):
-                raise _UsedLater
-            refuse_unknown_leaves(leaves, [u, *self.params])
-            grads = torch.autograd.grad(du, [u, *self.params], bar, allow_unused=True)
-        else:
-            grads = (None,) * (1 + len(self.params))
-        inputs = [u, *self.params]
-        full = [
-            as_reals(torch.zeros_like(x) if g is None else g, self.dtype)
-            for g, x in zip(grads, inputs, strict=True)
-        ]
-        return du.detach(), full[0], full[1:]
-
-    @abstractmethod
-    def state_at(self, time: Tensor, z: Tensor) -> Tensor:
-        """The forward state ``(N,)`` that the right-hand side uses."""
-
-    @abstractmethod
-    def slope_at(self, time: Tensor, at: Lagrangian, by_time: Tensor | None) -> Tensor:
-        """Derivative of the right-hand side by time; ``by_time`` is that of ``f``."""
-
-    def linearise(self, t: float, h: float, z: Tensor, slope: bool) -> ReverseJacobian:
-        """The Jacobian at the start of a step, for implicit methods.
-
-        Raises
-        ------
-        ValueError
-            If the state is complex.
-        """
-        return reverse_jacobian(self, t, h, z, slope)
-
-    def blocks(self, z: Tensor) -> tuple[Tensor, ...]:
-        """``lambda``, the extra entries, and all of ``mu``."""
-        return z.split([self.n, self.sizes[1], sum(self.sizes[2:])])
-
-    def norm(self, scaled: Tensor) -> Tensor:
-        """Largest of the blocks' norms, so that no block hides behind a bigger one."""
-        return torch.stack([rms(block) for block in self.blocks(scaled) if block.numel()]).max()
-
-    def start(self, bar: Tensor, u: Tensor) -> Tensor:
-        """Reverse state at the last saved time."""
-        z = torch.zeros(sum(self.sizes), dtype=self.dtype, device=self.device)
-        z[: self.n] = bar
-        return z
-
-    def at_save(self, z: Tensor, bar: Tensor, u: Tensor) -> Tensor:
-        """Reverse state after passing a saved time with cotangent ``bar`` and state ``u``."""
-        z = z.clone()
-        z[: self.n] += bar
-        return z
-
-    def tolerance(self, rtol: float, atol: float, forward: Tolerance) -> Tolerance:
-        def tensor(x: float) -> Tensor:
-            return torch.tensor(x, dtype=self.structure.time_dtype, device=self.device)
-
-        return Tolerance(tensor(rtol), tensor(atol), self.norm)
-
-    def finish(self, z: Tensor) -> None:
-        """Called with the reverse state at ``t0``."""
 
 
 class _Continuous(torch.autograd.Function):
@@ -262,7 +166,8 @@ class _Continuous(torch.autograd.Function):
             grads = [torch.zeros_like(x) for x in (u0, *params)]
         else:
             # the equation is linear: tolerances then mean the same for every loss
-            forward = _Forward(job, ctx.restore(tensors[ctx.counts :]), ctx.times, saved)
+            kept = ctx.restore(tensors[ctx.counts :])
+            forward = _Forward(job, kept, u0.detach(), ctx.times, saved)
             grads = _solve_reverse(ctx.sensealg, forward, bars / size, stats)
             grads = [g * size for g in grads]
         stats.wall_s = time.perf_counter() - started
@@ -275,6 +180,7 @@ class _Forward:
 
     job: Job
     kept: Any
+    u0: Tensor
     times: Sequence[float]
     saved: Tensor
 
@@ -289,7 +195,7 @@ def _solve_reverse(
     active = [i for i, p in enumerate(job.field.params) if id(p) in job.field.used]
     try:
         found = _solve_for(sensealg, forward, bars, stats, field, [params[i] for i in active])
-    except _UsedLater:
+    except UsedLater:
         active = list(range(len(params)))
         found = _solve_for(sensealg, forward, bars, stats, field, params)
     grads = [torch.zeros_like(p) for p in params]
@@ -309,6 +215,8 @@ def _solve_for(
     """The same by some of the parameters."""
     job, times, saved = forward.job, forward.times, forward.saved
     reverse = sensealg.reverse(job, forward.kept, field, params)
+    if isinstance(reverse, StochasticReverse):
+        reverse.check(forward.u0, times, saved)
     at_time = {t: i for i, t in enumerate(times)}
 
     def on_stop(t: float, z: Tensor) -> Tensor:
@@ -328,14 +236,14 @@ def _solve_for(
 def _integrate_reverse(
     sensealg: ContinuousAdjoint,
     job: Job,
-    reverse: Reverse,
+    reverse: ReverseField,
     z: Tensor,
     times: Sequence[float],
     on_stop: OnStop,
     stats: Stats,
 ) -> Tensor:
     """The reverse state at ``t0``, from the one at the last of the saved times."""
-    alg = sensealg.alg or job.alg
+    alg = sensealg.reverse_method(job)
     start, end = times[-1], job.t0
     direction = -1.0 if job.t1 >= job.t0 else 1.0
     forward = job.settings.tolerance
@@ -344,8 +252,15 @@ def _integrate_reverse(
         float(forward.atol.min()) if sensealg.atol is None else sensealg.atol,
         forward,
     )
-    settings = sensealg.reverse_settings(job, tolerance, reverse_stops(job, times))
-    du = reverse(reverse.after(start, direction), z)
+    stops = reverse_stops(job, times, reverse.pins)
+    settings = sensealg.reverse_settings(job, tolerance, stops)
+    if reverse.first_size is not None:
+        settings = replace(
+            settings,
+            dt=settings.dt or reverse.first_size,
+            maxiters=settings.maxiters + len(stops),
+        )
+    du = reverse(reverse.after(start, direction), z) if alg.carries_derivative else None
     result = integrate(reverse, alg, z, start, end, settings, Saving(times=()), du, on_stop)
     stats.alg, stats.nf = alg.name, reverse.nf
     stats.naccept, stats.nreject = result.naccept, result.nreject

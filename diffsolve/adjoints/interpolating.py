@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore, Reverse
+from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore
+from diffsolve.adjoints.reverse import Reverse, ReverseField
 from diffsolve.adjoints.reverse_jacobian import Lagrangian
 from diffsolve.adjoints.sensealg import Job
+from diffsolve.adjoints.stochastic import (
+    ForwardSteps,
+    StochasticInterpolating,
+    diffusion_at_start,
+)
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
 from diffsolve.engines.torch_engine import Trajectory
+from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.interpolation import DenseOutput
@@ -65,6 +73,8 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         check_checkpoints(self.checkpoints)
 
     def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
+        if isinstance(job.field, SDEField):
+            return self._along_noise(job, u0)
         if self.checkpoints is None:
             trajectory = job.run(u0, dense=True)
             assert trajectory.dense is not None
@@ -77,7 +87,24 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         end = trajectory.final_t
         return trajectory, tape.unload(), lambda x: _Segments(job, tape.loaded(x), end)
 
-    def reverse(self, job: Job, kept: Any, field: VectorField, params: list[Tensor]) -> Reverse:
+    def _along_noise(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
+        """The same for an SDE: states at the ends of the steps, and what lies between follows."""
+        G0 = diffusion_at_start(job, u0)
+        tape = StepTape(self.checkpoints)
+        trajectory = job.run(u0, recorder=tape)
+        steps = ForwardSteps.of(trajectory)
+        assert trajectory.final is not None
+
+        def restore(tensors: Sequence[Tensor]) -> Any:
+            return steps, tensors[0], tape.loaded(tensors[2:]), tensors[1]
+
+        return trajectory, [G0, trajectory.final, *tape.unload()], restore
+
+    def reverse(
+        self, job: Job, kept: Any, field: VectorField, params: list[Tensor]
+    ) -> ReverseField:
+        if isinstance(job.field, SDEField):
+            return StochasticInterpolating(job, field, params, *kept)
         return _InterpolatingReverse(kept, job, field, params)
 
 

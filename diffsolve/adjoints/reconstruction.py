@@ -1,0 +1,70 @@
+"""What the backsolve adjoints of ODEs and SDEs share: a reconstructed state, checked and reset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from diffsolve.adjoints.reversal import in_tolerances
+from diffsolve.adjoints.reverse import ReverseField
+from diffsolve.adjoints.sensealg import Job
+from diffsolve.solvers.norms import Tolerance
+
+if TYPE_CHECKING:
+    from diffsolve.adjoints.backsolve import BacksolveAdjoint
+
+
+class Reconstruction(ReverseField):
+    """A reverse problem whose state carries ``u`` between ``lambda`` and ``mu``.
+
+    Attributes
+    ----------
+    sensealg, job
+        How it is differentiated, and the forward solve.
+    u0
+        The initial state that the reconstruction ought to reach.
+    worst
+        Its largest distance from a known state so far, in tolerances.
+    """
+
+    def expect(self, sensealg: BacksolveAdjoint, job: Job, u0: Tensor) -> None:
+        """Begin; called before the reverse solve."""
+        self.sensealg, self.job, self.u0 = sensealg, job, u0
+        self.worst = 0.0
+
+    def tolerance(self, rtol: float, atol: float, forward: Tolerance) -> Tolerance:
+        """The forward tolerance for the state, where it was not overridden."""
+        own = super().tolerance(rtol, atol, forward)
+
+        def blocks(ours: Tensor, theirs: Tensor, overridden: bool) -> Tensor:
+            full = ours.expand(sum(self.sizes)).clone()
+            if not overridden:
+                full[self.n : 2 * self.n] = theirs
+            return full
+
+        return Tolerance(
+            blocks(own.rtol, forward.rtol, self.sensealg.rtol is not None),
+            blocks(own.atol, forward.atol, self.sensealg.atol is not None),
+            self.norm,
+        )
+
+    def start(self, bar: Tensor, u: Tensor) -> Tensor:
+        z = super().start(bar, u)
+        z[self.n : 2 * self.n] = u
+        return z
+
+    def at_save(self, z: Tensor, bar: Tensor, u: Tensor) -> Tensor:
+        z = super().at_save(z, bar, u)
+        if self.sensealg.checkpointing:
+            self._compare(z, u)
+            z[self.n : 2 * self.n] = u
+        return z
+
+    def finish(self, z: Tensor) -> None:
+        self._compare(z, self.u0)
+        self.sensealg.warn_of(self.worst)
+
+    def _compare(self, z: Tensor, u: Tensor) -> None:
+        off = in_tolerances(z[self.n : 2 * self.n], u, self.job.settings.tolerance)
+        self.worst = max(self.worst, off)
