@@ -1,0 +1,270 @@
+"""Methods that are implicit in the drift, for stiff drift: Euler-Maruyama's and Milstein's.
+
+Off the tape the equation of a step is solved by Newton's iteration; on it the solution is known,
+and the implicit function theorem differentiates it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import detached
+from diffsolve.solvers.algorithm import Step, Trouble
+from diffsolve.solvers.implicit_differentiation import linear_on_tape, stage_on_tape
+from diffsolve.solvers.implicit_estimates import radius_off_tape
+from diffsolve.solvers.jacobian import Push, linearise, push_forward
+from diffsolve.solvers.newton import Newton
+from diffsolve.solvers.spectral_radius import spectral_radius
+from diffsolve.solvers.stage_rows import as_scale
+from diffsolve.solvers.stochastic.method import (
+    ANY_NOISE,
+    PathInterpolant,
+    StochasticMethod,
+    register,
+    root,
+    scaled,
+)
+from diffsolve.solvers.stochastic.milstein import (
+    checked_integral,
+    ito_correction,
+    stratonovich_correction,
+)
+
+
+class DriftImplicit(StochasticMethod):
+    """Base of both: ``u_new = u + h f(t + h, u_new) + G W + C``, ``G = g(t, u)``.
+
+    The noise and its correction ``C`` are explicit. The error estimate adds the magnitudes of
+    ``h/2 (f(t + h, u_new) - f(t, u))``, the difference of the drift from the trapezoidal rule, and
+    of what the noise of Euler-Maruyama's step leaves out. Both are seen as the step sees what is
+    added to it, through ``(I - h J)^{-1}`` with the Jacobian ``J`` of the drift at ``(t, u)``:
+    noise that stiff components damp within a step does not make it short.
+    """
+
+    estimate_order = 0.5
+    adaptive = True
+    is_implicit = True
+    is_one_step = False  # steps with equations to solve are not run at once
+
+    def step(
+        self,
+        field: Any,
+        t: Any,
+        h: Any,
+        state: tuple[Tensor, ...],
+        solved: tuple[Tensor, ...] = (),
+    ) -> Step:
+        (u,) = state
+        if torch.is_grad_enabled():
+            if not solved:
+                with torch.no_grad():
+                    plain = u.detach()
+                    step = self._solved_step(field, float(detached(t)), float(detached(h)), plain)
+                if not step.converged:
+                    return step
+                solved = step.solved
+            return self._recorded_step(field, t, h, u, solved[0])
+        return self._solved_step(field, t, h, u)
+
+    def _solved_step(self, field: SDEField, t: float, h: float, u: Tensor) -> Step:
+        newton = _newton(field)
+        now, then = field.both_ends(t, h)
+        f, G = field(now, u), field.diffusion(now, u)
+        W = field.increment(t, h).W
+        base, left_out = self.noise(field, h, (now, then), u, G, W)
+        ready, found = newton.begin(t, h, u, True), None
+        if ready:
+            found = newton.solve(then, base, h, f)
+            if found is None and not newton.is_here(t, u):  # the Jacobian may be to blame
+                ready = newton.renew(t, h, u)
+                found = newton.solve(then, base, h, f) if ready else None
+        if found is None:
+            return _failed(field, t, h, u, G, newton.trouble)
+        k, new = found
+        newton.end()
+        assert newton.lu is not None
+        error = newton.lu.solve((k - f) * (0.5 * h)).abs()
+        if left_out is not None:
+            if self.is_signed(field):
+                left_out = newton.lu.solve(left_out)
+            error = error + left_out.abs()
+        here = newton.jacobian if newton.is_here(t, u) else None
+        return Step(
+            (new,),
+            error,
+            functools.partial(radius_off_tape, field, t, h, u, here, newton.jacobian),
+            PathInterpolant(field, t, h, u, new, G),
+            solved=(k,),
+        )
+
+    def _recorded_step(self, field: SDEField, t: Any, h: Any, u: Tensor, known: Tensor) -> Step:
+        now, then = field.both_ends(t, h)
+        f, G = field(now, u), field.diffusion(now, u)
+        W = field.increment(t, h).W
+        base, left_out = self.noise(field, h, (now, then), u, G, W)
+        scale = as_scale(field, h)
+        k, new = stage_on_tape(field, then, base, scale, 1.0, known)
+        lu = linearise(field, t, h, u, exact=True).factor(float(detached(h)), 1.0)
+        if lu is None:
+            return _failed(field, t, h, u, G, Trouble.SINGULAR)
+        push = push_forward(field, t, h, u, f)
+
+        def damped(x: Tensor) -> Tensor:
+            return linear_on_tape(lu, lu.solve(x.detach()), x, push, scale, 1.0, 0.0)
+
+        error = damped((k - f) * (0.5 * scale)).abs()
+        if left_out is not None:
+            error = error + (damped(left_out) if self.is_signed(field) else left_out).abs()
+        return Step(
+            (new,),
+            error,
+            functools.partial(_radius, push, u),
+            PathInterpolant(field, t, h, u, new, G),
+            solved=(known,),
+        )
+
+    def is_signed(self, field: SDEField) -> bool:
+        """Whether what ``noise`` says to be left out is no magnitude."""
+        return field.is_diagonal or field.m == 1
+
+    @abstractmethod
+    def noise(
+        self,
+        field: SDEField,
+        h: Any,
+        times: tuple[Tensor, Tensor],
+        u: Tensor,
+        G: Tensor,
+        W: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``u + G W + C``, and what the noise of Euler-Maruyama's step leaves out, or None.
+
+        Parameters
+        ----------
+        field, h, u
+            The step.
+        times
+            ``t`` and ``t + h`` as ``g`` sees them.
+        G, W
+            Diffusion at ``(t, u)``, and the increment.
+        """
+
+
+class ImplicitEM(DriftImplicit):
+    """Euler-Maruyama with the implicit Euler method for the drift, for any noise of Ito equations.
+
+    ``u_new = u + h f(t + h, u_new) + g(t, u) W``, stable for any step where the drift is stiff and
+    stable; noise that is stiff needs short steps. Strong order 1/2 (1 where the noise is additive),
+    weak order 1. Two evaluations of ``f`` and ``g`` a step, those of Newton's iteration not
+    counted, and a Jacobian of ``f``; one of ``g`` where the noise is additive.
+
+    References
+    ----------
+    Kloeden, Platen, Numerical Solution of Stochastic Differential Equations (1992), section 12.2;
+    Higham, SIAM J. Numer. Anal. 38 (2000) 753, on its stability.
+    """
+
+    noise_types = ANY_NOISE
+    interpretation = frozenset({"ito"})
+    strong_order = 0.5
+    weak_order = 1.0
+
+    def noise(
+        self,
+        field: SDEField,
+        h: Any,
+        times: tuple[Tensor, Tensor],
+        u: Tensor,
+        G: Tensor,
+        W: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        base = field.add_noise(u, G, W)
+        if field.noise == "additive":
+            return base, None
+        if self.is_signed(field):
+            return base, ito_correction(field, times[0], h, u, G, W)
+        # general noise: as in LambaEM, the mean square of double integrals that W does not tell
+        change = field.diffusion(times[0], base) - G
+        size = torch.linalg.vector_norm(change, dim=-1).reshape(-1)
+        return base, scaled(size, math.sqrt(0.5) * root(h))
+
+
+class ImplicitRKMil(DriftImplicit):
+    """The Milstein method with the implicit Euler method for the drift, for diagonal noise.
+
+    ``u_new = u + h f(t + h, u_new) + g(t, u) W + C`` with the correction ``C`` of ``RKMil``, for
+    diagonal or scalar noise. Strong and weak order 1. Two evaluations of ``f`` and ``g`` a step,
+    those of Newton's iteration not counted, and a Jacobian of ``f``.
+
+    Parameters
+    ----------
+    interpretation
+        ``"ito"`` (default) or ``"stratonovich"``.
+
+    Raises
+    ------
+    ValueError
+        If ``interpretation`` is neither.
+
+    References
+    ----------
+    Kloeden, Platen, Numerical Solution of Stochastic Differential Equations (1992), section 12.2.
+    The correction leaves the drift out of the point beside ``u`` where it evaluates ``g``: an
+    explicit step of a stiff drift would lead far away.
+    """
+
+    noise_types = frozenset({"diagonal", "scalar"})
+    strong_order = 1.0
+    weak_order = 1.0
+
+    def __init__(self, interpretation: str = "ito"):
+        self.integral = checked_integral(type(self).__name__, interpretation)
+        self.interpretation = frozenset({interpretation})
+
+    def __repr__(self) -> str:
+        return f"{self.name}({'' if self.integral == 'ito' else repr(self.integral)})"
+
+    def noise(
+        self,
+        field: SDEField,
+        h: Any,
+        times: tuple[Tensor, Tensor],
+        u: Tensor,
+        G: Tensor,
+        W: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        now, then = times
+        if self.integral == "ito":
+            correction = ito_correction(field, now, h, u, G, W)
+        else:
+            correction = stratonovich_correction(field, then, u, G, W)
+        return field.add_noise(u, G, W) + correction, correction
+
+
+def _newton(field: SDEField) -> Newton:
+    found = field.scratch.get("newton")
+    if found is None:
+        found = field.scratch["newton"] = Newton(field, 1.0)
+    return found
+
+
+def _failed(field: SDEField, t: Any, h: Any, u: Tensor, G: Tensor, trouble: Trouble) -> Step:
+    dense = PathInterpolant(field, t, h, u, u, G)
+    return Step((u,), None, None, dense, converged=False, trouble=trouble)
+
+
+def _radius(push: Push, u: Tensor) -> Tensor:
+    """Spectral radius of the Jacobian at the start of a step, differentiable."""
+    return spectral_radius(lambda v: push(v, 0.0), u)
+
+
+register(ImplicitRKMil())
+register(ImplicitRKMil("stratonovich"))
+register(ImplicitEM())

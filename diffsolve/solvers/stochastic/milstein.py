@@ -1,0 +1,336 @@
+"""Milstein methods without derivatives, of strong order 1, with fixed and adaptive steps.
+
+They add to Euler-Maruyama's step what the double integrals ``I_(j,k)`` contribute, ``sum over j, k
+of g_k' g_j I_(j,k)``: known from the increment where the noise is diagonal or commutative, and with
+Levy areas otherwise.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Step
+from diffsolve.solvers.stage_rows import RKState
+from diffsolve.solvers.stochastic.levy_area import levy_area
+from diffsolve.solvers.stochastic.method import (
+    ANY_NOISE,
+    PathInterpolant,
+    StochasticMethod,
+    moved,
+    register,
+    root,
+    scaled,
+)
+
+_INTEGRALS = ("ito", "stratonovich")
+
+
+class Milstein(StochasticMethod):
+    """Base of the explicit ones, whose state is ``(u, f(t, u))``.
+
+    With the correction ``C`` of the method the step is ``u_new = u + h f + G W + C``, ``f`` and
+    ``G`` at ``(t, u)``. The error estimate is that of Euler-Maruyama's step, which is embedded:
+    ``h/2 |f(t + h, u_new) - f| + |C|``. The first part costs nothing: the next step begins with
+    that derivative.
+
+    Parameters
+    ----------
+    interpretation
+        ``"ito"`` (default) or ``"stratonovich"``.
+
+    Raises
+    ------
+    ValueError
+        If ``interpretation`` is neither.
+    """
+
+    strong_order = 1.0
+    weak_order = 1.0
+    estimate_order = 0.5
+    adaptive = True
+    carries_derivative = True
+
+    def __init__(self, interpretation: str = "ito"):
+        self.integral = checked_integral(type(self).__name__, interpretation)
+        self.interpretation = frozenset({interpretation})
+
+    def __repr__(self) -> str:
+        return f"{self.name}({'' if self.integral == 'ito' else repr(self.integral)})"
+
+    def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
+        return RKState(u, field(field.time(t), u) if du is None else du)
+
+    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+        u, du = state
+        now, then = field.both_ends(t, h)
+        G = field.diffusion(now, u)
+        W = field.increment(t, h).W
+        K = moved(u, du, h)
+        new = field.add_noise(K, G, W)
+        correction = None
+        if field.noise != "additive":
+            correction = self.correction(field, t, h, (now, then), u, K, G, W)
+            new = new + correction
+        du_new = field(then, new)
+        change = du_new - du
+        error = scaled(change, 0.5 * h).abs()
+        if correction is not None:
+            error = error + correction.abs()
+        dense = PathInterpolant(field, t, h, u, new, G)
+        return Step(RKState(new, du_new), error, (change, new - u), dense)
+
+    @abstractmethod
+    def correction(
+        self,
+        field: SDEField,
+        t: Any,
+        h: Any,
+        times: tuple[Tensor, Tensor],
+        u: Tensor,
+        K: Tensor,
+        G: Tensor,
+        W: Tensor,
+    ) -> Tensor:
+        """What the double integrals contribute, ``(N,)``.
+
+        Parameters
+        ----------
+        field, t, h, u
+            The step.
+        times
+            ``t`` and ``t + h`` as ``g`` sees them.
+        K
+            ``u + h f``.
+        G, W
+            Diffusion at ``(t, u)``, and the increment.
+        """
+
+
+class RKMil(Milstein):
+    """The Milstein method without derivatives, for diagonal or scalar noise.
+
+    Diagonal noise is that of a ``g`` whose component ``i`` depends on component ``i`` of ``u``;
+    with another ``g`` the strong order is 1/2. Two evaluations of ``g`` and one of ``f`` a step.
+
+    Parameters
+    ----------
+    interpretation
+        ``"ito"`` (default) or ``"stratonovich"``.
+
+    Raises
+    ------
+    ValueError
+        If ``interpretation`` is neither.
+
+    References
+    ----------
+    Kloeden, Platen, Numerical Solution of Stochastic Differential Equations (1992), section 11.1.
+
+    Notes
+    -----
+    For Stratonovich equations the correction is ``1/2 (g(t + h, u + h f + G W) - G) W``, as in
+    Heun's method. The usual one, ``(g(t, u + sqrt(h) G) - G) / sqrt(h) * W^2 / 2`` (Kloeden,
+    Platen, section 11.1; StochasticDiffEq.jl; torchsde with ``grad_free``), has the mean error
+    ``h^1.5/4 g'' G^2`` a step, so that its strong order is 1/2 where ``g`` is not linear. Here the
+    term of that kind has ``W^3``, whose mean is zero.
+    """
+
+    noise_types = frozenset({"diagonal", "scalar"})
+
+    def correction(
+        self,
+        field: SDEField,
+        t: Any,
+        h: Any,
+        times: tuple[Tensor, Tensor],
+        u: Tensor,
+        K: Tensor,
+        G: Tensor,
+        W: Tensor,
+    ) -> Tensor:
+        if self.integral == "ito":
+            return ito_correction(field, times[0], h, K, G, W)
+        return stratonovich_correction(field, times[1], K, G, W)
+
+
+class RKMilCommute(Milstein):
+    """The Milstein method without derivatives, for noise of any shape that is commutative.
+
+    That is ``g_k' g_j = g_j' g_k`` for every two columns of ``g``; with noise that is not, the
+    strong order is 1/2. Evaluations of ``g`` a step: ``m + 1``; two for diagonal and scalar noise
+    and for Stratonovich equations; one for additive noise.
+
+    Parameters
+    ----------
+    interpretation
+        ``"ito"`` (default) or ``"stratonovich"``.
+
+    Raises
+    ------
+    ValueError
+        If ``interpretation`` is neither.
+
+    References
+    ----------
+    Kloeden, Platen, Numerical Solution of Stochastic Differential Equations (1992), sections 10.3
+    and 11.1. For Stratonovich equations the correction is the one in ``RKMil``.
+    """
+
+    noise_types = ANY_NOISE
+
+    def correction(
+        self,
+        field: SDEField,
+        t: Any,
+        h: Any,
+        times: tuple[Tensor, Tensor],
+        u: Tensor,
+        K: Tensor,
+        G: Tensor,
+        W: Tensor,
+    ) -> Tensor:
+        if self.integral == "stratonovich":
+            return stratonovich_correction(field, times[1], K, G, W)
+        if field.is_diagonal or field.m == 1:
+            return ito_correction(field, times[0], h, K, G, W)
+        return _double_integrals(field, times[0], h, u, G, _symmetric_part(W, h))
+
+
+class RKMilGeneral(Milstein):
+    """The Milstein method without derivatives, for general noise, with Levy areas.
+
+    The double integrals of noise that is not commutative are not known from the increments: their
+    antisymmetric parts, the Levy areas, are computed from the path between the ends of the step
+    (``levy_area``), at as many points as strong order 1 asks for, about ``time_scale / (12 h)``.
+    They belong to the path: a solve with other steps, after a rejected step too, sees the same
+    path. The path remembers these points; reading them takes time, and no evaluation of ``g``. Of
+    these there are ``m + 1`` a step, ``m + 2`` for Stratonovich equations.
+
+    For diagonal and scalar noise it is ``RKMil``, for additive noise no area is needed.
+
+    Parameters
+    ----------
+    interpretation
+        ``"ito"`` (default) or ``"stratonovich"``.
+    time_scale
+        Time in which the noise changes the solution by as much as it is. The error of an area,
+        root mean square, is at most ``h^1.5 / sqrt(time_scale)``. Default 1.
+
+    Raises
+    ------
+    ValueError
+        If ``interpretation`` is neither, or ``time_scale`` is not positive and finite.
+
+    References
+    ----------
+    Kloeden, Platen, Numerical Solution of Stochastic Differential Equations (1992), sections 10.3
+    and 11.1; the areas: see ``levy_area``. For Stratonovich equations the symmetric part is the
+    correction in ``RKMil``.
+    """
+
+    noise_types = ANY_NOISE
+    needs_levy_area = True
+    is_one_step = False  # it asks for more of a path than steps that are run at once are given
+
+    def __init__(self, interpretation: str = "ito", time_scale: float = 1.0):
+        super().__init__(interpretation)
+        if not 0 < time_scale < float("inf"):
+            raise ValueError(f"time_scale must be positive and finite, got {time_scale!r}")
+        self.time_scale = float(time_scale)
+
+    def correction(
+        self,
+        field: SDEField,
+        t: Any,
+        h: Any,
+        times: tuple[Tensor, Tensor],
+        u: Tensor,
+        K: Tensor,
+        G: Tensor,
+        W: Tensor,
+    ) -> Tensor:
+        now, then = times
+        ito = self.integral == "ito"
+        if field.is_diagonal or field.m == 1:
+            if ito:
+                return ito_correction(field, now, h, K, G, W)
+            return stratonovich_correction(field, then, K, G, W)
+        area = levy_area(field, t, h, self.time_scale)
+        if ito:
+            return _double_integrals(field, now, h, u, G, _symmetric_part(W, h) + area)
+        symmetric = stratonovich_correction(field, then, K, G, W)
+        return symmetric + _double_integrals(field, now, h, u, G, area)
+
+
+def checked_integral(name: str, interpretation: Any) -> str:
+    """``interpretation``, if it is one.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    if interpretation not in _INTEGRALS:
+        raise ValueError(
+            f'{name}: interpretation must be "ito" or "stratonovich", got {interpretation!r}'
+        )
+    return interpretation
+
+
+def ito_correction(
+    field: SDEField, now: Tensor, h: Any, base: Tensor, G: Tensor, W: Tensor
+) -> Tensor:
+    """``g' g (W^2 - |h|) / 2`` of diagonal or scalar noise, by a difference: ``(N,)``.
+
+    ``base`` is what the state is moved from, ``u`` or ``u + h f``.
+    """
+    beside = moved(base, G.reshape(-1), root(h))
+    change = field.diffusion(now, beside) - G
+    size = root(h, W.dtype)
+    return field.product(change, 0.5 * (W * W / size - size))
+
+
+def stratonovich_correction(
+    field: SDEField, then: Tensor, base: Tensor, G: Tensor, W: Tensor
+) -> Tensor:
+    """``sum of g_k' g_j W_j W_k / 2``, by a difference along the step's noise: ``(N,)``."""
+    change = field.diffusion(then, field.add_noise(base, G, W)) - G
+    return field.product(change, 0.5 * W)
+
+
+def _symmetric_part(W: Tensor, h: Any) -> Tensor:
+    """``(I_(j,k) + I_(k,j)) / 2`` of Ito integrals: ``(R, m, m)``."""
+    size = h.abs().to(W.dtype) if isinstance(h, Tensor) else abs(h)
+    unit = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
+    return 0.5 * (W[..., :, None] * W[..., None, :] - unit * size)
+
+
+def _double_integrals(
+    field: SDEField, now: Tensor, h: Any, u: Tensor, G: Tensor, integrals: Tensor
+) -> Tensor:
+    """``sum of g_k' g_j I_(j,k)`` by differences along each column of ``g``: ``(N,)``.
+
+    The mean of the integrals is zero, so that of the error of the differences is, too.
+    """
+    side = root(h)
+    weights = integrals / root(h, u.dtype)
+    total: Any = None
+    for j in range(field.m):
+        beside = moved(u, G[:, :, j].reshape(-1), side)
+        term = field.product(field.diffusion(now, beside) - G, weights[:, j])
+        total = term if total is None else total + term
+    return total
+
+
+for _integral in _INTEGRALS:
+    register(RKMil(_integral))
+for _integral in _INTEGRALS:
+    register(RKMilCommute(_integral))
+for _integral in _INTEGRALS:
+    register(RKMilGeneral(_integral))
