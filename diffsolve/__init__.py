@@ -57,7 +57,12 @@ from diffsolve.solvers.sdirk.methods import (
     Trapezoid,
 )
 from diffsolve.solvers.sdirk.tableau import SDIRKTableau
+from diffsolve.solvers.stochastic.implicit import ImplicitEM, ImplicitRKMil
 from diffsolve.solvers.stochastic.low_order import EM, EulerHeun, LambaEM, LambaEulerHeun
+from diffsolve.solvers.stochastic.milstein import RKMil, RKMilCommute, RKMilGeneral
+from diffsolve.solvers.stochastic.reversible import ReversibleHeun
+from diffsolve.solvers.stochastic.srk import SOSRA, SOSRI, SRA, SRA1, SRI, SRIW1
+from diffsolve.solvers.stochastic.tableau import SRATableau, SRITableau
 from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 
 __version__ = "0.1.0"
@@ -71,6 +76,12 @@ __all__ = [
     "ROS3P",
     "SDIRK",
     "SDIRK2",
+    "SOSRA",
+    "SOSRI",
+    "SRA",
+    "SRA1",
+    "SRI",
+    "SRIW1",
     "TRBDF2",
     "Algorithm",
     "AutoSwitch",
@@ -85,8 +96,10 @@ __all__ = [
     "ExplicitRK",
     "Heun",
     "IController",
+    "ImplicitEM",
     "ImplicitEuler",
     "ImplicitMidpoint",
+    "ImplicitRKMil",
     "Interpolant",
     "InterpolatingAdjoint",
     "KenCarp3",
@@ -101,8 +114,12 @@ __all__ = [
     "ODEProblem",
     "PIController",
     "PIDController",
+    "RKMil",
+    "RKMilCommute",
+    "RKMilGeneral",
     "Ralston",
     "ReturnCode",
+    "ReversibleHeun",
     "Rodas3",
     "Rodas4",
     "Rodas4P",
@@ -114,6 +131,8 @@ __all__ = [
     "RosenbrockTableau",
     "SDEProblem",
     "SDIRKTableau",
+    "SRATableau",
+    "SRITableau",
     "Sensealg",
     "Solution",
     "SolveError",
