@@ -4,6 +4,7 @@ from diffsolve import nn, problems, regularization
 from diffsolve.adjoints.backsolve import BacksolveAdjoint, BacksolveWarning
 from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.interpolating import InterpolatingAdjoint
+from diffsolve.adjoints.reversible import ReversibleAdjoint
 from diffsolve.adjoints.sensealg import Sensealg
 from diffsolve.jacobian import check_jacobian, jacobian_sparsity
 from diffsolve.problems.ode import ODEProblem
@@ -119,6 +120,7 @@ __all__ = [
     "RKMilGeneral",
     "Ralston",
     "ReturnCode",
+    "ReversibleAdjoint",
     "ReversibleHeun",
     "Rodas3",
     "Rodas4",

@@ -18,7 +18,7 @@ from diffsolve.adjoints.select import (
     refuse_moving_times,
     transforms_active,
 )
-from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
+from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, template
@@ -292,6 +292,8 @@ def _checked_algorithm(
     if not isinstance(alg, Algorithm):
         hint = f"; write {alg.__name__}()" if isinstance(alg, type) else ""
         raise TypeError(f"alg must be a method such as Tsit5(), got {alg!r}{hint}")
+    if isinstance(alg, StochasticMethod):
+        raise ValueError(f"{alg!r} is a method for SDEs: for an ODEProblem use e.g. Tsit5()")
     if prob.mass_matrix is not None and not alg.supports_mass_matrix:
         raise ValueError(
             f"{alg.name} cannot solve M du/dt = f with a mass matrix; where M is regular, "
@@ -351,7 +353,7 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
         outputs.error_norm,
         outputs.stiffness,
     )
-    if u.requires_grad and not isinstance(sensealg, (NoAdjoint, DiscreteAdjoint)):
+    if u.requires_grad and not sensealg.handles_steps:
         steps = _refusing_gradients(steps, u, sensealg)
     elif u.requires_grad and isinstance(job.alg, StochasticMethod) and not transforms_active():
         steps = _refusing_missing(steps, u, job.alg)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore
-from diffsolve.adjoints.reconstruction import Reconstruction
+from diffsolve.adjoints.reconstruction import BacksolveWarning, Reconstruction
 from diffsolve.adjoints.reverse import Reverse, ReverseField
 from diffsolve.adjoints.reverse_jacobian import Lagrangian
 from diffsolve.adjoints.sensealg import Job
@@ -20,10 +20,6 @@ from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.norms import Tolerance
-
-
-class BacksolveWarning(UserWarning):
-    """The state reconstructed backward in time is far from the true one."""
 
 
 @dataclass(frozen=True)

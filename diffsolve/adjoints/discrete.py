@@ -67,6 +67,8 @@ class DiscreteAdjoint(Sensealg):
     def handles_time(self) -> bool:  # type: ignore[override]
         return self.through_step_size
 
+    handles_steps = True
+
     @property
     def handles_noise(self) -> bool:  # type: ignore[override]
         return not self.through_step_size  # a Brownian path has no derivative by time
@@ -84,9 +86,7 @@ class DiscreteAdjoint(Sensealg):
             return self._run_on_tape(job)
         if job.native is not None:
             return run_discrete(job, self.checkpoints)
-        carrier = Carrier(job, StepTape(self.checkpoints))
-        outputs: Any = _Discrete.apply(carrier, job.u0, *job.field.params)
-        return Outputs(carrier.handed_over(), *outputs)
+        return run_stepwise(job, StepTape(self.checkpoints))
 
     def _run_on_tape(self, job: Job) -> Outputs:
         t0, t1 = job.t0, job.t1
@@ -103,6 +103,13 @@ class DiscreteAdjoint(Sensealg):
             rows = [(e.error, e.error_norm, e.stiffness) for e in trajectory.estimates]
             columns = (torch.stack(column) for column in zip(*rows, strict=True))
             return Outputs(trajectory, u, *columns)
+
+
+def run_stepwise(job: Job, tape: StepTape) -> Outputs:
+    """Integrate with torch; the outputs' gradient goes back through the steps that ``tape`` has."""
+    carrier = Carrier(job, tape)
+    outputs: Any = _Discrete.apply(carrier, job.u0, *job.field.params)
+    return Outputs(carrier.handed_over(), *outputs)
 
 
 class _Linked(torch.autograd.Function):

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from diffsolve.adjoints.backsolve import BacksolveAdjoint
 
 
+class BacksolveWarning(UserWarning):
+    """The state reconstructed backward in time is far from the true one."""
+
+
 class Reconstruction(ReverseField):
     """A reverse problem whose state carries ``u`` between ``lambda`` and ``mu``.
 

@@ -56,7 +56,7 @@ def refuse_for_noise(sensealg: Sensealg | None, moving_times: bool) -> None:
     if isinstance(sensealg, Sensealg) and not sensealg.handles_noise:
         raise ValueError(
             f"{sensealg!r} cannot go back through the noise of an SDE: use DiscreteAdjoint(), "
-            "with checkpoints=... where memory is short, or DiscreteAdjoint(tape=True)"
+            "BacksolveAdjoint(), InterpolatingAdjoint() or ReversibleAdjoint()"
         )
 
 

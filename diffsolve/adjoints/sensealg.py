@@ -127,10 +127,13 @@ class Sensealg(ABC):
         Whether gradients by times are already on the tape, so that none must be attached.
     handles_noise
         Whether it can go back through the solve of an SDE.
+    handles_steps
+        Whether the estimates of the steps can be differentiated.
     """
 
     handles_time: bool = False
     handles_noise: bool = False
+    handles_steps: bool = False
 
     @abstractmethod
     def run(self, job: Job) -> Outputs:
@@ -154,6 +157,7 @@ class NoAdjoint(Sensealg):
     """Nothing requires a gradient."""
 
     handles_noise = True
+    handles_steps = True
 
     def run(self, job: Job) -> Outputs:
         if job.native is not None:

@@ -19,10 +19,6 @@ def check_checkpoints(checkpoints: int | None) -> None:
         raise ValueError(f"checkpoints must be a positive integer, got {checkpoints!r}")
 
 
-def _forget(record: Record) -> None:
-    record.state = record.solved = ()
-
-
 class StepTape:
     """Records of accepted steps.
 
@@ -47,12 +43,17 @@ class StepTape:
         if self.checkpoints is None or index == 0:
             return
         if index % self._stride:
-            _forget(record)
+            self.forget(record)
         elif index // self._stride >= self.checkpoints:
             self._stride *= 2
             for i, kept in enumerate(self.records):
                 if i % self._stride:
-                    _forget(kept)
+                    self.forget(kept)
+
+    @staticmethod
+    def forget(record: Record) -> None:
+        """Drop the state that a step began with, and the solutions of its equations."""
+        record.state = record.solved = ()
 
     def unload(self) -> list[Tensor]:
         """Give what is kept away, for autograd to save; ``loaded`` takes it back."""
@@ -60,12 +61,12 @@ class StepTape:
         self._kept = [(i, len(r.state), len(r.solved)) for i, r in enumerate(records) if r.state]
         tensors = [x for record in records for x in (*record.state, *record.solved)]
         for record in records:
-            _forget(record)
+            self.forget(record)
         return tensors
 
     def loaded(self, tensors: Sequence[Tensor]) -> StepTape:
         """This tape with what ``unload`` gave away."""
-        tape = StepTape(self.checkpoints)
+        tape = type(self)(self.checkpoints)
         tape.records = [replace(record) for record in self.records]
         rest = iter(tensors)
         for i, states, solutions in self._kept:
