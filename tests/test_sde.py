@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffsolve import (
     EM,
+    SOSRI,
     EulerHeun,
     LambaEM,
     LambaEulerHeun,
@@ -19,7 +20,6 @@ from diffsolve import (
     SolveError,
     solve,
 )
-from diffsolve.solvers.stochastic.srk import SOSRI
 
 ADAPTIVE = [LambaEM(), LambaEulerHeun(), SOSRI()]
 LOOSE = {"rtol": 1e-2, "atol": 1e-2}

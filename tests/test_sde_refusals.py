@@ -14,18 +14,19 @@ from torch import Tensor
 
 from diffsolve import (
     EM,
+    SOSRA,
+    SOSRI,
     DiscreteAdjoint,
     EulerHeun,
     LambaEM,
     LambaEulerHeun,
     ODEProblem,
+    RKMil,
     Rodas5P,
     SDEProblem,
     Tsit5,
     solve,
 )
-from diffsolve.solvers.stochastic.milstein import RKMil
-from diffsolve.solvers.stochastic.srk import SOSRA, SOSRI
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from diffsolve.problems.structure import outside_transforms
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.stochastic.low_order import LambaEM, LambaEulerHeun
 from diffsolve.solvers.stochastic.method import StochasticMethod, check_method
+from diffsolve.solvers.stochastic.milstein import RKMil
 from diffsolve.solvers.stochastic.noise.base import Noise, draw_seed
 from diffsolve.solvers.stochastic.noise.path import BrownianPath
+from diffsolve.solvers.stochastic.srk import SOSRA, SOSRI
 
 
 def stochastic_method(alg: Algorithm | None, prob: SDEProblem) -> StochasticMethod:
@@ -24,7 +26,12 @@ def stochastic_method(alg: Algorithm | None, prob: SDEProblem) -> StochasticMeth
 
 
 def _default(prob: SDEProblem) -> StochasticMethod:
-    return LambaEM() if prob.interpretation == "ito" else LambaEulerHeun()
+    ito = prob.interpretation == "ito"
+    if prob.noise == "additive":
+        return SOSRA()
+    if prob.noise == "general":
+        return LambaEM() if ito else LambaEulerHeun()
+    return SOSRI() if ito else RKMil("stratonovich")
 
 
 def refuse_noise(seed: Any, noise: Any) -> None:
