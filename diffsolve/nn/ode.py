@@ -1,4 +1,4 @@
-"""Neural differential equations as ``torch.nn`` modules."""
+"""``NeuralODE``: the solve of an ODE as a layer."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class NeuralODE(nn.Module):
         if self.options.get("saveat") is not None:
             return self.solve(u0).u
         u = self.solve(u0, saveat=None, save_everystep=False).u
-        return u[-1] if isinstance(u, Tensor) else _last(u)
+        return u[-1] if isinstance(u, Tensor) else last(u)
 
     def solve(self, u0: Any, **overrides: Any) -> Solution:
         """The whole solution, with its statistics and the estimates of its steps.
@@ -101,5 +101,6 @@ class NeuralODE(nn.Module):
         return f"tspan={self.tspan}, alg={self.alg}, sensealg={self.sensealg}"
 
 
-def _last(u: Any) -> Any:
+def last(u: Any) -> Any:
+    """The last of the saved states."""
     return pytree.tree_map(lambda leaf: leaf[-1], u)

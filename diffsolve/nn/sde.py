@@ -1,0 +1,206 @@
+"""``NeuralSDE``: the solve of an SDE as a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from diffsolve.adjoints.sensealg import Sensealg
+from diffsolve.nn.ode import last
+from diffsolve.nn.path_kl import PathKL, split
+from diffsolve.problems.sde import SDEProblem
+from diffsolve.problems.structure import detached
+from diffsolve.solution import ReturnCode, Solution, SolveError
+from diffsolve.solve import solve
+from diffsolve.solvers.algorithm import Algorithm
+
+
+class NeuralSDE(nn.Module):
+    """``du = drift(u) dt + diffusion(u) dW`` as a layer from ``u(t0)`` to ``u(t1)``.
+
+    Each call draws new noise, from torch's default generator (``torch.manual_seed``), unless a
+    ``seed`` is given here or in the call.
+
+    Parameters
+    ----------
+    drift, diffusion
+        Modules or functions of ``u``. ``diffusion`` returns what ``noise`` says.
+    tspan
+        ``(t0, t1)``; default ``(0.0, 1.0)``.
+    alg
+        Method; None: as in ``solve``.
+    sensealg
+        How to differentiate; None: as in ``solve``.
+    noise, interpretation
+        As in ``SDEProblem``. Default: diagonal noise, ``diffusion`` has the shape of ``u``; Ito.
+    prior
+        Drift of the prior of a latent SDE, with the diffusion in common, for ``logqp``.
+    takes_time
+        Whether ``drift``, ``diffusion`` and ``prior`` are called with ``(t, u)``; default: with
+        ``u`` alone.
+    seed
+        An integer or a tensor of integers: the same noise in every call. A ``torch.Generator``: a
+        new seed is drawn from it in each call. None: one from torch's default generator.
+    **options
+        Further options of ``solve``: ``rtol``, ``atol``, ``dt``, ``saveat``, ...
+
+    Examples
+    --------
+    >>> layer = NeuralSDE(nn.Linear(2, 2), nn.Linear(2, 2), (0.0, 1.0), SOSRI(), rtol=1e-2)
+    >>> layer(torch.zeros(100, 2)).shape  # 100 paths
+    torch.Size([100, 2])
+
+    References
+    ----------
+    Tzen, Raginsky, Neural stochastic differential equations (2019); Li, Wong, Chen, Duvenaud,
+    Scalable gradients for stochastic differential equations, AISTATS 2020.
+    """
+
+    def __init__(
+        self,
+        drift: Callable[..., Any],
+        diffusion: Callable[..., Any],
+        tspan: tuple[Any, Any] = (0.0, 1.0),
+        alg: Algorithm | None = None,
+        sensealg: Sensealg | None = None,
+        *,
+        noise: str = "diagonal",
+        interpretation: str = "ito",
+        prior: Callable[..., Any] | None = None,
+        takes_time: bool = False,
+        seed: Any = None,
+        **options: Any,
+    ):
+        super().__init__()
+        self.drift = drift
+        self.diffusion = diffusion
+        self.prior = prior
+        self.tspan = tspan
+        self.alg = alg
+        self.sensealg = sensealg
+        self.noise = noise
+        self.interpretation = interpretation
+        self.takes_time = takes_time
+        self.seed = seed
+        self.options = options
+
+    def forward(self, u0: Any, *, seed: Any = None, logqp: bool = False) -> Any:
+        """State at ``t1``, in the shape of ``u0``; ``(T, *state)`` where ``saveat`` was given.
+
+        Parameters
+        ----------
+        u0
+            Initial state: a tensor ``(..., d)`` of paths, or a pytree.
+        seed
+            Of the noise, instead of the layer's.
+        logqp
+            Return the pair of this and the path's share of the divergence from the prior,
+            ``integral of 1/2 |v|^2 dt`` from ``t0`` with ``diffusion v = drift - prior``, for each
+            path: ``(...)``, or ``(T, ...)`` where ``saveat`` was given. Its mean over paths is the
+            Kullback-Leibler divergence of the paths' law from that of the prior.
+
+        Raises
+        ------
+        SolveError
+            If the solve fails.
+        ValueError
+            With ``logqp``, if there is no prior or the divergence is infinite: the diffusion does
+            not reach ``drift - prior``.
+        """
+        whole = self.options.get("saveat") is not None
+        options: dict[str, Any] = {} if whole else {"saveat": None, "save_everystep": False}
+        if seed is not None:
+            options["seed"] = seed
+        u = self.solve(u0, logqp=logqp, **options).u
+        u = u if whole else last(u)
+        return self.split(u) if logqp else u
+
+    def solve(self, u0: Any, *, logqp: bool = False, **overrides: Any) -> Solution:
+        """The whole solution, with its noise, its statistics and the estimates of its steps.
+
+        Parameters
+        ----------
+        u0
+            Initial state.
+        logqp
+            Carry the divergence of each path as one more component of the state, which ``split``
+            takes apart: the last one of a tensor ``(..., d + 1)``; for another state, a tensor
+            ``(1,)`` in a pair with it. It is in the norm of the error as well.
+        **overrides
+            Options of ``solve`` that replace those of the layer; also ``tspan``, ``alg`` and
+            ``sensealg``. ``noise`` here is a path to follow, as in ``solve``.
+        """
+        options = {
+            "alg": self.alg,
+            "sensealg": self.sensealg,
+            "tspan": self.tspan,
+            "seed": None if "noise" in overrides else self.seed,
+            **self.options,
+            **overrides,
+        }
+        prob = SDEProblem(
+            self._drift if not self.takes_time else self.drift,
+            self._diffusion if not self.takes_time else self.diffusion,
+            u0,
+            options.pop("tspan"),
+            noise=self.noise,
+            interpretation=self.interpretation,
+        )
+        if not logqp:
+            return solve(prob, **options)
+        if self.prior is None:
+            raise ValueError("logqp needs the drift of the prior: NeuralSDE(..., prior=...)")
+        return _solve_with_kl(PathKL(prob, self.prior if self.takes_time else self._prior), options)
+
+    @staticmethod
+    def split(u: Any) -> tuple[Any, Tensor]:
+        """States, and the divergence so far of each path, from those of ``solve(logqp=True)``."""
+        return split(u)
+
+    def _drift(self, t: Tensor, u: Any) -> Any:
+        return self.drift(u)
+
+    def _diffusion(self, t: Tensor, u: Any) -> Any:
+        return self.diffusion(u)
+
+    def _prior(self, t: Tensor, u: Any) -> Any:
+        assert self.prior is not None
+        return self.prior(u)
+
+    def extra_repr(self) -> str:
+        shown = [f"tspan={self.tspan}", f"alg={self.alg}", f"sensealg={self.sensealg}"]
+        return ", ".join(
+            [*shown, f"noise={self.noise!r}", f"interpretation={self.interpretation!r}"]
+        )
+
+
+_INFINITE = (
+    "the divergence from the prior is infinite{where}: diffusion is zero there, or of too low a "
+    "rank, and drift differs from prior. Make the diffusion positive (softplus), or let drift be "
+    "prior plus the diffusion times a function."
+)
+
+
+def _solve_with_kl(kl: PathKL, options: dict[str, Any]) -> Solution:
+    t0, t1 = (float(detached(t)) for t in kl.prob.tspan)
+    if t1 < t0:
+        raise ValueError(f"logqp is an integral forward in time, got tspan = ({t0}, {t1})")
+    u0 = kl.posterior.u0
+    first: Tensor = pytree.tree_leaves(u0)[0]
+    with torch.no_grad():
+        rate = kl.rate(first.new_tensor(t0), u0)
+    if not bool(torch.isfinite(rate).all()):
+        raise ValueError(_INFINITE.format(where=f" at t0 = {t0:g}"))
+    try:
+        return solve(kl.prob, **options)
+    except SolveError as error:
+        if error.retcode is not ReturnCode.UNSTABLE:
+            raise
+        hint = _INFINITE.format(where=" perhaps")
+        raise SolveError(
+            f"{error} Or {hint}", error.retcode, error.t, error.h, error.solution
+        ) from error
