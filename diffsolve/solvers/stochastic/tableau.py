@@ -48,7 +48,7 @@ class Evaluation:
     row: int
     weighted: int | None
 
-    @property
+    @cached_property
     def at_start(self) -> bool:
         return not (self.by_h.any() or self.by_root.any() or self.plain.any())
 
