@@ -38,8 +38,9 @@ class Basis:
             [torch.stack([self._unit(counter + i, k) for i in range(count)]) for k in kinds]
         )
 
-    def divide(self, W, H, scale, counter, left, right):
-        return divide(scale * W, scale * H, self(counter, 1, True)[:, 0], left, right)
+    def divide(self, whole, row, scale, counter, left, right):
+        W, H = whole[row : row + 2] * scale
+        return divide(W, H, self(counter, 1, True)[:, 0], left, right)
 
 
 def covariance(noise, points) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
@@ -63,9 +64,10 @@ class Noise(ABC):
                     "or an integer for all of them"
                 )
             seed = seed.detach().clone() if seed.ndim else int(seed)
-        elif isinstance(seed, bool) or not isinstance(seed, int):
+        elif isinstance(seed, bool) or not hasattr(seed, "__index__"):
             raise TypeError(f"seed must be an integer or a tensor of integers, got {seed!r}")
         else:
+            seed = operator.index(seed)  # NumPy's integers too
             signed(seed)
         if not dtype.is_floating_point:
             raise TypeError(f"noise is real: dtype must be a floating-point type, got {dtype}")

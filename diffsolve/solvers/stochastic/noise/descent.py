@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from diffsolve.solvers.stochastic.noise.bridge import divide
 from diffsolve.solvers.stochastic.noise.draws import Draws
 from diffsolve.solvers.stochastic.noise.philox import TREE
 
@@ -80,7 +81,7 @@ class Descent:
     def _halves(self, node: Node, part: float = 0.5) -> tuple[Node, Node]:
         """The halves of a node; or both parts of a leaf."""
         left, right = part * node.length, (1 - part) * node.length
-        found = self.draws.divide(node.W, node.H, 1.0, TREE | node.number, left, right)
+        found = divide(node.W, node.H, self._normals(node.number), left, right)
         number, level = 2 * node.number, node.level + 1
         return Node(number, level, left, *found[:2]), Node(number + 1, level, right, *found[2:])
 

@@ -62,7 +62,8 @@ class Draws:
         seeds = seed.reshape(-1) if own else torch.tensor([signed(seed)])
         self.seeds = seeds.to(self.device, torch.int64).contiguous()
         self.seeded = own
-        self._draw = self.kernel("draw")
+        self._draw: Any = self.kernel("draw")
+        self._bridge: Any = None  # asked for when it is first needed
         if self._draw is None:
             self._component = torch.arange(m, device=self.device)
             path = torch.arange(rows, device=self.device)
@@ -95,14 +96,15 @@ class Draws:
         return out
 
     def divide(
-        self, W: Tensor, H: Tensor, scale: float, counter: int, left: float, right: float
+        self, whole: Tensor, row: int, scale: float, counter: int, left: float, right: float
     ) -> Tensor:
         """Both parts of an interval that is divided by the normals of a counter.
 
         Parameters
         ----------
-        W, H
-            Of the whole, ``(rows, m)``, contiguous, before they are multiplied by ``scale``.
+        whole, row
+            ``(n, rows, m)``, contiguous, whose rows ``row`` and ``row + 1`` are ``W`` and ``H`` of
+            the interval before they are multiplied by ``scale``.
         left, right
             Lengths of the parts.
 
@@ -111,16 +113,18 @@ class Draws:
         Tensor
             ``W1, H1, W2, H2``, ``(4, rows, m)``.
         """
-        kernel = None if self._draw is None else self.kernel("bridge")
-        if kernel is None:
-            n = self(counter, 1, True)[:, 0]
-            return divide(scale * W, scale * H, n, left, right)
+        if self._bridge is None:
+            self._bridge = self._draw and self.kernel("bridge")
+        if not self._bridge:
+            W, H = whole[row : row + 2] * scale
+            return divide(W, H, self(counter, 1, True)[:, 0], left, right)
         out = torch.empty(4, self.rows, self.m, dtype=torch.float64)
         I, R = self._for_bridge, self._reals
-        I[2], I[5], I[6], I[8] = counter, W.data_ptr(), H.data_ptr(), out.data_ptr()
+        I[2], I[5], I[8] = counter, whole.data_ptr() + row * self._size, out.data_ptr()
+        I[6] = I[5] + self._size
         length = left + right
         R[0], R[1], R[2], R[3] = scale, left / length, right / length, length
-        kernel(I, R)
+        self._bridge(I, R)
         return out
 
     def _by_torch(self, counter: int, count: int, both: bool) -> Tensor:

@@ -20,7 +20,8 @@ _ULPS = 16
 _AHEAD = {"cpu": 1 << 15}  # numbers drawn ahead at most: what a processor's cache holds
 _AHEAD_ELSEWHERE = 1 << 22  # where a draw costs a hundred launches
 _ROWS_AHEAD = 256
-_REMEMBERED = 1 << 26  # bytes of divided intervals that are kept rather than drawn again
+#: Bytes of divided intervals that are kept rather than drawn again: new memory is slower than that.
+_REMEMBERED = 1 << 22
 
 
 class Division(NamedTuple):
@@ -111,8 +112,8 @@ class BrownianPath(Noise):
         most = _AHEAD.get(self._draws.device.type, _AHEAD_ELSEWHERE)
         self._most_ahead = max(1, min(_ROWS_AHEAD, most // size))
         self._expected = 0
-        self._halves: OrderedDict[int, Sequence[Tensor]] = OrderedDict()
-        self._most_halves = max(16, _REMEMBERED // (32 * size))
+        self._halves: OrderedDict[int, Tensor] = OrderedDict()
+        self._most_halves = max(16, _REMEMBERED // (32 * size + 1024))
 
     # -- what is asked for ---------------------------------------------------------------------
 
@@ -227,11 +228,9 @@ class BrownianPath(Noise):
     def _whole(self, piece: int, length: float) -> Increment:
         """Increment over one interval."""
         if piece < 0:
-            W, H = self._half(piece)
-            # copies: what is handed out may be changed
-            if not self.levy_area:
-                return Increment(self._out(W.clone()))
-            return Increment(self._out(W.clone()), self._out(H.clone()))
+            parts, row = self._half(piece)
+            W = self._out(parts[row].clone())  # a copy: what is handed out may be changed
+            return Increment(W, self._out(parts[row + 1].clone()) if self.levy_area else None)
         found = self._normals(piece) * math.sqrt(length)
         if found.dtype is not self.dtype or found.device != self.device:
             found = self._out(found)
@@ -264,35 +263,33 @@ class BrownianPath(Noise):
         self._ahead = (drawn if self.levy_area else drawn[0]).unbind(1 if self.levy_area else 0)
         self._first = first
 
-    def _half(self, piece: int) -> Sequence[Tensor]:
-        """``W`` and ``H`` of a half of an interval that was divided."""
-        k, second = divmod(~piece, 2)
+    def _half(self, piece: int) -> tuple[Tensor, int]:
+        """A half of an interval that was divided: a tensor whose row of this number is ``W``.
+
+        The next row is ``H``.
+        """
+        k = ~piece // 2
         found = self._halves.get(k)
         if found is None:
             found = self._divide(k)
         else:
             self._halves.move_to_end(k)
-        return found[2:] if second else found[:2]
+        return found, 2 * (~piece % 2)
 
-    def _divide(self, k: int) -> Sequence[Tensor]:
-        """Both halves of ``divisions[k]``, after those of the intervals that it came from."""
+    def _divide(self, k: int) -> Tensor:
+        """``W, H`` of both halves of ``divisions[k]``, after the intervals that it came from."""
         line = [k]
         while (parent := self.divisions[line[-1]].parent) < 0 and ~parent // 2 not in self._halves:
             line.append(~parent // 2)
-        found: Sequence[Tensor] = self._halves[~parent // 2] if parent < 0 else []
+        whole = self._halves[~parent // 2] if parent < 0 else self._draws(parent, 1, True)[:, 0]
         for k in reversed(line):
             parent, counter, left, middle, right = self.divisions[k]
-            if parent >= 0:
-                W, H = self._draws(parent, 1, True)[:, 0].unbind(0)
-                scale = math.sqrt(right - left)
-            else:
-                W, H = found[2:] if ~parent % 2 else found[:2]
-                scale = 1.0
-            parts = self._draws.divide(W, H, scale, counter, middle - left, right - middle)
-            found = self._halves[k] = parts.unbind(0)
+            row, scale = (2 * (~parent % 2), 1.0) if parent < 0 else (0, math.sqrt(right - left))
+            whole = self._draws.divide(whole, row, scale, counter, middle - left, right - middle)
+            self._halves[k] = whole
             if len(self._halves) > self._most_halves:
                 self._halves.popitem(last=False)
-        return found
+        return whole
 
     def _union(self, i: int, j: int) -> Increment:
         """Increment over the intervals between the points ``i`` and ``j``."""
@@ -335,7 +332,8 @@ class BrownianPath(Noise):
                 scale, row = math.sqrt(right - left), self._normals(piece)
                 w, h = row if self.levy_area else (row, row)
             else:
-                scale, (w, h) = 1.0, self._half(piece)
+                scale, (parts, k) = 1.0, self._half(piece)
+                w, h = parts[k], parts[k + 1]
             W = w * scale if W is None else W.add_(w, alpha=scale)
             if area:
                 # what W adds to H, and H itself
