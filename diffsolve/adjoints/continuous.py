@@ -21,7 +21,12 @@ from diffsolve.adjoints.native import run_continuous
 from diffsolve.adjoints.reversal import reverse_failure, reverse_stops
 from diffsolve.adjoints.reverse import ReverseField, UsedLater
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
-from diffsolve.adjoints.stochastic import StochasticReverse, check_reverse_method, reverse_method
+from diffsolve.adjoints.stochastic import (
+    StochasticReverse,
+    check_explicit,
+    check_reverse_method,
+    reverse_method,
+)
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.reverse import compile_adjoint
@@ -105,6 +110,8 @@ class ContinuousAdjoint(Sensealg):
     def run(self, job: Job) -> Outputs:
         if self.alg is not None:
             check_reverse_method(self.alg, isinstance(job.field, SDEField))
+        if isinstance(job.alg, StochasticMethod):
+            check_explicit(job.alg, job.settings)
         if job.native is not None:
             return run_continuous(self, job)
         carrier = Carrier(job)

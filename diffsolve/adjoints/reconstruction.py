@@ -69,6 +69,9 @@ class Reconstruction(ReverseField):
         self._compare(z, self.u0)
         self.sensealg.warn_of(self.worst)
 
+    def distance(self, reached: Tensor, u: Tensor) -> float:
+        """By how many tolerances a reconstructed state is off."""
+        return in_tolerances(reached, u, self.job.settings.tolerance)
+
     def _compare(self, z: Tensor, u: Tensor) -> None:
-        off = in_tolerances(z[self.n : 2 * self.n], u, self.job.settings.tolerance)
-        self.worst = max(self.worst, off)
+        self.worst = max(self.worst, self.distance(z[self.n : 2 * self.n], u))

@@ -37,11 +37,12 @@ from diffsolve.adjoints.reconstruction import Reconstruction
 from diffsolve.adjoints.reverse import ReverseField
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.tape import StepTape
-from diffsolve.engines.torch_engine import Trajectory
+from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import CHANGED, VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step
 from diffsolve.solvers.controllers import Controller
+from diffsolve.solvers.norms import rms
 from diffsolve.solvers.stochastic.low_order import EulerHeun, LambaEulerHeun
 from diffsolve.solvers.stochastic.method import StochasticMethod, root
 from diffsolve.solvers.stochastic.noise.base import Noise
@@ -234,6 +235,10 @@ class StochasticBacksolve(Reconstruction, StochasticReverse):
     def state_at(self, t: float, z: Tensor) -> Tensor:
         return z[self.n : 2 * self.n]
 
+    def distance(self, reached: Tensor, u: Tensor) -> float:
+        # noise leads components through zero, where a relative tolerance means nothing
+        return float(rms((reached - u) / self.job.settings.tolerance.scale(rms(u))))
+
     def _joined(self, du: Tensor, by_u: Tensor, by_p: list[Tensor]) -> Tensor:
         return torch.cat([-by_u, du, *[-x for x in by_p]])
 
@@ -343,6 +348,21 @@ def check_reverse_method(alg: Algorithm, stochastic: bool) -> None:
     if not stochastic and isinstance(alg, StochasticMethod):
         raise ValueError(
             f"{alg!r} is a method for SDEs: give a method for ODEs as alg, or leave it out"
+        )
+
+
+def check_explicit(alg: StochasticMethod, settings: Settings) -> None:
+    """Refuse fixed implicit steps: explicit ones of that size would be unstable backward.
+
+    Raises
+    ------
+    ValueError
+        If these are such.
+    """
+    if alg.is_implicit and not settings.adaptive:
+        raise ValueError(
+            f"the reverse steps of an SDE are explicit, and fixed ones may be too long where "
+            f"{alg!r} is stable: use DiscreteAdjoint(), or adaptive steps"
         )
 
 
