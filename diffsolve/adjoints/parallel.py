@@ -192,10 +192,7 @@ class ParallelSweep:
 
         noise: tuple[Tensor, ...] = ()
         if isinstance(field, SDEField):
-            saves: Any = self.job.save_times
-            read = [saves[r.first_save : r.first_save + len(r.thetas)] for r in records]
-            inside = [[*x, *[r.t] * (most - len(x))] for x, r in zip(read, records, strict=True)]
-            noise = field.noise_of([(r.t, r.h) for r in records], inside if most else [])
+            noise = field.noise_of([(r.t, r.h) for r in records], self._times_inside(records, most))
 
         def one_step(time: Tensor, theta: Tensor, u: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
             t, h = time.unbind()
@@ -217,6 +214,14 @@ class ParallelSweep:
         finally:
             if isinstance(field, SDEField):
                 field.given = None
+
+    def _times_inside(self, records: list[Record], most: int) -> list[list[float]]:
+        """Times of the values inside the steps, filled up with the starts of the steps."""
+        saves = self.job.save_times
+        if not most or saves is None:
+            return []
+        found = [saves[r.first_save : r.first_save + len(r.thetas)] for r in records]
+        return [[*x, *[r.t] * (most - len(x))] for x, r in zip(found, records, strict=True)]
 
     def _bars_inside(self, records: list[Record], values: Tensor) -> Tensor:
         """Cotangents of the values inside the steps, zero where a step has fewer."""

@@ -129,8 +129,7 @@ class Sweep:
         """Through the restart of the method at ``record.t``, where its state follows from u."""
         with torch.enable_grad():
             u = state[0].detach().requires_grad_()
-            after = self.field.after(record.t, record.h)
-            made = record.alg.init(self.field, record.t, u, self.field(after, u))
+            made = record.begin(self.field, u)
             pulled = [(y, bar) for y, bar in zip(made, state_bar, strict=True) if bar is not None]
         (u_bar,) = self._pull(pulled, [u])
         return [u_bar, *[None] * (len(state) - 1)]

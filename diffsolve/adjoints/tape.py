@@ -89,8 +89,7 @@ class StepTape:
                 record, following = self.records[i], self.records[i + 1]
                 state = record.repeat(field, state).state
                 if following.restart:
-                    after = field.after(following.t, following.h)
-                    state = following.alg.init(field, following.t, state[0], field(after, state[0]))
+                    state = following.begin(field, state[0])
                 states.append(state)
         return states
 

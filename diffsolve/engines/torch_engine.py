@@ -98,6 +98,12 @@ class Record:
     thetas: list[float] = field(default_factory=list)
     end_save: int | None = None
 
+    def begin(self, field: VectorField, u: Tensor) -> tuple[Tensor, ...]:
+        """State of the method at the start of the step, where it was made anew from ``u``."""
+        if not self.alg.carries_derivative:
+            return self.alg.init(field, self.t, u)
+        return self.alg.init(field, self.t, u, field(field.after(self.t, self.h), u))
+
     def repeat(self, field: VectorField, state: tuple[Tensor, ...]) -> Step:
         """The step again, from ``state``; under autograd at the solutions that it found.
 
