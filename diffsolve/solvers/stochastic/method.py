@@ -136,15 +136,16 @@ def check_method(method: Any, noise: str, interpretation: str) -> StochasticMeth
     if not isinstance(method, Algorithm):
         hint = f"; write {method.__name__}()" if isinstance(method, type) else ""
         raise TypeError(f"alg must be a method for SDEs such as {names}; got {method!r}{hint}")
-    problem = f"{interpretation.capitalize()} equation with {noise} noise"
+    article = "an" if interpretation == "ito" else "a"
+    problem = f"{article} {interpretation.capitalize()} equation with {noise} noise"
     if not isinstance(method, StochasticMethod):
-        raise ValueError(f"{method!r} is a method for ODEs. For an {problem}: {names}")
+        raise ValueError(f"{method!r} is a method for ODEs. For {problem}: {names}")
     if fits(method, noise, interpretation):
         return method
     of = " or ".join(sorted(x.capitalize() for x in method.interpretation))
     kinds = ", ".join(sorted(method.noise_types))
     raise ValueError(
-        f"{method!r} is for {of} equations with {kinds} noise, this is an {problem}: use {names}"
+        f"{method!r} is for {of} equations with {kinds} noise, this is {problem}: use {names}"
     )
 
 
