@@ -154,12 +154,14 @@ def local_error_estimate(
     ------
     ValueError
         If the solution has no dense output or no accepted step, ``sampling`` or ``power`` is
-        unknown, or ``at`` is the end of ``tspan``.
+        unknown, ``at`` is the end of ``tspan``, or the method has no such estimate.
 
     References
     ----------
     Pal, Edelman, Rackauckas (2023), section 3.
     """
+    if not sol._job.alg.adaptive:
+        raise ValueError(f"{sol._job.alg.name} has no error estimate to take a gradient of")
     estimates, h = _local_step(sol, sampling, at, generator)
     return _weighted(estimates.error, h, power, weight_by_step)
 
@@ -190,6 +192,9 @@ def local_stiffness_estimate(
     ValueError
         As ``local_error_estimate``.
     """
+    alg: Any = sol._job.alg
+    if not getattr(alg, "estimates_stiffness", True):
+        raise ValueError(f"{alg.name} has no stiffness estimate to take a gradient of")
     estimates, h = _local_step(sol, sampling, at, generator)
     return _weighted(estimates.stiffness, h, power, weight_by_step)
 

@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve import SDEProblem, Solution, solve
+import diffsolve
+from diffsolve import SDEProblem, Solution
 
 DOUBLE = torch.float64
 RATES = (0.4, 0.7)  # drift and volatility of the linear equation
+
+
+def solve(prob: Any, alg: Any = None, **options: Any) -> Solution:
+    """``diffsolve.solve`` on the torch engine, where nothing else is said."""
+    return diffsolve.solve(prob, alg, **{"engine": "torch", **options})
 
 
 def linear_drift(t: Tensor, u: Tensor, p: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sdes import DOUBLE, heisenberg, linear, linear_solution, rms, two_noises
+from sdes import DOUBLE, heisenberg, linear, linear_solution, rms, solve, two_noises
 from torch import Tensor, nn
 
 from diffsolve import (
@@ -18,7 +18,6 @@ from diffsolve import (
     ReturnCode,
     SDEProblem,
     SolveError,
-    solve,
 )
 
 ADAPTIVE = [LambaEM(), LambaEulerHeun(), SOSRI()]
@@ -431,10 +430,8 @@ def test_negative_roots_are_told_of() -> None:
 
 def test_a_solution_tells_what_was_chosen() -> None:
     sol = solve(linear(), seed=7, **LOOSE)
-    assert sol.stats.alg == "SOSRI" and sol.stats.engine.startswith("torch")
+    assert sol.stats.alg == "SOSRI" and sol.stats.engine == "torch"
     assert "SOSRI" in repr(sol) and "seed=7" in repr(sol.noise)
-    engine = solve(linear(), seed=7, engine="torch", **LOOSE)
-    assert torch.equal(engine.u, sol.u) and engine.stats.engine == "torch"
 
 
 DEFAULTS = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gradients import assert_near, label, leaf
-from sdes import DOUBLE, heisenberg, linear, linear_solution, two_noises
+from sdes import DOUBLE, heisenberg, linear, linear_solution, solve, two_noises
 from torch import Tensor, nn
 
 import diffsolve.adjoints.parallel as parallel
@@ -22,7 +22,6 @@ from diffsolve import (
     LambaEulerHeun,
     RKMil,
     SDEProblem,
-    solve,
 )
 
 METHODS = [EM(), LambaEM(), SOSRI(), EulerHeun(), LambaEulerHeun(), RKMil("stratonovich")]

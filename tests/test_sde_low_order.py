@@ -15,6 +15,7 @@ from sdes import (
     rms,
     same_path,
     slope,
+    solve,
     two_noises,
 )
 from torch import Tensor
@@ -28,7 +29,6 @@ from diffsolve import (
     ODEProblem,
     SDEProblem,
     Tsit5,
-    solve,
 )
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.solvers.stochastic.noise.path import BrownianPath
