@@ -61,6 +61,7 @@ from diffsolve.solvers.sdirk.tableau import SDIRKTableau
 from diffsolve.solvers.stochastic.implicit import ImplicitEM, ImplicitRKMil
 from diffsolve.solvers.stochastic.low_order import EM, EulerHeun, LambaEM, LambaEulerHeun
 from diffsolve.solvers.stochastic.milstein import RKMil, RKMilCommute, RKMilGeneral
+from diffsolve.solvers.stochastic.noise import BrownianPath, VirtualBrownianTree
 from diffsolve.solvers.stochastic.reversible import ReversibleHeun
 from diffsolve.solvers.stochastic.srk import SOSRA, SOSRI, SRA, SRA1, SRI, SRIW1
 from diffsolve.solvers.stochastic.tableau import SRATableau, SRITableau
@@ -90,6 +91,7 @@ __all__ = [
     "AutoVern7",
     "BacksolveAdjoint",
     "BacksolveWarning",
+    "BrownianPath",
     "Controller",
     "DiscreteAdjoint",
     "Euler",
@@ -147,6 +149,7 @@ __all__ = [
     "Vern6",
     "Vern7",
     "Vern9",
+    "VirtualBrownianTree",
     "check_jacobian",
     "jacobian_sparsity",
     "nn",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -179,3 +180,34 @@ def test_counters_of_times():
 def test_a_seed_of_more_than_64_bits_is_refused(seed):
     with pytest.raises(ValueError, match="64 bits"):
         Draws(seed, 1, 1, CPU)
+
+
+def test_where_the_kernel_cannot_be_made_torch_draws(monkeypatch):
+    from diffsolve.engines.native import kernels
+    from diffsolve.engines.native.declined import Declined
+
+    expected = Draws(5, 4, 2, CPU)(1, 3, True)
+
+    def broken(*args):
+        raise Declined("no compiler")
+
+    monkeypatch.setattr(kernels, "kernel", broken)
+    draws.compiled.cache_clear()
+    try:
+        plain = Draws(5, 4, 2, CPU)
+        assert plain._draw is None
+        torch.testing.assert_close(plain(1, 3, True), expected, rtol=1e-14, atol=0)
+        whole = torch.ones(2, 4, 2, dtype=torch.float64)
+        assert plain.divide(whole, 0, 1.0, 7, 0.25, 0.75).shape == (4, 4, 2)
+    finally:
+        draws.compiled.cache_clear()
+
+
+@pytest.mark.slow
+def test_the_loops_are_made_of_vectors():
+    """One that is not takes ten times as long; nothing else would tell."""
+    from diffsolve.engines.native.build import kernel_ir
+
+    for name, loops in (("draw", 4), ("bridge", 5), ("tree", 20)):
+        text = kernel_ir(name, "stochastic/noise", False)
+        assert len(re.findall(r"^vector\.body\d*:", text, re.MULTILINE)) >= loops

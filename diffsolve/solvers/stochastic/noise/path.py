@@ -199,6 +199,7 @@ class BrownianPath(Noise):
         known = len(times)
         if i < known and times[i] == time:
             return i
+        time = float(time)
         if not math.isfinite(time):
             raise ValueError(f"a Brownian path is asked for at t = {time}")
         near = _ULPS * math.ulp(max(abs(time), abs(times[0]), abs(times[-1])))
@@ -356,4 +357,4 @@ class BrownianPath(Noise):
 
     def _span(self) -> str:
         first, last = self.times[0], self.times[-1]
-        return f"{len(self.times)} points from t={first:.6g} to t={last:.6g}"
+        return f"known from t={first:.6g} to t={last:.6g} at {len(self.times)} points"
