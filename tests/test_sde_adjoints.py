@@ -20,13 +20,11 @@ from diffsolve import (
     BacksolveAdjoint,
     DiscreteAdjoint,
     EulerHeun,
-    ImplicitRKMil,
     InterpolatingAdjoint,
     LambaEM,
     LambaEulerHeun,
     RKMil,
     RKMilCommute,
-    RKMilGeneral,
     SDEProblem,
 )
 
@@ -125,7 +123,7 @@ def test_order_of_the_gradient_of_linear_equations(kind, interpretation, senseal
 
 @each
 def test_published_form_of_the_gradient(sensealg):
-    # dL/dp1 = sum t u0^2 e^(2 p1 t + 2 p2 W), dL/dp2 = sum W u0^2 e^(...) of SciMLSensitivity's tests
+    # of SciMLSensitivity's tests: dL/dp1 = sum of t u0^2 e^(2 p1 t + 2 p2 W), dL/dp2 the same of W
     prob = linear("diagonal", STRATONOVICH, d=1, rows=4).remake(p=leaf([0.4, 0.5]))
     times = torch.linspace(0.1, 1.0, 10, dtype=DOUBLE)
     sol = solve(prob, EulerHeun(), sensealg=sensealg, dt=1 / 400, saveat=times, seed=1)
@@ -226,7 +224,7 @@ def test_difference_from_the_discrete_adjoint_vanishes(kind, interpretation, sen
 
 
 def corrected(prob: SDEProblem) -> SDEProblem:
-    """The Stratonovich problem of an Ito one, by Jacobians of one path's ``g``: ``f - 1/2 g_j' g_j``."""
+    """The Stratonovich problem of an Ito one, ``f - 1/2 g_j' g_j``, by Jacobians of each path."""
     f, g = prob.f, prob.g
 
     def columns(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
