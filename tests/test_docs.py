@@ -81,6 +81,11 @@ def test_native_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(x.printed is not None for x in found) >= 10
 
 
+def test_sde(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("docs/sde.md", {}, capsys)
+    assert sum(x.printed is not None for x in found) >= 3
+
+
 def test_stiff(capsys: pytest.CaptureFixture[str]) -> None:
     found = run("docs/stiff.md", {}, capsys)
     assert sum(x.printed is not None for x in found) >= 5
