@@ -23,6 +23,8 @@ from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, template
 from diffsolve.engines.native.field import find
+from diffsolve.engines.native.stochastic_engine import template as stochastic_template
+from diffsolve.engines.native.stochastic_field import find as find_stochastic
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.sde import SDEProblem
@@ -215,13 +217,14 @@ def solve(
         try:
             if transformed:
                 raise Declined("a torch.func transform looks on")
-            if isinstance(field, SDEField):
-                raise Declined("it does not run SDEs")
-            native = find(field, t0, u0, direction, guard=engine == "auto")
+            if noise is not None:
+                raise Declined("it draws its noise itself, and cannot follow a path that is given")
+            look: Any = find_stochastic if isinstance(field, SDEField) else find
+            native = look(field, t0, u0, direction, guard=engine == "auto")
             if recording:
                 field.params = native.differentiable(field, u0.requires_grad)
             sensealg = choose(asked, recording and (moving or bool(field.params)))
-            native.template = template(native.compiled, alg, sensealg.prepared(settings))
+            native.template = _template(native, alg, sensealg, settings, field)
             sensealg.compile(native, alg)
             stats.engine, stats.compile_s = "native", native.compile_s()
         except Declined as reason:
@@ -267,6 +270,16 @@ def solve(
             solution.message, solution.retcode, trajectory.final_t, trajectory.final_h, solution
         )
     return solution
+
+
+def _template(
+    native: Any, alg: Algorithm, sensealg: Sensealg, settings: Settings, field: VectorField
+) -> Any:
+    """The template of a native solve."""
+    prepared = sensealg.prepared(settings)
+    if isinstance(field, SDEField):
+        return stochastic_template(native.compiled, alg, field.noise, prepared)
+    return template(native.compiled, alg, prepared)
 
 
 def _chosen_algorithm(rtol: Any, adaptive: bool, field: VectorField) -> Algorithm:

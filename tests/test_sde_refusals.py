@@ -25,6 +25,7 @@ from diffsolve import (
     Rodas5P,
     SDEProblem,
     Tsit5,
+    VirtualBrownianTree,
     solve,
 )
 
@@ -132,6 +133,8 @@ CASES = [
                noise=solve(linear(2, 3), EM(), dt=1.0, seed=0).noise),
     bad_option("noise of another batch", ValueError, "4 paths 3 Brownian 2 paths",
                noise=solve(linear(4, 3), EM(), dt=1.0, seed=0).noise),
+    bad_option("a tree that is too short", ValueError, "covers 0.5 t = 1",
+               noise=VirtualBrownianTree(1, 0.0, 0.5, rows=2, m=3)),
     bad_option("noise that is a tensor", TypeError, "noise sol.noise", noise=torch.randn(3)),
     # gradients
     Case("gradient by tspan", ValueError, "tspan saveat gradient Brownian detach",
@@ -142,8 +145,10 @@ CASES = [
                sensealg=DiscreteAdjoint(through_step_size=True)),
     bad_option("name for sensealg", TypeError, "sensealg 'adjoint'", sensealg="adjoint"),
     bad_option("first step with a gradient", ValueError, "dt gradient", dt=leaf(0.1)),
-    # what only an ODE has
-    bad_option("native engine", ValueError, "native SDE", engine="native"),
+    # engines
+    bad_option("given path on the native engine", ValueError, 'engine="native" cannot',
+               engine="native", noise=solve(linear(2, 3), EM(), dt=1.0, seed=0).noise),
+    bad_option("unknown engine", ValueError, "engine auto torch 'fast'", engine="fast"),
 ]  # fmt: skip
 
 

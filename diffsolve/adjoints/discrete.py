@@ -13,8 +13,10 @@ from diffsolve.adjoints.native import run_discrete
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
 from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
+from diffsolve.engines.native import stochastic_engine
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.stochastic_field import NativeSDE
 from diffsolve.engines.torch_engine import Saving, Settings, integrate
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.solution import Stats
@@ -79,6 +81,8 @@ class DiscreteAdjoint(Sensealg):
     def compile(self, native: NativeField, alg: Algorithm) -> None:
         if self.tape:
             raise Declined("DiscreteAdjoint(tape=True) records the operations of torch")
+        if self.checkpoints is not None and isinstance(native, NativeSDE):
+            stochastic_engine.check_checkpoints(native.template)
         native.template.reverse(native.compiled, native.active)
 
     def run(self, job: Job) -> Outputs:

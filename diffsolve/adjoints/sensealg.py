@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.native import engine as native
+from diffsolve.engines.native import stochastic_engine
 from diffsolve.engines.native.engine import NativeTrajectory, Wanted
 from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.stochastic_field import NativeSDE
 from diffsolve.engines.torch_engine import Recorder, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.problems.vector_field import VectorField
@@ -78,16 +80,16 @@ class Job:
     def run_native(self, u0: Tensor, wanted: Wanted) -> NativeTrajectory:
         """Integrate forward in machine code."""
         assert self.native is not None
-        found = native.integrate(
-            self.native,
-            self.alg,
-            u0,
-            self.t0,
-            self.t1,
-            self.settings,
-            wanted,
-            self.field.breaks,
-        )
+        span = self.t0, self.t1
+        if isinstance(self.native, NativeSDE):
+            field: Any = self.field
+            found = stochastic_engine.integrate(
+                self.native, field, self.alg, u0, *span, self.settings, wanted
+            )
+        else:
+            found = native.integrate(
+                self.native, self.alg, u0, *span, self.settings, wanted, self.field.breaks
+            )
         self.stats.kernel_s = found.kernel_s
         return found
 

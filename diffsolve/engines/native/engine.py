@@ -25,6 +25,7 @@ from diffsolve.engines.native.switching import Run, join_dense, switch
 from diffsolve.engines.torch_engine import Settings, progress_bar
 from diffsolve.solution import ReturnCode
 from diffsolve.solvers.algorithm import Algorithm, Trouble
+from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.newton import kappa
 from diffsolve.solvers.norms import Estimates, Tolerance
@@ -194,7 +195,7 @@ def _place(array: Any) -> int:
 
 
 @functools.lru_cache(maxsize=100)
-def _function(address: int, single: bool) -> Callable[[float, int, int, int], None]:
+def function_at(address: int, single: bool) -> Callable[[float, int, int, int], None]:
     """``f(t, u, p, out)`` at an address."""
     number, pointer = ctypes.c_float if single else ctypes.c_double, ctypes.c_void_p
     return ctypes.CFUNCTYPE(None, number, pointer, pointer, pointer)(address)
@@ -203,7 +204,7 @@ def _function(address: int, single: bool) -> Callable[[float, int, int, int], No
 def evaluate(native: NativeField, t: float, u: Tensor) -> Tensor:
     """``f(t, u)`` by the compiled function."""
     compiled = native.compiled
-    function = _function(compiled.field(), compiled.single)
+    function = function_at(compiled.field(), compiled.single)
     u = u.detach().contiguous()
     out = torch.empty_like(u)
     function(t, u.data_ptr(), native.params.data_ptr(), out.data_ptr())
@@ -322,7 +323,7 @@ class Memory:
 
     def copy(self) -> Memory:
         """The same for a pass of its own: several may run at once."""
-        copy = object.__new__(Memory)
+        copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
         copy.integers, copy.reals = self.integers[:], self.reals[:]
         copy.arguments = copy.integers.buffer_info()[0], copy.reals.buffer_info()[0]
@@ -402,6 +403,7 @@ class Memory:
             saves = np.asarray(times, dtype=np.float64)
             self.hold_new(L.SAVES, saves)
             integers[L.N_SAVES] = integers[L.SAVE_ROOM] = len(saves)
+        integers[L.OUT_STRIDE] = n
         self.hold_new(L.OUT_U, np.empty((integers[L.SAVE_ROOM], n), self.dtype))
         if not wanted.steps:
             return
@@ -414,7 +416,7 @@ class Memory:
             integers[L.STATE_ROOM] = kept
             integers[L.THINNING] = wanted.checkpoints is not None
             rows_kept = 1 + self.most_stages if self._keeps_stages(wanted) else 2
-            integers[L.STATE_ROWS] = rows_kept
+            integers[L.STATE_ROWS], integers[L.STATE_SIZE] = rows_kept, rows_kept * n
             self.hold_new(L.STATES, np.empty((kept, rows_kept, n), self.dtype))
         if wanted.dense:
             self.hold_new(L.DENSE, np.empty((room, rows + 1, n), self.dtype))
@@ -502,7 +504,7 @@ class NativeTrajectory:
     kernel_s: float
     memory: Memory = field(repr=False)
     message: str = ""
-    dense: NativeDense | None = None
+    dense: NativeDense | DenseOutput | None = None
 
     @property
     def naccept(self) -> int:

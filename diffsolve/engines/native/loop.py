@@ -1,8 +1,8 @@
 """The adaptive loop in machine code: ``engines/torch_engine.py``, decision by decision.
 
 What a family of methods does is given to it as functions: ``step`` takes a step from the rows of
-the work space and says whether it could, ``measure`` gives its estimates, and ``complete`` adds the
-stages that only the interpolant needs.
+the work space and says whether it could, ``measure`` gives its estimates, ``complete`` adds the
+stages that only the interpolant needs, and ``value_at`` reads it at a time inside of the step.
 
 Needs Numba, which is imported only to build this once on a machine. All of the loop's memory is
 in the two arrays of ``layout``, so that it can return to Python after any step: to let signals be
@@ -35,7 +35,7 @@ _LEAST_MEMORY = math.log(1e-4)
 @inlined
 def save(I, source, like):
     n = I[L.N]
-    copy(n, source, I[L.OUT_U] + I[L.SAVED] * n * size_of(like), like)
+    copy(n, source, I[L.OUT_U] + I[L.SAVED] * I[L.OUT_STRIDE] * size_of(like), like)
     I[L.SAVED] += 1
 
 
@@ -86,10 +86,12 @@ def initial_step(I, R, like):
 @inlined
 def restart(I, R, like):
     """``W_DU`` just after the time at hand, on the side of the step to come."""
+    I[L.RESTARTED] = 1
+    if I[L.FIELD] == 0:  # a method that carries no derivative
+        return
     t = R[L.T]
     end = t + R[L.DIRECTION]
     field_at(I, R, t, t, end, row(I, L.W_U, like), row(I, L.W_DU, like), like)
-    I[L.RESTARTED] = 1
 
 
 @inlined
@@ -188,7 +190,7 @@ def keep_state(I, like):
     index, n, size = I[L.ACCEPTED], I[L.N], size_of(like)
     if I[L.STRIDE] == 0 or index % I[L.STRIDE] != 0:
         return
-    length = I[L.STATE_ROWS] * n
+    length = I[L.STATE_SIZE]
     if index // I[L.STRIDE] >= I[L.STATE_ROOM]:  # room is made before, unless it is to be thinned
         I[L.STRIDE] *= 2
         for i in range(1, (I[L.STATE_ROOM] + 1) // 2):
@@ -198,14 +200,24 @@ def keep_state(I, like):
             return
     place = I[L.STATES] + (index // I[L.STRIDE]) * length * size
     copy(n, row(I, L.W_U, like), place, like)
-    copy(length - n, stage(I, 0, like), place + n * size, like)
+    rest = stage(I, 0, like) if I[L.NOISE] == 0 else I[L.NOISE]
+    copy(length - n, rest, place + n * size, like)
 
 
 @inlined
-def save_within(I, R, t, h, end, complete_step, like):
-    """Save what lies in the step; returns the first index, how many inside, the one at the end."""
-    first, n, size = I[L.SAVED], I[L.N], size_of(like)
+def polynomial_at(I, R, t, h, at, out, like):
+    """The continuous extension of the step at a time inside of it, from its stages."""
+    n = I[L.N]
+    base = row(I, L.W_BASE, like)  # the state right before the stages, as in a dense record
+    copy(n, row(I, L.W_U, like), base, like)
     rows = I[L.STAGES] + I[L.EXTRA]
+    interpolate(n, rows, I[L.DEGREE], I[L.POLY], (at - t) / h, h, 0, base, out, like)
+
+
+@inlined
+def save_within(I, R, t, h, end, complete_step, value_at, like):
+    """Save what lies in the step; returns the first index, how many inside, the one at the end."""
+    first, size = I[L.SAVED], size_of(like)
     complete = I[L.EXTRA] == 0
     if I[L.ALWAYS_COMPLETE] != 0 and not complete:
         complete_step(I, R, t, h, like)
@@ -224,17 +236,14 @@ def save_within(I, R, t, h, end, complete_step, like):
         if not complete:
             complete_step(I, R, t, h, like)
             complete = True
-        out = I[L.OUT_U] + I[L.SAVED] * n * size
-        base = row(I, L.W_BASE, like)  # the state right before the stages, as in a dense record
-        copy(n, row(I, L.W_U, like), base, like)
-        interpolate(n, rows, I[L.DEGREE], I[L.POLY], (at - t) / h, h, 0, base, out, like)
+        value_at(I, R, t, h, at, I[L.OUT_U] + I[L.SAVED] * I[L.OUT_STRIDE] * size, like)
         I[L.SAVED] += 1
         inside += 1
     return first, inside, end_save, complete
 
 
 @inlined
-def accept(I, R, h, lands, error, norm, stiffness, complete_step, like):
+def accept(I, R, h, lands, error, norm, stiffness, complete_step, value_at, like):
     n, index, start, size = I[L.N], I[L.ACCEPTED], R[L.T], size_of(like)
     I[L.SINCE] += 1
     if lands:
@@ -244,7 +253,9 @@ def accept(I, R, h, lands, error, norm, stiffness, complete_step, like):
     else:  # counted from the last stop, so that rounding does not add up
         t_new = R[L.ANCHOR] + I[L.SINCE] * h
     keep_state(I, like)
-    first, inside, end_save, complete = save_within(I, R, start, h, t_new, complete_step, like)
+    first, inside, end_save, complete = save_within(
+        I, R, start, h, t_new, complete_step, value_at, like
+    )
     if I[L.MARKS] != 0:
         marks = marks_of(I, index)
         marks[L.MARK_RESTART] = I[L.RESTARTED]
@@ -321,7 +332,7 @@ def below_floor(I, R, t):
 
 
 @inlined
-def attempt(I, R, step, measure, complete_step, like):
+def attempt(I, R, step, measure, complete_step, value_at, like):
     """One attempted step, accepted or not."""
     adaptive, t = I[L.ADAPTIVE] != 0, R[L.T]
     size, lands = fit(I, R)
@@ -351,7 +362,7 @@ def attempt(I, R, step, measure, complete_step, like):
         # one cut short by a stop has an error of no account
         accepted, factor = propose(I, R, error, not (lands and size * _ROUNDING < R[L.SIZE]))
     if accepted:
-        accept(I, R, h, lands, error, norm, stiffness, complete_step, like)
+        accept(I, R, h, lands, error, norm, stiffness, complete_step, value_at, like)
     else:
         I[L.REJECTED] += 1
         I[L.REJECTIONS] += 1
@@ -406,10 +417,19 @@ def consider_switch(I, R, size):
 
 
 @inlined
+def no_room_for_noise(I):
+    """Whether a step of an SDE could need more: an interval, and one for each value inside."""
+    inside = I[L.N_SAVES] - I[L.SAVED] if I[L.N_SAVES] > I[L.SAVED] else 0
+    return I[L.KNOWN] + 2 > I[L.KNOWN_ROOM] or I[L.LOGGED] + inside + 2 > I[L.LOG_ROOM]
+
+
+@inlined
 def no_room(I):
     if I[L.STEP_T] != 0 and I[L.ACCEPTED] >= I[L.STEP_ROOM]:
         return True
     if I[L.N_SAVES] < 0 and I[L.SAVED] >= I[L.SAVE_ROOM]:
+        return True
+    if I[L.NOISE] != 0 and no_room_for_noise(I):
         return True
     kept = I[L.STRIDE] != 0 and I[L.ACCEPTED] % I[L.STRIDE] == 0
     full = kept and I[L.ACCEPTED] // I[L.STRIDE] >= I[L.STATE_ROOM]
@@ -427,7 +447,7 @@ def take_over(I, R, like):
 
 
 @inlined
-def advance(I, R, step, measure, complete_step, like):
+def advance(I, R, step, measure, complete_step, value_at, like):
     """Integrate until the end, a failure, or a reason to return to Python for a moment."""
     if I[L.BEGUN] == 0:
         status = begin(I, R, like)
@@ -441,7 +461,7 @@ def advance(I, R, step, measure, complete_step, like):
             return L.DONE
         if no_room(I):
             return L.NEED_ROOM
-        status = attempt(I, R, step, measure, complete_step, like)
+        status = attempt(I, R, step, measure, complete_step, value_at, like)
         if status != L.GO_ON:
             return status
     return L.DONE if I[L.STOP] >= I[L.N_STOPS] else L.GO_ON

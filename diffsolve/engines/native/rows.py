@@ -235,6 +235,8 @@ class _RoutineEmitter(Emitter):
         self._use(True)
         value = self._wide(out.node)
         place = self._vector_place(out.block, out.index)
+        if self.kinds[out.block] == "lanes":  # the caller's memory
+            place += ", align 8" if self.kind == "double" else ", align 4"
         if out.add:
             before = self.fresh(f"load {self.vector}, ptr {place}")
             value = self.fresh(f"fadd {self.vector} {before}, {value}")

@@ -9,14 +9,11 @@ that is the product with its Jacobian.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol
 
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.derivative import vjp
@@ -104,11 +101,7 @@ class Step:
         rows = [G[i * m : (i + 1) * m] for i in range(self.d)]
         return [self.pool.sum([g * x for g, x in zip(row, w, strict=True)]) for row in rows]
 
-    def as_state(self, w: Nodes) -> Nodes:
-        """Noise as a factor of states, where it is diagonal or one number."""
-        return w if self.is_diagonal else w * self.d
-
-    def combined(self, weights: Sequence[Any], rows: Sequence[Nodes]) -> Nodes:
+    def combined(self, weights: Any, rows: Sequence[Nodes]) -> Nodes:
         """Sum of rows with weights, numbers or nodes; those that are zero are left out."""
         used = [
             (w, row)
@@ -117,12 +110,19 @@ class Step:
         ]
         return [self.pool.sum([row[i] * _plain(w) for w, row in used]) for i in range(self.d)]
 
-    def shifted(self, x: Nodes, y: Nodes) -> Nodes:
-        return [a + b for a, b in zip(x, y, strict=True)]
-
 
 def _plain(w: Any) -> Any:
     return w if isinstance(w, Node) else float(w)
+
+
+class StepMethod(Protocol):
+    """The formulas of a method. Code is found by it: equal ones are one object."""
+
+    needs_area: bool
+
+    def write(self, step: Step, /) -> None:
+        """Fill in the expressions of a step."""
+        ...
 
 
 class Functions:
@@ -263,13 +263,19 @@ class Functions:
 
     # -- steps -------------------------------------------------------------------------------------
 
-    def _made(self, method: StepMethod) -> Step:
+    def made(self, method: StepMethod) -> Step:
+        """The expressions of a step."""
         found = self._steps.get(method)
         if found is None:
             found = Step(self)
             method.write(found)
             self._steps[method] = found
         return found
+
+    def counts(self, method: StepMethod) -> tuple[int, int]:
+        """Evaluations of drift and diffusion in a step."""
+        kinds = [e.kind for e in self.made(method).evaluations]
+        return kinds.count("drift"), kinds.count("diffusion")
 
     def step(self, method: StepMethod) -> int:
         """``step(h, times, u, W, H, p, new, error, sums)``.
@@ -284,12 +290,12 @@ class Functions:
         key = "step_vjp", method, active, estimates
         return self._code(key, lambda: self._reverse_routine(method, active, estimates))
 
-    def _noise_arrays(self) -> list[Array]:
+    def _noise_arrays(self, method: StepMethod) -> list[Array]:
         return [
             Array("times", "shared"),
             Array("u", "in", self.d),
             Array("W", "in", self.m),
-            Array("H", "in", self.m),
+            Array("H", "in", self.m if method.needs_area else 0),
             Array("p", "shared"),
         ]
 
@@ -297,7 +303,7 @@ class Functions:
         return Call(self._plain_routine(e.kind), [e.time], [e.state, "p", e.name])
 
     def _step_routine(self, method: StepMethod) -> Routine:
-        step = self._made(method)
+        step = self.made(method)
         pool = step.pool
         routine = Routine("step", ("h",), ())
         for e in step.evaluations:
@@ -310,7 +316,7 @@ class Functions:
         results += [Output("sums", i, x) for i, x in enumerate([*self._squares(step), check])]
         routine.statements += results
         routine.arrays = (
-            *self._noise_arrays(),
+            *self._noise_arrays(method),
             Array("new", "out", self.d),
             Array("error", "out", 0 if step.error is None else self.d),
             Array("sums", "sums", 4),
@@ -331,7 +337,7 @@ class Functions:
         of the state is written to ``bar``, those of the active parameters are added to the lanes of
         ``p_bar``.
         """
-        step = self._made(method)
+        step = self.made(method)
         pool = step.pool
         outputs, bars = list(step.new), list(pool.inputs("new_bar", self.d))
         if estimates:
@@ -368,7 +374,7 @@ class Functions:
             pull(e.state, list(pool.inputs(place, self.d)))
         routine.statements += [Output("bar", i, total(x)) for i, x in enumerate(step.u)]
         routine.arrays = (
-            *self._noise_arrays(),
+            *self._noise_arrays(method),
             Array("new_bar", "bar", self.d),
             Array("error_bar", "bar", self.d if estimates and step.error is not None else 0),
             Array("sums_bar", "shared"),
@@ -404,160 +410,3 @@ def _trimmed(routine: Routine) -> Routine:
         kept.append(x)
     routine.statements = kept[::-1]
     return routine
-
-
-# -- the methods -----------------------------------------------------------------------------------
-
-
-class StepMethod:
-    """The formulas of a method; equal ones are one object, by which code is found.
-
-    Attributes
-    ----------
-    nodes
-        Of the evaluations, in units of the step.
-    drifts, diffusions
-        Evaluations a step.
-    """
-
-    nodes: np.ndarray
-    drifts: int
-    diffusions: int
-
-    def write(self, step: Step) -> None:
-        """Fill in the expressions of a step."""
-        raise NotImplementedError
-
-
-class EulerMaruyama(StepMethod):
-    nodes = np.zeros(1)
-    drifts = diffusions = 1
-
-    def write(self, step: Step) -> None:
-        f, G = step.drift(0, step.u), step.diffusion(0, step.u)
-        drifted = [x + step.h * y for x, y in zip(step.u, f, strict=True)]
-        step.new = step.shifted(drifted, step.product(G, step.W))
-
-
-class RungeKutta(StepMethod):
-    """A method of Rößler's type, from its program.
-
-    Parameters
-    ----------
-    program
-        ``solvers/stochastic/tableau.py: Program``.
-    additive
-        Whether it is for additive noise, of any shape.
-    """
-
-    def __init__(self, program: Any, additive: bool):
-        self.program, self.additive = program, additive
-        self.nodes = np.array([e.c for e in program.evaluations])
-        self.drifts, self.diffusions = program.count("drift"), program.count("diffusion")
-
-    def write(self, step: Step) -> None:
-        program = self.program
-        W, H = step.W, step.H
-        area = [b + 0.5 * a for a, b in zip(W, H, strict=True)]  # I_(1,0) / h
-        noise = [W, area] if self.additive else self._hermite(step, W, area)
-        flat = step.is_diagonal or step.m == 1
-        rows: list[Nodes] = []
-        matrices: dict[int, Nodes] = {}
-        drifts: list[tuple[Nodes, Nodes]] = []
-        blank = [step.pool.const(0.0)] * step.d
-        for i, e in enumerate(program.evaluations):
-            state = step.u
-            if not e.at_start:
-                weights = [
-                    self._weight(step, *w) for w in zip(e.by_h, e.by_root, e.plain, strict=True)
-                ]
-                state = step.shifted(step.u, step.combined(weights, rows[: len(weights)]))
-            if e.kind == "drift":
-                rows.append(step.drift(i, state))
-                drifts.append((rows[-1], state))
-                continue
-            G = step.diffusion(i, state)
-            matrices[len(rows)] = G
-            rows.append(G if flat else blank)
-            if e.weighted is not None:
-                rows.append(step.product(G, area))
-        weighed = []
-        for beta, x in zip(program.beta, noise, strict=True):
-            used = [(float(b), matrices[r]) for r, b in enumerate(beta) if b]
-            G = [step.pool.sum([b * g[i] for b, g in used]) for i in range(step.functions.width)]
-            weighed.append(step.product(G, x))
-        by_drift = [step.h * x for x in step.combined(program.alpha, rows)]
-        of_noise = [step.pool.sum(x) for x in zip(*weighed, strict=True)]
-        step.new = [u + (a + b) for u, a, b in zip(step.u, by_drift, of_noise, strict=True)]
-        by_drift = [step.h * x for x in step.combined(program.alpha_error, rows)]
-        of_noise = [step.pool.sum(x) for x in zip(*weighed[len(weighed) // 2 :], strict=True)]
-        step.error = step.shifted(by_drift, of_noise)
-        if len(drifts) > 1:
-            (f0, u0), (f1, u1) = drifts[-2:]
-            step.slopes = (
-                [a - b for a, b in zip(f1, f0, strict=True)],
-                [a - b for a, b in zip(u1, u0, strict=True)],
-            )
-
-    @staticmethod
-    def _weight(step: Step, by_h: float, by_root: float, plain: float) -> Any:
-        terms = [x * float(w) for x, w in ((step.h, by_h), (step.root, by_root)) if w]
-        if plain:
-            terms.append(step.pool.const(float(plain)))
-        return step.pool.sum(terms) if terms else 0.0
-
-    @staticmethod
-    def _hermite(step: Step, W: Nodes, area: Nodes) -> list[Nodes]:
-        second = [(w * w / step.root - step.root) * 0.5 for w in W]
-        third = [(w * w / (6.0 * step.size) - 0.5) * w for w in W]
-        return [W, second, area, third]
-
-
-class Lamba(StepMethod):
-    """Lamba's error estimate of an Euler step; ``solvers/stochastic/low_order.py: LambaEM``.
-
-    Parameters
-    ----------
-    additive
-        Whether the noise is additive.
-    """
-
-    nodes = np.array([0.0, 1.0])
-    drifts = 2
-
-    def __init__(self, additive: bool):
-        self.additive = additive
-        self.diffusions = 1 if additive else 2
-
-    def write(self, step: Step) -> None:
-        pool, u, W = step.pool, step.u, step.W
-        f, G = step.drift(0, u), step.diffusion(0, u)
-        K = [x + step.h * y for x, y in zip(u, f, strict=True)]
-        step.new = step.shifted(K, step.product(G, W))
-        df = [a - b for a, b in zip(step.drift(1, K), f, strict=True)]
-        error = [pool.unary("abs", step.h * 0.5 * x) for x in df]
-        if not self.additive:
-            error = step.shifted(error, self._of_noise(step, G))
-        step.error = error
-        step.slopes = df, [a - b for a, b in zip(K, u, strict=True)]
-
-    @staticmethod
-    def _of_noise(step: Step, G: Nodes) -> Nodes:
-        pool, u, W = step.pool, step.u, step.W
-        if step.is_diagonal or step.m == 1:
-            beside = [x + step.root * g for x, g in zip(u, G, strict=True)]
-            dG = [a - b for a, b in zip(step.diffusion(0, beside), G, strict=True)]
-            factor = [(w * w / step.root - step.root) * 0.5 for w in W]
-            return [pool.unary("abs", x) for x in step.product(dG, factor)]
-        beside = step.shifted(u, step.product(G, W))
-        dG = [a - b for a, b in zip(step.diffusion(0, beside), G, strict=True)]
-        m = step.m
-        squares = [pool.sum([x * x for x in dG[i * m : (i + 1) * m]]) for i in range(step.d)]
-        scale = step.root * math.sqrt(0.5)
-        # no slope where the row is zero, as in torch
-        zero = [pool.binary("eq", x, 0.0) for x in squares]
-        norms = [
-            pool.where(z, 0.0, pool.unary("sqrt", pool.where(z, 1.0, x)))
-            for z, x in zip(zero, squares, strict=True)
-        ]
-        return [scale * x for x in norms]

@@ -72,6 +72,7 @@ def trace(
     t0: Any,
     u0: Tensor,
     most: int = MOST_NODES,
+    flat: Callable[[Any, StateStructure, Tracer], list[Node]] | None = None,
 ) -> Trace:
     """Run ``f(t0, u0, p)`` once and write down what it computes.
 
@@ -85,6 +86,8 @@ def trace(
         Flat state; it is not changed.
     most
         Number of operations beyond which it is declined.
+    flat
+        Makes the outputs of what ``f`` returned. Default: the flat derivative.
 
     Raises
     ------
@@ -120,7 +123,7 @@ def trace(
             raise
         if tracer.declined is not None:  # f caught it
             raise tracer.declined
-        outputs = _flat_result(du, structure, tracer)
+        outputs = (flat or flat_result)(du, structure, tracer)
     return Trace(pool, t_node, u_nodes, tracer.inputs, outputs, tracer.constants, tracer.detached)
 
 
@@ -150,7 +153,7 @@ def _stand_in(p: Any, tracer: Tracer) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
-def _flat_result(du: Any, structure: StateStructure, tracer: Tracer) -> list[Node]:
+def flat_result(du: Any, structure: StateStructure, tracer: Tracer) -> list[Node]:
     mismatch = structure.describe_mismatch(du)
     if mismatch is not None:
         raise Declined(mismatch)

@@ -95,6 +95,7 @@ SAVES = _integer("SAVES")
 SAVED = _integer("SAVED")
 SAVE_ROOM = _integer("SAVE_ROOM")  # rows of OUT_U
 OUT_U = _integer("OUT_U")
+OUT_STRIDE = _integer("OUT_STRIDE")  # numbers from one row of it to the next
 
 # -- what it records of its steps ----------------------------------------------------------------
 STEP_ROOM = _integer("STEP_ROOM")
@@ -175,6 +176,47 @@ READ = _integer("READ")
 DERIVATIVE = _integer("DERIVATIVE")
 READ_OUT = _integer("READ_OUT")
 
+# -- the noise of an SDE, whose state is ROWS paths ----------------------------------------------
+NG = _integer("NG")
+DRIFTS = _integer("DRIFTS")  # evaluations of f and g in a step
+DIFFUSIONS = _integer("DIFFUSIONS")
+DIFFUSION = _integer("DIFFUSION")  # g(t, u, p, out)
+DIFFUSION_SIZE = _integer("DIFFUSION_SIZE")  # numbers that it writes
+DIFFUSION_VJP = _integer("DIFFUSION_VJP")
+SUMS = _integer("SUMS")  # (4), what a step adds up over all entries
+NOISE_SIZE = _integer("NOISE_SIZE")  # Brownian motions of all paths
+NOISE = _integer("NOISE")  # (2, NOISE_SIZE), W and H of the step at hand; 0: no SDE
+AREA = _integer("AREA")  # whether steps need H
+DRAW = _integer("DRAW")  # the kernel that draws normals, and what it is called with
+DRAW_WITH = _integer("DRAW_WITH")
+AHEAD = _integer("AHEAD")  # float64 (2, AHEAD_COUNT, NOISE_SIZE): normals of the serials from ...
+AHEAD_COUNT = _integer("AHEAD_COUNT")
+AHEAD_FIRST = _integer("AHEAD_FIRST")  # ... this one on
+SERIAL = _integer("SERIAL")  # of the next draw
+SPARE_NORMALS = _integer("SPARE_NORMALS")  # float64 (2, NOISE_SIZE)
+REMEMBERS = _integer("REMEMBERS")  # whether the path is known beyond the step, after rejections
+KNOWN = _integer("KNOWN")  # intervals that are known from the time at hand on
+KNOWN_ROOM = _integer("KNOWN_ROOM")
+KNOWN_END = _integer("KNOWN_END")  # float64 (KNOWN_ROOM), in the order of the steps
+KNOWN_PIECE = _integer("KNOWN_PIECE")  # integers (KNOWN_ROOM), as BrownianPath.pieces has them
+KNOWN_PLACE = _integer("KNOWN_PLACE")  # integers (KNOWN_ROOM): row of KNOWN_VALUES; then free ones
+KNOWN_VALUES = _integer("KNOWN_VALUES")  # float64 (KNOWN_ROOM, 2, NOISE_SIZE)
+LOG = _integer("LOG")  # integers (LOG_ROOM, 2): parent and counter of each draw ...
+LOG_TIMES = _integer("LOG_TIMES")  # ... float64 (LOG_ROOM, 3): left, middle and right
+LOGGED = _integer("LOGGED")
+LOG_ROOM = _integer("LOG_ROOM")
+DIVISIONS = _integer("DIVISIONS")  # how many of them divided an interval
+READING = _integer("READING")  # the step within which the path is read
+READ_SUM = _integer("READ_SUM")  # float64 (NOISE_SIZE): W from its start to the last read
+READ_NOISE = _integer("READ_NOISE")  # (NOISE_SIZE): W there less that of a straight line
+G_ROW = _integer("G_ROW")  # (2, DIFFUSION_SIZE): g, and its cotangent
+SAVE_NOISE = _integer("SAVE_NOISE")  # (saves, NOISE_SIZE): READ_NOISE of each; 0: not kept
+STATE_SIZE = _integer("STATE_SIZE")  # numbers of a record of STATES
+SUMS_BAR = _integer("SUMS_BAR")  # (2)
+STEP_SUMS = _integer("STEP_SUMS")  # float64 (STEP_ROOM, 4), of each step; see measure
+N_ALL = _integer("N_ALL")  # size of the state with the paths of all threads
+BAR = _integer("BAR")  # (N): where the cotangent of a step's start goes
+
 T = _real("T")
 T_END = _real("T_END")  # where STOPS points to if there are no others
 SIZE = _real("SIZE")  # of the next step; NaN: to be guessed
@@ -207,9 +249,15 @@ KAPPA = _real("KAPPA")  # what Newton may leave, in tolerances
 NEWTON_ETA = _real("NEWTON_ETA")  # of the last stage that converged
 STIFF_ABOVE = _real("STIFF_ABOVE")  # step size times stiffness that asks for the stiff method
 RELATIVE_STIFFNESS = _real("RELATIVE_STIFFNESS")  # the estimate that is judged by
+NOISE_START = _real("NOISE_START")  # first point of the Brownian path
+KNOWN_FROM = _real("KNOWN_FROM")  # where the known intervals begin
+NOISE_END = _real("NOISE_END")  # last point that was drawn
 
 N_INTEGERS = len(_integers)
 N_REALS = len(_reals)
+
+#: In LOG: an interval that was drawn afresh has no parent.
+FRESH_INTERVAL = 1 << 62
 
 # columns of MARKS
 MARK_RESTART = 0

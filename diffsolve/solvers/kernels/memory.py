@@ -138,6 +138,31 @@ def call_step_vjp(
     return types.void(address, *arguments), _caller(1, 11)
 
 
+@intrinsic
+def call_reverse_of_rows(
+    typingctx, address, h, times, u, W, H, p, new_bar, error_bar, sums_bar, bar, p_bar
+):
+    """Reverse of a step of an SDE; written: ``bar`` of ``u``; added to: the lanes of ``p_bar``."""
+    arguments = (h, times, u, W, H, p, new_bar, error_bar, sums_bar, bar, p_bar)
+    return types.void(address, *arguments), _caller(1, 10)
+
+
+@intrinsic
+def call_kernel(typingctx, address, integers, reals):
+    """``kernel(integers, reals)``, one of those that are built here; what it returns is dropped."""
+    return types.void(address, integers, reals), _caller(0, 2)
+
+
+@intrinsic
+def bits_of(typingctx: Any, x: Any) -> Any:
+    """The bits of a float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(64))
+
+    return types.int64(types.float64), codegen
+
+
 @inlined
 def ulp(x):
     """Distance to the next number."""

@@ -1,0 +1,392 @@
+"""From the drift and the diffusion of an SDE to their machine code; ``field.py`` for ODEs.
+
+Both are traced for two paths of a batch. The expressions tell whether a path depends on the other;
+those of the first are the code of all paths. Whether every path is treated alike is seen by
+comparing it with torch at the whole batch, at a state that varies from path to path.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from diffsolve.engines.native import field as fields
+from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.native.expression import MOST_NODES, Node, content, needed
+from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.fingerprint import Fingerprint
+from diffsolve.engines.native.stochastic import Functions
+from diffsolve.engines.native.trace import Trace, flat_result, trace
+from diffsolve.engines.native.tracer import Tracer
+from diffsolve.problems.autocast import Autocasting
+from diffsolve.problems.capture import Probe, reachable_tensors
+from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import StateStructure
+
+_MOST_KEPT = 64
+_lock = threading.RLock()
+_by_content: OrderedDict[Any, Functions] = OrderedDict()
+_COUPLED = (
+    "f or g treats the paths of a batch together, or has parameters of their own for each: {why}"
+)
+
+
+@dataclass
+class _Entry(fields._Entry):
+    """What is remembered of a drift and a diffusion, with the shape of what ``g`` returns."""
+
+    m: int = 0
+    is_diagonal: bool = False
+    trailing: tuple[int, ...] = ()
+
+    def holds(self, around: Any) -> bool:
+        """As ``still_holds``, for all that both functions depend on."""
+        if not self.fingerprint.still_holds(around):
+            return False
+        for x, shape in zip(self.inputs, self.shapes, strict=True):
+            tensor = x.tensor
+            if tensor is not None and (tensor.shape != shape or tensor.dtype is not self.dtype):
+                return False
+        return all(x.is_inference() or x._version == version for x, version in self.constants)
+
+
+class NativeSDE(NativeField):
+    """The machine code of an SDE with the tensors of one solve.
+
+    Attributes
+    ----------
+    compiled
+        Its functions.
+    tensors, params, template
+        As those of ``NativeField``.
+    """
+
+    compiled: Functions  # type: ignore[assignment]
+
+    def differentiable(self, field: Any, by_state: bool) -> list[Tensor]:
+        entry = self._entry
+        if entry.reachable is None:
+            reachable = reachable_tensors((field.f, field.g))
+            entry.reachable = [x for x in reachable if x.is_leaf]
+        return super().differentiable(field, by_state)
+
+    def arguments(self, rows: int) -> np.ndarray:
+        """The flat parameters behind the number of rows; compiled functions get the second entry's
+        address, which is that of ``places``."""
+        numbers = self.params.numpy()
+        item = numbers.itemsize
+        whole = np.empty(8 // item + len(numbers), numbers.dtype)
+        whole[: 8 // item].view(np.int64)[0] = rows
+        whole[8 // item :] = numbers
+        return whole
+
+    def evaluate(self, kind: str, t: float, u: Tensor, rows: int) -> Tensor:
+        """``"drift"`` or ``"diffusion"`` of the flat state by the compiled function."""
+        from diffsolve.engines.native.engine import function_at
+
+        compiled = self.compiled
+        address = compiled.field() if kind == "drift" else compiled.diffusion()
+        width = compiled.d if kind == "drift" else compiled.width
+        arguments = self.arguments(rows)
+        u = u.detach().contiguous()
+        out = torch.empty(rows * width, dtype=u.dtype)
+        function_at(address, compiled.single)(
+            t, u.data_ptr(), arguments.ctypes.data + 8, out.data_ptr()
+        )
+        return out
+
+
+def find(field: SDEField, t0: float, u0: Tensor, direction: float, guard: bool) -> NativeSDE:
+    """The machine code of drift and diffusion, made where it is not known yet.
+
+    Fills in what ``field`` learns of ``g`` when it calls it first.
+
+    Parameters
+    ----------
+    field, t0, u0, direction
+        The problem, flat state at the start, and which way the time goes.
+    guard
+        Whether to compare what was compiled before with one evaluation by torch.
+
+    Raises
+    ------
+    Declined
+        If it cannot be compiled.
+    """
+    if isinstance(field.f, Autocasting) or isinstance(field.g, Autocasting):
+        raise Declined("autocast is active")
+    u0 = u0.detach()
+    one = _Rows(field)
+    leaves = [field.p] if isinstance(field.p, Tensor) else pytree.tree_leaves(field.p)
+    owner, key = fields._key(one.of_key, leaves)
+    g = getattr(field.g, "__func__", field.g)
+    key = ((id(g), field.noise), *key)
+    around = fields._around(field.f, field.p), fields._around(field.g, None)
+    with _lock:
+        known = fields._known(owner)
+        entry = known.get(key)
+    t = field.after(t0, direction)
+    if entry is not None and entry.holds(around):
+        native = _ready(entry, field, leaves, 0.0)
+        if not guard:
+            return native
+        look = torch.is_grad_enabled() and any(x.requires_grad for x in native.tensors)
+        eager, foreign = _eager(field, t, u0, look)
+        if _agrees(field, native, t, u0, eager) and native.holds_all(foreign):
+            return native
+    if guard and fields._numbers_vary(known, key):
+        raise Declined(fields._NUMBERS)
+    started = time.perf_counter()
+    entry = _traced(field, one, t, u0, around)
+    if entry.compiled is not None:
+        native = _ready(entry, field, leaves, time.perf_counter() - started)
+        reason = _why_not_itself(field, native, t, u0, direction)
+        if reason:
+            entry.compiled, entry.declined = None, reason
+    with _lock:
+        while len(known) >= fields._MOST_OF_ONE:
+            known.pop(next(iter(known)))
+        known[key] = entry
+    return _ready(entry, field, leaves, time.perf_counter() - started)
+
+
+class _Rows:
+    """What is traced of a batch: two of its paths, or all where there is one.
+
+    Attributes
+    ----------
+    structure
+        Of the state.
+    rows
+        How many.
+    of_key
+        Stands for the field where a key is made of it: the same for every size of a batch.
+    """
+
+    def __init__(self, field: SDEField):
+        structure = field.structure
+        self.rows = 1 if field.rows == 1 else 2
+        if self.rows == 2:
+            shape = structure.shapes[0]
+            blank = torch.empty(2, *[1] * (len(shape) - 2), shape[-1], dtype=field.dtype)
+            structure = StateStructure(blank)
+        self.structure = structure
+        # what g returns for these rows is judged as the field judges it
+        self.field = SDEField(
+            field.f, field.g, field.p, structure, field.noise, field.interpretation
+        )
+        self.of_key: Any = _OfKey(field.f, field.p, structure)
+
+    def state(self, u0: Tensor, d: int) -> Tensor:
+        """The first paths of a flat state."""
+        return u0[: self.rows * d].clone()
+
+
+@dataclass
+class _OfKey:
+    f: Any
+    p: Any
+    structure: StateStructure
+
+
+def _ready(entry: _Entry, field: SDEField, leaves: list[Any], trace_s: float) -> NativeSDE:
+    if entry.compiled is None:
+        raise Declined(entry.declined)
+    field.m, field.is_diagonal = entry.m, entry.is_diagonal
+    field._g_shapes = [torch.Size([*x, *entry.trailing]) for x in field.structure.shapes]
+    return NativeSDE(entry, leaves, trace_s)
+
+
+def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> _Entry:
+    fingerprint = Fingerprint(around)
+    dtype = field.structure.dtype
+
+    def refused(reason: str) -> _Entry:
+        return _Entry(fingerprint, None, reason, [], [], None, [], [], dtype)
+
+    def both(t: Tensor, u: Any, *args: Any) -> Any:
+        return field.f(t, u, *args), field.g(t, u, *args)
+
+    def flat(found: Any, structure: StateStructure, tracer: Tracer) -> list[Node]:
+        du, g = found
+        nodes = flat_result(du, structure, tracer)
+        return nodes + _flat_diffusion(g, one.field, tracer)
+
+    u = one.state(u0, field.d)
+    try:
+        found = trace(both, one.structure, field.p, t, u, 2 * MOST_NODES, flat)
+        drift, diffusion = _first_path(found, one, field)
+    except Declined as reason:
+        return refused(str(reason))
+    except Exception as error:  # f's or g's own, which the torch engine reports as it is
+        return refused(f"f or g raised {type(error).__name__}: {error}")
+    fingerprint.settle(around)
+    blocks = tuple((x.offset, x.count) for x in found.inputs)
+    single, several = dtype is torch.float32, one.rows > 1
+    m, is_diagonal = one.field.m, one.field.is_diagonal
+    outputs = [*drift, *diffusion]
+    graph = (single, several, m, is_diagonal, len(drift), blocks, content(outputs))
+    with _lock:
+        compiled = _by_content.get(graph)
+        if compiled is None:
+            compiled = _by_content[graph] = Functions(
+                found.pool, drift, diffusion, m, is_diagonal, blocks, single, several
+            )
+            if len(_by_content) > _MOST_KEPT:
+                _by_content.popitem(last=False)
+        else:
+            _by_content.move_to_end(graph)
+    inputs = (node.data for node in needed(outputs) if node.op == "input")
+    positions = {i for block, i in inputs if block == "p"}
+    used = [not positions.isdisjoint(range(x.offset, x.offset + x.count)) for x in found.inputs]
+    shapes = [None if x.tensor is None else x.tensor.shape for x in found.inputs]
+    whole = len(one.field._g_shapes[0]) > len(one.structure.shapes[0])
+    return _Entry(
+        fingerprint,
+        compiled,  # type: ignore[arg-type]
+        "",
+        found.inputs,
+        found.constants,
+        found.detached,
+        used,
+        shapes,
+        dtype,
+        m=m,
+        is_diagonal=is_diagonal,
+        trailing=(m,) if whole else (),
+    )
+
+
+def _flat_diffusion(g: Any, field: SDEField, tracer: Tracer) -> list[Node]:
+    """Nodes of what ``g`` returned, a row of each path after the other."""
+    try:
+        field._g_shapes = field._shapes_of(g)
+    except ValueError as error:
+        raise Declined(str(error)) from None
+    nodes: list[Node] = []
+    for leaf in field._leaves_of(g):
+        tracer.meets(leaf)
+        nodes += [tracer.pool.number(x) for x in tracer.nodes(leaf).reshape(-1)]
+    return nodes
+
+
+def _first_path(found: Trace, one: _Rows, field: SDEField) -> tuple[list[Node], list[Node]]:
+    """Drift and diffusion of the first path.
+
+    Raises
+    ------
+    Declined
+        If a path depends on another, or the noise is not what it is said to be.
+    """
+    d, rows = field.d, one.rows
+    drift, diffusion = found.outputs[: rows * d], found.outputs[rows * d :]
+    width = len(diffusion) // rows
+    if rows == 2:
+        for outputs, each in ((drift, d), (diffusion, width)):
+            for i in range(rows):
+                own = range(i * d, (i + 1) * d)
+                moved_by = _state_inputs(outputs[i * each : (i + 1) * each])
+                if not moved_by.issubset(own):
+                    raise Declined(_COUPLED.format(why="one depends on the state of another"))
+    if field.noise == "additive" and _state_inputs(diffusion):
+        raise Declined("g depends on the state, though the noise is said to be additive")
+    drift, diffusion = drift[:d], diffusion[:width]
+    if len(needed([*drift, *diffusion])) > MOST_NODES:
+        raise Declined(f"it is too large: more than {MOST_NODES:,} scalar operations")
+    return drift, diffusion
+
+
+def _state_inputs(outputs: list[Node]) -> set[int]:
+    data = (x.data for x in needed(outputs) if x.op == "input")
+    return {i for block, i in data if block == "u"}
+
+
+# -- comparing with torch --------------------------------------------------------------------------
+
+
+def _eager(
+    field: SDEField, t: Tensor, u: Tensor, look: bool = False
+) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """Drift and diffusion by torch, and where one looks the tensors that require a gradient."""
+    structure = field.structure
+    with torch.no_grad():
+        state = structure.unravel(u)
+        probe = Probe([t, *pytree.tree_leaves(state)])
+        if look:
+            with probe:
+                du, g = (f(t, state, *field._args) for f in (field.f, field.g))
+        else:
+            du, g = (f(t, state, *field._args) for f in (field.f, field.g))
+        mismatch = structure.describe_mismatch(du)
+        if mismatch is not None:
+            raise Declined(mismatch)
+        try:
+            g = field._normalised(g)
+        except ValueError as error:
+            raise Declined(str(error)) from None
+        return (structure.ravel(du).clone(), g.reshape(-1).clone()), probe.foreign
+
+
+def _agrees(
+    field: SDEField, native: NativeSDE, t: Tensor, u: Tensor, eager: tuple[Tensor, Tensor]
+) -> bool:
+    """Whether the compiled functions give what ``f`` and ``g`` give now."""
+    for kind, theirs in zip(("drift", "diffusion"), eager, strict=True):
+        ours = native.evaluate(kind, float(t), u, field.rows)
+        if ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
+            return False
+        if torch.equal(ours, theirs):
+            continue
+        if not bool(field.rounding_error(ours, theirs) <= 1):
+            return False
+    return True
+
+
+def _why_not_itself(
+    field: SDEField, native: NativeSDE, t: Tensor, u0: Tensor, direction: float
+) -> str:
+    """Why a trace that was just made is not that of ``f`` and ``g``; empty if it is."""
+    eager, _ = _eager(field, t, u0)
+    if not _agrees(field, native, t, u0, eager):
+        again, _ = _eager(field, t, u0)
+        pairs = list(zip(eager, again, strict=True))
+        if not all(torch.equal(a, b) or bool((a.isnan() & b.isnan()).any()) for a, b in pairs):
+            return fields._NOT_ITSELF
+        if field.rows > 1:
+            return _COUPLED.format(why="the first paths alone give other values")
+    # a shift of its own for each path: what they share, they show
+    beside = t + math.copysign(1e-3 * max(1.0, abs(float(t))), direction)
+    numbers = torch.arange(field.rows, dtype=u0.dtype)
+    shift = (1e-3 * (1.0 + (numbers * 0.6180339887).frac()))[:, None]
+    rows = u0.view(field.rows, field.d)
+    for moved in (rows * (1 + shift) + shift, rows * (1 + shift)):
+        state = moved.reshape(-1)
+        try:
+            eager, _ = _eager(field, beside, state)
+        except Exception:  # outside of where they are defined
+            continue
+        if all(bool(x.isfinite().all()) for x in eager):
+            return _frozen(field, native, beside, state, eager)
+    return "it could not be compared with torch beside the start" if field.rows > 1 else ""
+
+
+def _frozen(
+    field: SDEField, native: NativeSDE, t: Tensor, u: Tensor, eager: tuple[Tensor, Tensor]
+) -> str:
+    roughly = 1e-3 if native.compiled.single else 1e-6
+    for kind, theirs in zip(("drift", "diffusion"), eager, strict=True):
+        off = (native.evaluate(kind, float(t), u, field.rows) - theirs).abs().max()
+        if not float(off) <= roughly * max(float(theirs.abs().max()), 1e-3):
+            if field.rows > 1:
+                return _COUPLED.format(why="they differ where each path has a state of its own")
+            return fields._FROZEN
+    return ""
