@@ -49,6 +49,11 @@ from diffsolve.solvers.stochastic.noise.base import Noise
 
 REVERSE_METHODS = (EulerHeun, LambaEulerHeun)
 _RECENT = 3  # steps that the first reverse one is guessed from
+_TWICE = (
+    "The correction of an Ito equation needs second derivatives of g. Where it has none, for "
+    "instance by a custom autograd function, use DiscreteAdjoint(), or write the equation as a "
+    "Stratonovich one."
+)
 _LOOKS = 8  # saved states in which the structure of g is looked at, about
 _ROUNDING = 1e3  # units in which products that ought to be in proportion may differ
 
@@ -180,7 +185,12 @@ class StochasticReverse(ReverseField):
         outputs, bars = [moved], [bar.detach()]
         if correction is not None:
             outputs, bars = [moved, correction], [*bars, correction.new_full((), -h)]
-        by_bar, by_u, *by_p = self.pull(outputs, bars, [bar, u, *self.params])
+        try:
+            by_bar, by_u, *by_p = self.pull(outputs, bars, [bar, u, *self.params])
+        except RuntimeError as error:
+            if correction is not None:
+                error.add_note(_TWICE)
+            raise
         return self._joined(moved.detach() + by_bar, by_u, by_p)
 
     def _joined(self, du: Tensor, by_u: Tensor, by_p: list[Tensor]) -> Tensor:
