@@ -18,6 +18,7 @@ from diffsolve import (
     ReturnCode,
     SDEProblem,
     SolveError,
+    VirtualBrownianTree,
 )
 
 ADAPTIVE = [LambaEM(), LambaEulerHeun(), SOSRI()]
@@ -343,6 +344,33 @@ def test_replay_in_another_precision() -> None:
     again = solve(small, EM(), dt=0.1, noise=sol.noise)
     assert again.u.dtype == torch.float32
     torch.testing.assert_close(again.u.double(), sol.u, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alg", [EM(), *ADAPTIVE], ids=repr)
+def test_a_virtual_tree_is_one_path_for_every_solve(alg) -> None:
+    prob = linear(20, 2, interpretation=of(alg))
+    tree = VirtualBrownianTree(5, 0.0, 1.0, rows=20, m=2)
+    exact = linear_solution(prob, 1.0, tree.increment(0.0, 1.0).W)
+    errors = []
+    for fine in (False, True):
+        tol = 1e-3 if fine else 1e-1
+        options = {"rtol": tol, "atol": tol} if alg.adaptive else {"dt": tol}
+        sol = solve(prob, alg, noise=tree, **options)
+        errors.append(rms(sol.u[-1] - exact))
+    assert errors[1] < 0.3 * errors[0] and errors[1] < 0.05
+    # a value of the path does not depend on what was read before
+    times = torch.rand(9, dtype=DOUBLE).sort().values
+    saved = solve(prob, alg, noise=tree, saveat=times, **options)
+    for i in reversed(range(9)):
+        torch.testing.assert_close(sol(times[i]), saved.u[i], rtol=1e-10, atol=1e-10)
+
+
+def test_a_tree_in_either_direction() -> None:
+    prob = linear(50, interpretation="stratonovich")
+    tree = VirtualBrownianTree(5, -1.0, 2.0, rows=50, m=1)
+    there = solve(prob, EulerHeun(), noise=tree, dt=1 / 256)
+    back = solve(prob.remake(u0=there.u[-1], tspan=(1.0, 0.0)), EulerHeun(), noise=tree, dt=1 / 200)
+    assert rms(back.u[-1] - prob.u0) < 0.02
 
 
 # -- work, and failures --------------------------------------------------------------------------

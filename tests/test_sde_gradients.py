@@ -22,6 +22,7 @@ from diffsolve import (
     LambaEulerHeun,
     RKMil,
     SDEProblem,
+    VirtualBrownianTree,
 )
 
 METHODS = [EM(), LambaEM(), SOSRI(), EulerHeun(), LambaEulerHeun(), RKMil("stratonovich")]
@@ -379,6 +380,15 @@ def test_gradients_along_a_path_that_is_given() -> None:
     expected = differences(prob, SOSRI(), **options)
     for sensealg in SENSEALGS:
         assert_near(gradients(prob, SOSRI(), sensealg, **options)[1], expected, 1e-7)
+
+
+@pytest.mark.parametrize("alg", [LambaEM(), SOSRI()], ids=repr)
+def test_gradients_along_a_virtual_tree(alg) -> None:
+    tree = VirtualBrownianTree(5, 0.0, 1.0, rows=3, m=2)
+    options = {"noise": tree, "dt": 0.05, "adaptive": False, "saveat": SAVES}
+    expected = differences(nonlinear("diagonal"), alg, **options)
+    for sensealg in SENSEALGS:
+        assert_near(gradients(nonlinear("diagonal"), alg, sensealg, **options)[1], expected, 1e-7)
 
 
 @pytest.mark.parametrize("alg", [EM(), SOSRI()], ids=repr)
