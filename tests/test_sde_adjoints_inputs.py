@@ -354,8 +354,9 @@ REFUSED = [
         for x in CONTINUOUS
     ),
     Refused(
-        "no second derivative of g", RuntimeError, "lose gradient second derivatives of g DiscreteAdjoint()",
-        ALONG, problem={"g": once}, then=backward,
+        "no second derivative of g", RuntimeError,
+        "lose gradient second derivatives of g DiscreteAdjoint()", ALONG, problem={"g": once},
+        then=backward,
     ),
     # losses
     Refused(

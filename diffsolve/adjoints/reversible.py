@@ -84,15 +84,20 @@ class ReversibleTape(StepTape):
         for i in reversed(range(len(self.records))):
             record = self.records[i]
             known = record.state
-            if not known or (record.restart and state):
+            if state:
                 state = self._undone(record, field, state)
-                worst = max(worst, _distance(state[0], known[0])) if known else worst
-            # from a restart on, what is known is the same to the last digit
-            state = known or state
+                if known:
+                    worst = max(worst, _distance(state[0], known[0]))
+            else:  # the last step before a restart, or of all
+                state = known
             yield i, [record], [state]
             if record.restart:
                 state = ()
         _warn_of(worst, field.dtype)
+
+    def led_to(self, begin: int, state: tuple[Tensor, ...]) -> Tensor:
+        known = self.records[begin].state
+        return known[0] if known else state[0]
 
     @staticmethod
     def _undone(
@@ -106,7 +111,8 @@ class ReversibleTape(StepTape):
 def _distance(reached: Tensor, known: Tensor) -> float:
     """Of a state from the one that it ought to be, relative to its largest entry."""
     size = float(known.abs().amax())
-    return float((reached - known).abs().amax()) / max(size, torch.finfo(known.dtype).tiny)
+    apart = float((reached - known).abs().nan_to_num(nan=math.inf).amax())
+    return apart / max(size, torch.finfo(known.dtype).tiny)
 
 
 def _warn_of(worst: float, dtype: torch.dtype) -> None:

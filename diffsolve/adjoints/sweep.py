@@ -61,6 +61,7 @@ class Sweep:
                 run = slice(low, high)
                 state_bar = self._through_run(begin + low, records[run], states[run], state_bar)
                 self._after = states[low][0]
+            self._after = tape.led_to(begin, states[0])
         if not float(self._off) <= 1 and not (self.field.low_eps and self._repeats(tape)):
             raise RuntimeError(CHANGED)
         u_bar = state_bar[0] if state_bar else None

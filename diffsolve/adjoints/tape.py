@@ -93,6 +93,10 @@ class StepTape:
                 states.append(state)
         return states
 
+    def led_to(self, begin: int, state: tuple[Tensor, ...]) -> Tensor:
+        """Where the step before the one at ``begin`` led, which starts from ``state``."""
+        return state[0]
+
     def backward(
         self, field: VectorField
     ) -> Iterator[tuple[int, list[Record], list[tuple[Tensor, ...]]]]:
