@@ -67,10 +67,9 @@ class Stats:
     compile_s: float = 0.0
     adjoint: Stats | None = None
 
-    def count(self, counts: dict[str, int]) -> None:
-        """Note work done, by the names of the fields."""
-        for name, value in counts.items():
-            setattr(self, name, value)
+    def count(self, counts: tuple[int, int, int, int, int]) -> None:
+        """Note work done: ``nf, njac, nlu, nsolve, nnewton``."""
+        self.nf, self.njac, self.nlu, self.nsolve, self.nnewton = counts
 
     def __str__(self) -> str:
         shown = [f"{self.naccept} steps", f"{self.nreject} rejected", f"nf={self.nf}"]

@@ -34,6 +34,9 @@ from diffsolve.times import SaveTimes, ordered_stops, snapped
 
 _MOST_UNKNOWNS = 500  # up to which alg=None may use dense matrices
 _TSIT5, _VERN7, _AUTO_TSIT5, _AUTO_VERN7 = Tsit5(), Vern7(), AutoTsit5(), AutoVern7()
+_PLAIN = frozenset((float, int, type(None)))
+_MOST_SETTINGS = 100
+_known_settings: dict[Any, Settings] = {}  # nothing changes settings
 _STEPS_NEED_DISCRETE = (
     "sol.steps.{name} has no gradient under {sensealg}: a continuous adjoint differentiates the "
     "equation, not the solver's steps. Use sensealg=DiscreteAdjoint(), or the local regularizer "
@@ -150,23 +153,10 @@ def solve(
     direction = 1.0 if t1 >= t0 else -1.0
     saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
     stops, field.breaks = ordered_stops(tstops, t0, t1)
-    settings = Settings(
-        tolerance=Tolerance.build(rtol, atol, field.structure, norm),
-        controller=alg.default_controller() if controller is None else controller,
-        controller_stiff=(
-            alg.stiff.default_controller()
-            if controller is None and isinstance(alg, AutoSwitch)
-            else None
-        ),
-        adaptive=adaptive and alg.adaptive,
-        dt=None if dt is None else _constant("dt", dt),
-        dtmin=float(dtmin),
-        dtmax=float(dtmax),
-        maxiters=_counted(maxiters),
-        tstops=stops,
-        progress=progress,
+    limits = (dt, dtmin, dtmax, maxiters)
+    settings = _settings(
+        alg, field, rtol, atol, norm, controller, adaptive, limits, stops, progress
     )
-    _check(settings, alg)
     field.accuracy = settings.tolerance
 
     transformed = transforms_active()
@@ -264,6 +254,55 @@ def _checked_algorithm(
             "real and imaginary parts (torch.view_as_real), or use an explicit method"
         )
     return alg
+
+
+def _settings(
+    alg: Algorithm,
+    field: VectorField,
+    rtol: Any,
+    atol: Any,
+    norm: Callable[[Any], Any] | None,
+    controller: Controller | None,
+    adaptive: bool,
+    limits: tuple[Any, Any, Any, Any],
+    stops: tuple[float, ...],
+    progress: bool,
+) -> Settings:
+    """How to integrate, checked; plain numbers give the same settings again, not a copy."""
+    stiff = None
+    if controller is None:
+        controller = alg.default_controller()
+        if isinstance(alg, AutoSwitch):
+            stiff = alg.stiff.default_controller()
+    structure = field.structure
+    numbers = (rtol, atol, *limits)
+    key = None
+    if norm is None and not stops and _PLAIN.issuperset(map(type, numbers)):
+        ids = id(controller), id(stiff)  # the settings that are kept hold on to both
+        place = structure.time_dtype, structure.device
+        key = (alg.key, *ids, *numbers, adaptive, progress, *place)
+        found = _known_settings.get(key)
+        if found is not None:
+            return found
+    dt, dtmin, dtmax, maxiters = limits
+    settings = Settings(
+        tolerance=Tolerance.build(rtol, atol, structure, norm),
+        controller=controller,
+        controller_stiff=stiff,
+        adaptive=adaptive and alg.adaptive,
+        dt=None if dt is None else _constant("dt", dt),
+        dtmin=float(dtmin),
+        dtmax=float(dtmax),
+        maxiters=_counted(maxiters),
+        tstops=stops,
+        progress=progress,
+    )
+    _check(settings, alg)
+    if key is not None:
+        if len(_known_settings) >= _MOST_SETTINGS:
+            _known_settings.clear()
+        _known_settings[key] = settings
+    return settings
 
 
 def _check_jacobian(field: VectorField, t: Tensor, u: Tensor) -> None:

@@ -37,13 +37,7 @@ RETCODES = {
     L.UNSTABLE: ReturnCode.UNSTABLE,
     L.NEWTON_FAILED: ReturnCode.NEWTON_FAILED,
 }
-_COUNTERS = {
-    "nf": L.NF,
-    "njac": L.NJAC,
-    "nlu": L.NLU,
-    "nsolve": L.NSOLVE,
-    "nnewton": L.NNEWTON,
-}
+_COUNTERS = (L.NF, L.NJAC, L.NLU, L.NSOLVE, L.NNEWTON)
 _TROUBLES = {
     L.NOT_FINITE: Trouble.NOT_FINITE,
     L.NOT_CONVERGED: Trouble.DIVERGED,
@@ -78,6 +72,7 @@ def write_tolerance(
 
 
 Reverse = tuple[int, int, int, Kernel]
+Counts = tuple[int, int, int, int, int]  # as Stats.count takes them
 
 
 class Template:
@@ -165,6 +160,15 @@ class Template:
 
 def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
     """The template of such solves, from those that were made before."""
+    key, latest = alg.key, compiled.latest_template
+    if latest is not None and latest[0] is settings and latest[1] == key:
+        return latest[2]
+    found = _find_template(compiled, alg, settings)
+    compiled.latest_template = settings, key, found
+    return found
+
+
+def _find_template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
     methods = (alg.nonstiff, alg.stiff) if isinstance(alg, AutoSwitch) else (alg,)
     key = (
         *(getattr(x, "tableau", x) for x in methods),
@@ -331,12 +335,13 @@ class Memory:
         copy.integers[L.STOPS] = copy.arguments[1] + 8 * L.T_END  # read only while going forward
         return copy
 
-    def counts(self) -> dict[str, int]:
-        """Work done, by the names of ``Stats``."""
-        return {name: self.integers[slot] for name, slot in _COUNTERS.items()}
+    def counts(self) -> Counts:
+        """Work done, for ``Stats.count``."""
+        integers = self.integers
+        return (integers[L.NF], *integers[L.NJAC : L.NNEWTON + 1])  # type: ignore[return-value]
 
     def restart_counts(self) -> None:
-        for slot in _COUNTERS.values():
+        for slot in _COUNTERS:
             self.integers[slot] = 0
 
     def steps(self) -> np.ndarray:
@@ -494,7 +499,7 @@ class NativeTrajectory:
     error: Tensor
     error_norm: Tensor
     stiffness: Tensor
-    counts: dict[str, int]
+    counts: Counts
     nreject: int
     final_t: float
     final_h: float
