@@ -139,10 +139,17 @@ class Solution:
     u: Any
     retcode: ReturnCode
     stats: Stats
-    steps: Steps
     message: str = ""
+    _steps: Any = field(default=None, repr=False)  # or what makes them when they are asked for
     _interpolate: Callable[[Any, int], Any] | None = field(default=None, repr=False)
     _job: Any = field(default=None, repr=False)  # how it was solved, for local regularizers
+
+    @property
+    def steps(self) -> Steps:
+        """The accepted steps with their estimates."""
+        if not isinstance(self._steps, Steps):
+            self._steps = self._steps()
+        return self._steps
 
     @property
     def success(self) -> bool:

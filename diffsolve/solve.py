@@ -17,7 +17,7 @@ from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, template
 from diffsolve.engines.native.field import find
-from diffsolve.engines.torch_engine import Settings
+from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
@@ -344,15 +344,9 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
     u, times = outputs.u, saves.as_tensor(job.span, trajectory.t)
     moving = saves.inside(times, job.span) if sensealg.handles_time else times
     u = attach_saved(u, moving, field, job.t0, job.t1)
-    steps = Steps(
-        _as_column(trajectory.step_t),
-        _as_column(trajectory.step_h),
-        outputs.error,
-        outputs.error_norm,
-        outputs.stiffness,
-    )
+    steps = _steps_of(trajectory, outputs)
     if u.requires_grad and not isinstance(sensealg, (NoAdjoint, DiscreteAdjoint)):
-        steps = _refusing_gradients(steps, u, sensealg)
+        steps = _refusing_gradients(steps() if callable(steps) else steps, u, sensealg)
     if isinstance(trajectory, NativeTrajectory):
         stats.count(trajectory.counts)
     else:
@@ -365,11 +359,24 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
         u=field.structure.unravel(u),
         retcode=trajectory.retcode,
         stats=stats,
-        steps=steps,
+        _steps=steps,
         message=trajectory.message,
         _interpolate=_dense_reader(job, sensealg, trajectory.dense, u),
         _job=job,
     )
+
+
+def _steps_of(
+    trajectory: Trajectory | NativeTrajectory, outputs: Outputs
+) -> Steps | Callable[[], Steps]:
+    if not isinstance(trajectory, NativeTrajectory):
+        times = _as_column(trajectory.step_t), _as_column(trajectory.step_h)
+    elif outputs.error is None:
+        return trajectory.columns.steps  # most users never look
+    else:
+        times = trajectory.columns.times()
+    estimates: Any = outputs.error, outputs.error_norm, outputs.stiffness
+    return Steps(*times, *estimates)
 
 
 def _dense_reader(
@@ -402,9 +409,7 @@ def _dense_reader(
     return interpolate
 
 
-def _as_column(values: Tensor | list[Any]) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
+def _as_column(values: list[Any]) -> Tensor:
     if any(isinstance(x, Tensor) for x in values):
         return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in values])
     return torch.tensor(values, dtype=torch.float64)

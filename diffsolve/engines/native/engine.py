@@ -23,7 +23,7 @@ from diffsolve.engines.native.kernels import Kernel, kernel
 from diffsolve.engines.native.method import Method, address, method_of, set_controller
 from diffsolve.engines.native.switching import Run, join_dense, switch
 from diffsolve.engines.torch_engine import Settings, progress_bar
-from diffsolve.solution import ReturnCode
+from diffsolve.solution import ReturnCode, Steps
 from diffsolve.solvers.algorithm import Algorithm, Trouble
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.newton import kappa
@@ -488,17 +488,40 @@ class Memory:
                 return status
 
 
+@dataclass(slots=True)
+class StepColumns:
+    """Start, size and estimates of the steps: rows of a table, which are made tensors when asked.
+
+    Attributes
+    ----------
+    table
+        ``(5, n)`` float64; single numbers fill the first half of a row.
+    dtype
+        Of the estimates.
+    """
+
+    table: np.ndarray
+    dtype: np.dtype
+
+    def times(self) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.table[0]), torch.from_numpy(self.table[1])
+
+    def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``error, error_norm, stiffness``."""
+        e, norm, stiffness = self.table[2:].view(self.dtype)[:, : self.table.shape[1]]
+        return torch.from_numpy(e), torch.from_numpy(norm), torch.from_numpy(stiffness)
+
+    def steps(self) -> Steps:
+        return Steps(*self.times(), *self.estimates())
+
+
 @dataclass
 class NativeTrajectory:
     """What a native solve gives back; as ``torch_engine.Trajectory``, with tensors for lists."""
 
     t: Sequence[float]
     u: Tensor
-    step_t: Tensor
-    step_h: Tensor
-    error: Tensor
-    error_norm: Tensor
-    stiffness: Tensor
+    columns: StepColumns
     counts: Counts
     nreject: int
     final_t: float
@@ -511,7 +534,7 @@ class NativeTrajectory:
 
     @property
     def naccept(self) -> int:
-        return len(self.step_t)
+        return self.columns.table.shape[1]
 
 
 def integrate(
@@ -547,26 +570,19 @@ def integrate(
             bar.close()
     kernel_s = time.perf_counter() - started
     integers, reals, held = memory.integers, memory.reals, memory.held
-    from_numpy = torch.from_numpy
-    count, saved = integers[L.ACCEPTED], integers[L.SAVED]
-    # copies: the reverse pass and dense output go by these
-    rows = memory.steps().copy()
-    step_t, step_h = from_numpy(rows[0]), from_numpy(rows[1])
-    estimates = rows[2:].view(memory.dtype)[:, :count]
+    saved = integers[L.SAVED]
+    # a copy: the reverse pass and dense output go by these
+    table = memory.steps().copy()
     if wanted.times is None:
-        ends = [*step_t.tolist(), reals[L.T]]
+        ends = [*table[0].tolist(), reals[L.T]]
         times: Sequence[float] = ends[:saved]
     else:
         times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]  # type: ignore[assignment]
     out = held[L.OUT_U]
     found = NativeTrajectory(
         t=times,
-        u=from_numpy(out if saved == len(out) else out[:saved]),
-        step_t=step_t,
-        step_h=step_h,
-        error=from_numpy(estimates[0]),
-        error_norm=from_numpy(estimates[1]),
-        stiffness=from_numpy(estimates[2]),
+        u=torch.from_numpy(out if saved == len(out) else out[:saved]),
+        columns=StepColumns(table, memory.dtype),
         counts=memory.counts(),
         nreject=integers[L.REJECTED],
         final_t=reals[L.T],
