@@ -194,6 +194,10 @@ def solve(
     if not sensealg.handles_time:
         u0 = attach_start(u0, prob.tspan[0], field, direction)
 
+    keep_dense = saves.array is None if dense is None else dense
+    if native is not None and (keep_dense or not isinstance(sensealg, NoAdjoint)):
+        native.keep_params()
+
     job = Job(
         field=field,
         alg=alg,
@@ -204,7 +208,7 @@ def solve(
         span=prob.tspan,
         settings=sensealg.prepared(settings),
         saves=saves,
-        dense=saves.array is None if dense is None else dense,
+        dense=keep_dense,
         native=native,
         stats=stats,
     )

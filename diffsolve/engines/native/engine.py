@@ -58,10 +58,6 @@ _BYTES = ctypes.c_char * 0
 _RECORDS = (L.PARAMS, L.STEP_T, L.MARKS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL)
 
 
-def _nothing() -> None:
-    """No more than the method itself needs."""
-
-
 def write_tolerance(
     tolerance: Tolerance, slots: Sequence[int], integers: Any, held: dict[int, Any]
 ) -> None:
@@ -253,6 +249,10 @@ class Memory:
         Address of what is integrated, and its Jacobian; default: the right-hand side.
     """
 
+    source: Memory | None = None  # keeps alive what a copy points to
+    jacobian_at_work: Jacobian | None = None
+    identity: np.ndarray | None = None  # so do polynomials that stand for stages
+
     def __init__(
         self,
         native: NativeField,
@@ -267,16 +267,12 @@ class Memory:
         self.method: Method = template.method
         self.most_rows, self.most_stages = template.most_rows, template.most_stages
         self.runs = [Run(template, 0)]
-        self.prepare_stiff: Callable[[], Any] = _nothing
         self.n = n
         self.dtype = _FLOAT32 if native.compiled.single else _FLOAT64
         self.item = self.dtype.itemsize
         self.integers = integers = template.integers[:]
         self.reals = reals = template.reals[:]
         self.held: dict[int, Any] = template.held.copy()
-        self.source: Memory | None = None  # keeps alive what a copy points to
-        self.jacobian_at_work: Jacobian | None = None
-        self.identity: np.ndarray | None = None  # so do polynomials that stand for stages
         self.arguments = integers.buffer_info()[0], reals.buffer_info()[0]
         integers[L.N] = n
         integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = 1, self.arguments[0] + 8 * L.N
@@ -289,6 +285,9 @@ class Memory:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
             integers[L.N_BREAKS] = len(breaks)
         self.work()
+
+    def prepare_stiff(self) -> Any:
+        """Make what the reverse pass of the stiff method needs; where one is wanted, set anew."""
 
     def work(self) -> None:
         """A work space, which each call of a kernel that may run beside others needs."""

@@ -65,7 +65,8 @@ class NativeField:
     tensors
         What it uses besides ``t`` and ``u``, one tensor a block of the flat parameters.
     params
-        Those numbers, flat, as they were when the solve began.
+        Those numbers, flat. They are the tensor's own until ``keep_params`` makes a copy, for what
+        reads them after the solve.
     template
         What the kernels are given in such solves, filled in by the engine.
     """
@@ -81,7 +82,12 @@ class NativeField:
         ]
         flat = [x.detach() for x in self.tensors]
         flat = [x if x.dim() == 1 else x.reshape(-1) for x in flat]
-        self.params = flat[0].clone() if len(flat) == 1 else torch.cat(flat) if flat else _NOTHING
+        self._borrowed = len(flat) == 1 and flat[0].is_contiguous()
+        self.params = flat[0] if self._borrowed else torch.cat(flat) if flat else _NOTHING
+
+    def keep_params(self) -> None:
+        if self._borrowed:
+            self.params, self._borrowed = self.params.clone(), False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeField:
         return self  # nothing changes it, and machine code has no copies
