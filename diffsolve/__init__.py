@@ -1,4 +1,4 @@
-"""diffsolve: differentiable ODE solvers for PyTorch that expose their internal estimates."""
+"""diffsolve: differentiable solvers of ODEs and SDEs for PyTorch that expose their estimates."""
 
 from diffsolve import nn, problems, regularization
 from diffsolve.adjoints.backsolve import BacksolveAdjoint, BacksolveWarning
@@ -7,6 +7,7 @@ from diffsolve.adjoints.interpolating import InterpolatingAdjoint
 from diffsolve.adjoints.sensealg import Sensealg
 from diffsolve.jacobian import check_jacobian, jacobian_sparsity
 from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.sde import SDEProblem
 from diffsolve.solution import ReturnCode, Solution, SolveError, Stats, Steps
 from diffsolve.solve import solve
 from diffsolve.solvers.algorithm import Algorithm
@@ -56,6 +57,7 @@ from diffsolve.solvers.sdirk.methods import (
     Trapezoid,
 )
 from diffsolve.solvers.sdirk.tableau import SDIRKTableau
+from diffsolve.solvers.stochastic.low_order import EM, EulerHeun, LambaEM, LambaEulerHeun
 from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 
 __version__ = "0.1.0"
@@ -64,6 +66,7 @@ __all__ = [
     "BS3",
     "DP5",
     "DP8",
+    "EM",
     "RK4",
     "ROS3P",
     "SDIRK",
@@ -78,6 +81,7 @@ __all__ = [
     "Controller",
     "DiscreteAdjoint",
     "Euler",
+    "EulerHeun",
     "ExplicitRK",
     "Heun",
     "IController",
@@ -91,6 +95,8 @@ __all__ = [
     "Kvaerno3",
     "Kvaerno4",
     "Kvaerno5",
+    "LambaEM",
+    "LambaEulerHeun",
     "Midpoint",
     "ODEProblem",
     "PIController",
@@ -106,6 +112,7 @@ __all__ = [
     "Rosenbrock23",
     "Rosenbrock32",
     "RosenbrockTableau",
+    "SDEProblem",
     "SDIRKTableau",
     "Sensealg",
     "Solution",

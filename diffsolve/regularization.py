@@ -19,9 +19,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffsolve.problems.sde_field import SDEField
 from diffsolve.solution import Solution
 from diffsolve.solvers.initial_step import initial_step
 from diffsolve.solvers.norms import Estimates, measure
+from diffsolve.solvers.stochastic.setup import brownian_path
 
 Reduction = Literal["sum", "mean", "max"]
 Sampling = Literal["unbiased", "biased"]
@@ -140,7 +142,8 @@ def local_error_estimate(
         Take the step at this ``(t, u)`` instead, for instance a saved time and state, through
         which gradients flow too.
     generator
-        Source of the random time; None: torch's default.
+        Source of the random time, and of the noise of an SDE's step, which follows a path of its
+        own; None: torch's default.
 
     Returns
     -------
@@ -214,6 +217,8 @@ def _local_step(
     if remaining == 0:
         raise ValueError(f"no step can be taken from t = {t:.8g}: it is the end of tspan")
     direction = math.copysign(1.0, remaining)
+    if isinstance(field, SDEField):
+        field = field.along(brownian_path(field, alg, generator, None, (t, job.t1)))
     with torch.no_grad():
         du = field(field.time(t), u)
         size = initial_step(

@@ -35,6 +35,8 @@ class Stats:
     nf
         Evaluations of the right-hand side, those for the initial step size included. In
         ``adjoint``: evaluations differentiated by the reverse pass.
+    ng
+        The same of the diffusion of an SDE.
     njac, nlu, nsolve, nnewton
         Jacobians, factorisations, linear solves and Newton iterations (implicit methods).
     naccept, nreject
@@ -53,6 +55,7 @@ class Stats:
     """
 
     nf: int = 0
+    ng: int = 0
     njac: int = 0
     nlu: int = 0
     nsolve: int = 0
@@ -75,7 +78,7 @@ class Stats:
         shown = [f"{self.naccept} steps", f"{self.nreject} rejected", f"nf={self.nf}"]
         shown += [
             f"{name}={getattr(self, name)}"
-            for name in ("njac", "nlu", "nsolve", "nnewton")
+            for name in ("ng", "njac", "nlu", "nsolve", "nnewton")
             if getattr(self, name)
         ]
         return f"{', '.join(shown)}, {self.wall_s * 1e3:.3g} ms ({self.engine})"
@@ -133,6 +136,9 @@ class Solution:
         Work done, and the accepted steps with their estimates.
     message
         What happened, in a sentence, where the solve failed.
+    noise
+        Brownian path of an SDE, for ``solve(..., noise=sol.noise)``: the same path at other
+        tolerances, with another method, or backward. None for an ODE.
     """
 
     t: Tensor
@@ -141,6 +147,7 @@ class Solution:
     stats: Stats
     message: str = ""
     _steps: Any = field(default=None, repr=False)  # or what makes them when they are asked for
+    noise: Any = field(default=None, repr=False)
     _interpolate: Callable[[Any, int], Any] | None = field(default=None, repr=False)
     _job: Any = field(default=None, repr=False)  # how it was solved, for local regularizers
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffsolve.adjoints.discrete import DiscreteAdjoint
-from diffsolve.adjoints.select import choose, refuse_moving_times, transforms_active
+from diffsolve.adjoints.select import (
+    choose,
+    refuse_for_noise,
+    refuse_moving_times,
+    transforms_active,
+)
 from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.native.declined import Declined
@@ -19,6 +25,8 @@ from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, templ
 from diffsolve.engines.native.field import find
 from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.sde import SDEProblem
+from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Solution, SolveError, Stats, Steps
@@ -29,6 +37,8 @@ from diffsolve.solvers.given_jacobian import given_jacobian
 from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.jacobian_layout import checked_pattern
 from diffsolve.solvers.norms import Tolerance
+from diffsolve.solvers.stochastic.method import StochasticMethod
+from diffsolve.solvers.stochastic.setup import brownian_path, refuse_noise, stochastic_method
 from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 from diffsolve.times import SaveTimes, ordered_stops, snapped
 
@@ -42,6 +52,10 @@ _STEPS_NEED_DISCRETE = (
     "equation, not the solver's steps. Use sensealg=DiscreteAdjoint(), or the local regularizer "
     "diffsolve.regularization.local_error_estimate, which works under every sensealg."
 )
+_NO_ESTIMATE = (
+    "sol.steps.{name} has no gradient: a step of {alg} estimates no such thing. Use a method that "
+    "does, such as LambaEM(), LambaEulerHeun() or SOSRI()."
+)
 _DENSE_NEEDS_TAPE = (
     "sol(t) has no gradient under {sensealg}: list the times in saveat, whose values do, or use "
     "sensealg=DiscreteAdjoint(tape=True)."
@@ -49,7 +63,7 @@ _DENSE_NEEDS_TAPE = (
 
 
 def solve(
-    prob: ODEProblem,
+    prob: ODEProblem | SDEProblem,
     alg: Algorithm | None = None,
     *,
     sensealg: Sensealg | None = None,
@@ -69,8 +83,10 @@ def solve(
     engine: str = "auto",
     progress: bool = False,
     throw: bool = True,
+    seed: Any = None,
+    noise: Any = None,
 ) -> Solution:
-    """Solve an initial value problem; the solution can be differentiated.
+    """Solve an initial value problem of an ODE or an SDE; the solution can be differentiated.
 
     Parameters
     ----------
@@ -82,7 +98,9 @@ def solve(
         problem is stiff. ``Tsit5()`` or ``Vern7()`` alone where no matrix is to be had: for complex
         states; for those of more than 500 numbers, unless they are a batch ``(..., d)`` of rows
         with ``d <= 500``; with fixed steps; under ``torch.func`` transforms and forward mode.
-        ``sol.stats.alg`` tells.
+        For an SDE: ``SOSRA()`` where the noise is additive; ``SOSRI()``, or in the sense of
+        Stratonovich ``RKMil("stratonovich")``, where it is diagonal or scalar; else ``LambaEM()``
+        or ``LambaEulerHeun()``. ``sol.stats.alg`` tells.
     sensealg
         How to differentiate. None: ``DiscreteAdjoint()`` where something requires a gradient;
         ``DiscreteAdjoint(tape=True)`` under ``torch.func`` transforms and forward mode.
@@ -123,6 +141,14 @@ def solve(
     throw
         Raise ``SolveError`` when the solve fails; False: return the partial solution, whose
         ``retcode`` and ``message`` tell why.
+    seed
+        Of the noise of an SDE: an integer, with which path ``i`` of a batch is the same whatever
+        the size of the batch; an integer tensor of the batch's shape, a seed a path; a
+        ``torch.Generator``, to draw one from. None: one drawn from torch's default generator, so
+        that ``torch.manual_seed`` decides it. ``sol.noise.seed`` tells.
+    noise
+        A Brownian path for an SDE to follow: ``sol.noise`` of another solve, of the same shapes,
+        or a ``VirtualBrownianTree``. It stays as it is.
 
     Returns
     -------
@@ -143,12 +169,18 @@ def solve(
     tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
     """
     started = time.perf_counter()
-    if not isinstance(prob, ODEProblem):
-        raise TypeError(f"prob must be an ODEProblem, got {type(prob).__name__}")
+    if not isinstance(prob, (ODEProblem, SDEProblem)):
+        kind = type(prob).__name__
+        raise TypeError(f"prob must be an ODEProblem or an SDEProblem, got {kind}")
     if engine not in ("auto", "torch", "native"):
         raise ValueError(f'engine must be "auto", "torch" or "native", got {engine!r}')
-    field = VectorField.of(prob)
-    alg = _checked_algorithm(alg, prob, rtol, adaptive, field)
+    if isinstance(prob, SDEProblem):
+        field = SDEField.of(prob)
+        alg = stochastic_method(alg, prob)
+    else:
+        refuse_noise(seed, noise)
+        field = VectorField.of(prob)
+        alg = _checked_algorithm(alg, prob, rtol, adaptive, field)
     t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
     direction = 1.0 if t1 >= t0 else -1.0
     saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
@@ -165,12 +197,16 @@ def solve(
     if alg.is_implicit and (field.jac is not None or field.jac_sparsity is not None):
         _check_jacobian(field, field.after(t0, direction), u0.detach())
     moving = u0.requires_grad or saves.differentiable(prob.tspan)
+    if isinstance(field, SDEField):
+        refuse_for_noise(sensealg, recording and saves.differentiable(prob.tspan))
     stats = Stats(engine="torch", alg=alg.name)
     native, du0, asked = None, None, sensealg
     if engine != "torch":
         try:
             if transformed:
                 raise Declined("a torch.func transform looks on")
+            if isinstance(field, SDEField):
+                raise Declined("it does not run SDEs")
             native = find(field, t0, u0, direction, guard=engine == "auto")
             if recording:
                 field.params = native.differentiable(field, u0.requires_grad)
@@ -189,6 +225,9 @@ def solve(
             raise ValueError(f'engine="native" cannot run this solve: {why}')
         sensealg = choose(asked, recording and (moving or bool(field.params)))
     assert sensealg is not None
+    if isinstance(field, SDEField):
+        fixed = None if settings.adaptive else settings.dt
+        field.path = brownian_path(field, alg, seed, noise, (t0, t1), fixed)
     if transformed:
         refuse_moving_times([*([] if sensealg.handles_time else prob.tspan), saveat])
     if not sensealg.handles_time:
@@ -351,6 +390,8 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
     steps = _steps_of(trajectory, outputs)
     if u.requires_grad and not isinstance(sensealg, (NoAdjoint, DiscreteAdjoint)):
         steps = _refusing_gradients(steps() if callable(steps) else steps, u, sensealg)
+    elif u.requires_grad and isinstance(job.alg, StochasticMethod) and not transforms_active():
+        steps = _refusing_missing(steps() if callable(steps) else steps, u, job.alg)
     if isinstance(trajectory, NativeTrajectory):
         stats.count(trajectory.counts)
     else:
@@ -365,6 +406,7 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
         stats=stats,
         _steps=steps,
         message=trajectory.message,
+        noise=field.path if isinstance(field, SDEField) else None,
         _interpolate=_dense_reader(job, sensealg, trajectory.dense, u),
         _job=job,
     )
@@ -425,3 +467,16 @@ def _refusing_gradients(steps: Steps, anchor: Tensor, sensealg: Sensealg) -> Ste
         return undifferentiable(getattr(steps, name), anchor, message)
 
     return Steps(steps.t, steps.h, guard("error"), guard("error_norm"), guard("stiffness"))
+
+
+def _refusing_missing(steps: Steps, anchor: Tensor, alg: StochasticMethod) -> Steps:
+    """Estimates that a method lacks are zero: to optimise them would do nothing, silently."""
+    missing = [] if alg.adaptive else ["error", "error_norm"]
+    missing += [] if alg.estimates_stiffness else ["stiffness"]
+    refusing = {
+        name: undifferentiable(
+            getattr(steps, name), anchor, _NO_ESTIMATE.format(name=name, alg=alg.name)
+        )
+        for name in missing
+    }
+    return replace(steps, **refusing)

@@ -67,6 +67,10 @@ class DiscreteAdjoint(Sensealg):
     def handles_time(self) -> bool:  # type: ignore[override]
         return self.through_step_size
 
+    @property
+    def handles_noise(self) -> bool:  # type: ignore[override]
+        return not self.through_step_size  # a Brownian path has no derivative by time
+
     def prepared(self, settings: Settings) -> Settings:
         return replace(settings, h_on_tape=True) if self.through_step_size else settings
 
@@ -138,7 +142,7 @@ class _Discrete(torch.autograd.Function):
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
         sweep = Sweep(job, cotangents, ctx.final)
         du0, dparams = sweep.run(tape)
-        stats.nf, stats.naccept = sweep.nf, len(tape.records)
+        stats.nf, stats.naccept = sweep.field.nf, len(tape.records)
         sweep.field.count_in(stats)
         stats.wall_s = time.perf_counter() - started
         return (None, du0, *dparams)

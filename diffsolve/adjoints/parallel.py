@@ -30,6 +30,7 @@ from torch import Tensor
 from diffsolve.adjoints.sensealg import Job, add_up
 from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
+from diffsolve.problems.sde_field import GivenNoise, SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import summands
 from diffsolve.solvers.norms import measure
@@ -56,8 +57,6 @@ class ParallelSweep:
         The method of such steps.
     enabled
         Whether a batch may still be tried.
-    extra_nf
-        Evaluations of ``f`` that a batch holds beyond the calls that the field counts.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class ParallelSweep:
         self.job, self.field, self.params = job, field, params
         self.alg = job.alg.nonstiff if isinstance(job.alg, AutoSwitch) else job.alg
         self.of_saved, *self.of_estimates = cotangents
-        self.extra_nf = 0
         self.batch = max(1, min(_MOST_STEPS, _MOST_WORK // max(job.field.work, 1)))
         self.rows, self.size = self._blocks()
         self.enabled = (
@@ -135,7 +133,7 @@ class ParallelSweep:
         self, begin: int, records: list[Record], states: list[Tensor], end: Tensor, bar: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]] | None:
         steps = len(records)
-        calls = self.field.nf
+        calls = self._calls()
         u = torch.stack(states).detach().requires_grad_()
         try:
             outputs = self._run_again(records, u)
@@ -144,7 +142,7 @@ class ParallelSweep:
             self.enabled = False
             return None
         refuse_unknown_leaves(reached_leaves(outputs), [u, *self.params])
-        self.extra_nf += (self.field.nf - calls) * (steps - 1)
+        self._count_each(calls, steps)
         u_new, of_u, of_f, values, *estimates = outputs
         known = torch.stack([*states[1:], end])
         off = self.field.rounding_error(u_new, known, (of_u, of_f))
@@ -172,6 +170,16 @@ class ParallelSweep:
             return None
         return bars[0], grads
 
+    def _calls(self) -> tuple[int, int]:
+        return self.field.nf, self.field.ng if isinstance(self.field, SDEField) else 0
+
+    def _count_each(self, before: tuple[int, int], steps: int) -> None:
+        """Count the calls since ``before`` for each of the steps that were run at once."""
+        nf, ng = self._calls()
+        self.field.nf += (nf - before[0]) * (steps - 1)
+        if isinstance(self.field, SDEField):
+            self.field.ng += (ng - before[1]) * (steps - 1)
+
     def _run_again(self, records: list[Record], u: Tensor) -> tuple[Tensor, ...]:
         """New states ``(m, N)``, their summands, values ``(m, most, N)`` inside, estimates."""
         alg, field, tolerance = self.alg, self.field, self.job.settings.tolerance
@@ -182,8 +190,17 @@ class ParallelSweep:
         theta = theta.reshape(len(records), most)
         wanted = any(bar is not None for bar in self.of_estimates)
 
-        def one_step(time: Tensor, theta: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        noise: tuple[Tensor, ...] = ()
+        if isinstance(field, SDEField):
+            saves: Any = self.job.save_times
+            read = [saves[r.first_save : r.first_save + len(r.thetas)] for r in records]
+            inside = [[*x, *[r.t] * (most - len(x))] for x, r in zip(read, records, strict=True)]
+            noise = field.noise_of([(r.t, r.h) for r in records], inside if most else [])
+
+        def one_step(time: Tensor, theta: Tensor, u: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
             t, h = time.unbind()
+            if isinstance(field, SDEField):
+                field.given = GivenNoise(*noise)
             state = alg.init(field, t, u)
             step = alg.step(field, t, h, state)
             reached = step.state[0], *summands(state, h)
@@ -194,8 +211,12 @@ class ParallelSweep:
             found = (torch.as_tensor(x) for x in (e.error, e.error_norm, e.stiffness))
             return *reached, values, *found
 
-        with torch.enable_grad():
-            return torch.vmap(one_step)(times, theta, u)
+        try:
+            with torch.enable_grad():
+                return torch.vmap(one_step)(times, theta, u, *noise)
+        finally:
+            if isinstance(field, SDEField):
+                field.given = None
 
     def _bars_inside(self, records: list[Record], values: Tensor) -> Tensor:
         """Cotangents of the values inside the steps, zero where a step has fewer."""
@@ -238,7 +259,10 @@ class ParallelSweep:
             if end_save is not None and saved is not None:
                 running = running + saved[end_save]
             after[n] = running
-            running = (running.reshape(self.rows, 1, self.size) @ jacobians[n]).reshape(-1)
+            if self.size == 1:
+                running = running * jacobians[n].reshape(-1)
+            else:
+                running = (running.reshape(self.rows, 1, self.size) @ jacobians[n]).reshape(-1)
             if sources is not None:
                 running = running + sources[n]
             before[n] = running

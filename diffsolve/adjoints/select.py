@@ -40,6 +40,26 @@ def refuse_moving_times(times: list[Any]) -> None:
             )
 
 
+def refuse_for_noise(sensealg: Sensealg | None, moving_times: bool) -> None:
+    """Refuse what cannot be differentiated in the solve of an SDE.
+
+    Raises
+    ------
+    ValueError
+        If a gradient by a time is wanted, or the sensealg cannot go back through noise.
+    """
+    if moving_times:
+        raise ValueError(
+            "tspan and saveat have no gradient in an SDE, because a Brownian path has no "
+            "derivative by time: detach them"
+        )
+    if isinstance(sensealg, Sensealg) and not sensealg.handles_noise:
+        raise ValueError(
+            f"{sensealg!r} cannot go back through the noise of an SDE: use DiscreteAdjoint(), "
+            "with checkpoints=... where memory is short, or DiscreteAdjoint(tape=True)"
+        )
+
+
 def choose(sensealg: Sensealg | None, differentiate: bool) -> Sensealg:
     """The sensealg of a solve.
 

@@ -128,9 +128,12 @@ class Sensealg(ABC):
     ----------
     handles_time
         Whether gradients by times are already on the tape, so that none must be attached.
+    handles_noise
+        Whether it can go back through the solve of an SDE.
     """
 
     handles_time: bool = False
+    handles_noise: bool = False
 
     @abstractmethod
     def run(self, job: Job) -> Outputs:
@@ -152,6 +155,8 @@ class Sensealg(ABC):
 
 class NoAdjoint(Sensealg):
     """Nothing requires a gradient."""
+
+    handles_noise = True
 
     def run(self, job: Job) -> Outputs:
         if job.native is not None:

@@ -14,7 +14,7 @@ from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.vector_field import CHANGED
-from diffsolve.solvers.algorithm import summands
+from diffsolve.solvers.algorithm import read, summands
 from diffsolve.solvers.norms import measure, rms
 
 StateBar = list[Tensor | None]
@@ -50,10 +50,6 @@ class Sweep:
         self._expect(final)
         self.dparams: list[Tensor | None] = [None] * len(self.params)
         self.parallel = ParallelSweep(job, self.field, self.params, cotangents)
-
-    @property
-    def nf(self) -> int:
-        return self.field.nf + self.parallel.extra_nf
 
     def run(self, tape: StepTape) -> tuple[Tensor, list[Tensor]]:
         """Gradients by the flat initial state and by the parameters."""
@@ -114,9 +110,10 @@ class Sweep:
             ]
             if record.thetas and self.of_saved is not None:
                 theta = torch.tensor(record.thetas, dtype=torch.float64)
-                first = record.first_save
-                bars = self.of_saved[first : first + len(record.thetas)]
-                pulled.append((step.interpolant(theta), bars))
+                inside = slice(record.first_save, record.first_save + len(record.thetas))
+                times = (self.job.save_times or ())[inside]
+                values = read(step.interpolant, times, theta)
+                pulled.append((values, self.of_saved[inside]))
             if any(bar is not None for bar in self.of_estimates):
                 e = measure(step, leaves[0], self.job.settings.tolerance, on_tape=True)
                 values = (e.error, e.error_norm, e.stiffness)

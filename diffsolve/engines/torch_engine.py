@@ -14,7 +14,7 @@ from diffsolve.engines.diagnosis import explain
 from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import CHANGED, VectorField
 from diffsolve.solution import ReturnCode
-from diffsolve.solvers.algorithm import Algorithm, Step, Trouble
+from diffsolve.solvers.algorithm import Algorithm, Step, Trouble, read
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.initial_step import initial_step
 from diffsolve.solvers.interpolation import DenseOutput
@@ -265,7 +265,7 @@ class _Loop:
         self.restarted = True
         self.anchor, self.since = self.t0, 0  # last stop, and the steps since
         if du0 is None:
-            du0 = self.rhs(self.rhs.after(self.t0, self.direction), self.u0)
+            du0 = self._derivative(self.t0, self.u0)
         self.state = self.alg.init(self.rhs, self.t0, self.u0, du0)
         times = self.saving.times
         if times is None or (len(times) and times[0] == _plain(self.t0)):
@@ -275,6 +275,8 @@ class _Loop:
             return
         self.size: Any = settings.dt
         if self.size is None:
+            if du0 is None:
+                du0 = self.rhs(self.rhs.after(self.t0, self.direction), self.u0)
             with torch.set_grad_enabled(settings.h_on_tape):
                 self.size = initial_step(
                     self.rhs,
@@ -430,9 +432,14 @@ class _Loop:
         self._begin_anew(u if self.on_stop is None else self.on_stop(self.t, u))
 
     def _begin_anew(self, u: Tensor) -> None:
-        du = self.rhs(self.rhs.after(self.t, self.direction), u)
-        self.state = self.alg.init(self.rhs, self.t, u, du)
+        self.state = self.alg.init(self.rhs, self.t, u, self._derivative(self.t, u))
         self.restarted = True
+
+    def _derivative(self, t: Any, u: Tensor) -> Tensor | None:
+        """What the method wants to start with."""
+        if not self.alg.carries_derivative:
+            return None
+        return self.rhs(self.rhs.after(t, self.direction), u)
 
     def _save_within(self, step: Step, t: Any, h: Any, t_new: Any, record: Record | None) -> None:
         times, end = self.saving.times, _plain(t_new)
@@ -455,7 +462,8 @@ class _Loop:
                 theta = torch.stack([torch.as_tensor(x) for x in thetas])
             else:
                 theta = torch.tensor(thetas, dtype=torch.float64)
-            for x, value in zip(inside, step.interpolant(theta).unbind(0), strict=True):
+            values = read(step.interpolant, inside, theta)
+            for x, value in zip(inside, values.unbind(0), strict=True):
                 self._save(x, value)
         if record is not None:
             record.first_save, record.thetas = first, [(x - t) / h for x in inside]

@@ -75,15 +75,16 @@ class ODEProblem:
             raise TypeError(f"jac must be callable as jac(t, u, p), got {type(self.jac).__name__}")
         if isinstance(self.p, Iterator):  # module.parameters() can be read only once
             object.__setattr__(self, "p", tuple(self.p))
-        _check_state(self.u0)
-        object.__setattr__(self, "tspan", _checked_span(self.tspan))
+        check_state(self.u0)
+        object.__setattr__(self, "tspan", checked_span(self.tspan))
 
     def remake(self, **changes: Any) -> ODEProblem:
         """A new problem with some fields changed."""
         return replace(self, **changes)
 
 
-def _check_state(u0: Any) -> None:
+def check_state(u0: Any) -> None:
+    """Raise the errors of a problem whose initial state is wrong."""
     leaves = pytree.tree_leaves(u0)
     if not leaves:
         raise ValueError("u0 is an empty structure: it must hold at least one tensor")
@@ -111,7 +112,8 @@ def _check_state(u0: Any) -> None:
             raise ValueError(f"u0 holds {int((~finite).sum())} NaN or Inf")
 
 
-def _checked_span(tspan: Any) -> tuple[Any, Any]:
+def checked_span(tspan: Any) -> tuple[Any, Any]:
+    """``tspan`` as a pair; a ``ValueError`` where it is not two finite times."""
     try:
         t0, t1 = tspan
         ends = [float(detached(t)) for t in (t0, t1)]

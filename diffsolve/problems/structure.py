@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 
 
@@ -16,12 +18,18 @@ def detached(x: Any) -> Any:
 
 
 _LEAF = pytree.tree_structure(0)
+_NOTHING = nullcontext()
 _internals: Any = torch._C  # has no public way to ask for active transforms
 
 
 def under_transform() -> bool:
     """Whether a ``torch.func`` transform is looking on."""
     return _internals._are_functorch_transforms_active()
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """A context in which no transform looks on, for what has nothing to do with the user's."""
+    return temporarily_clear_interpreter_stack() if under_transform() else _NOTHING
 
 
 class StateStructure:

@@ -33,7 +33,8 @@ CHANGED = (
 )
 
 
-def _no_buffer() -> None:
+def no_buffer() -> None:
+    """What a function returned at first, where there is no such tensor."""
     return None
 
 
@@ -105,7 +106,7 @@ class VectorField:
         self._args = () if p is None else (p,)
         self._signature = "t, u" if p is None else "t, u, p"
         # what f returned at first, if it lives on: f may fill and return it again
-        self._buffer: Callable[[], Tensor | None] = _no_buffer
+        self._buffer: Callable[[], Tensor | None] = no_buffer
 
     @classmethod
     def of(cls, prob: ODEProblem) -> VectorField:
@@ -131,7 +132,7 @@ class VectorField:
         du = self.f(t, u if self._is_flat else u.view(*self._view), *self._args)
         if getattr(du, "shape", None) != self._shape or du.dtype is not self.dtype:
             self._refuse(du)
-        if _root(du) is self._buffer():
+        if root(du) is self._buffer():
             du = du.clone()  # f fills one buffer again and again
         return du if self._is_flat else du.reshape(-1)
 
@@ -231,53 +232,69 @@ class VectorField:
             If gradients are wanted and ``f`` switches them off.
         """
         t = self.after(t0, h_sign)
+        self.params, self.used, self.work = [], set(), 0
         with torch.set_grad_enabled(differentiate):
-            u = u0.detach()
-            if differentiate and u0.requires_grad:
-                u.requires_grad_()
-            state = self.structure.unravel(u)
-            leaves = pytree.tree_leaves(state)
-            versions = [_version(x) for x in leaves]
-            probe = Probe([t, *leaves])
-            with probe if differentiate else nullcontext():
-                du = self._first_call(t, state)
-            if versions != [_version(x) for x in leaves]:
-                raise ValueError("f changes the state u in place: compute du from a copy of it")
+            du, probe = self._first_call(self.f, "f", t, u0, differentiate)
         self.nf += 1
         mismatch = self.structure.describe_mismatch(du)
         if mismatch is not None:
             raise ValueError(f"f({self._signature}) is wrong: {mismatch}")
         flat = self.structure.ravel(du)
         if self._shape is not None:
-            self._buffer = weakref.ref(_root(du))
+            self._buffer = weakref.ref(root(du))
         if differentiate:
-            leaves = [x for x in pytree.tree_leaves(self.p) if isinstance(x, Tensor)]
-            # one that was computed from others counts where f was seen to use it
-            kept = [x for x in reachable_tensors((self.f, self.p)) if x.is_leaf]
-            found = [*leaves, *probe.foreign, *kept]
-            unique = {id(x): x for x in found if x.requires_grad}
-            self.params = list(unique.values())
-            self.used = {id(x) for x in probe.foreign}
-            self.work = probe.work
-            wanted = u0.requires_grad or bool(self.params)
-            if wanted and probe.saw_no_grad and not flat.requires_grad:
-                raise RuntimeError(
-                    "gradients are wanted, but f switches them off: it runs under torch.no_grad() "
-                    "or inference_mode. Remove that, or detach u0 and the parameters."
-                )
+            self._learn(self.f, "f", probe, u0.requires_grad, flat.requires_grad)
         return flat.detach().clone()
 
-    def _first_call(self, t: Tensor, state: Any) -> Any:
+    def _first_call(
+        self, f: Callable[..., Any], name: str, t: Tensor, u0: Tensor, differentiate: bool
+    ) -> tuple[Any, Probe]:
+        """What ``f`` returns at ``(t, u0)``, and what was seen of it on the way."""
+        u = u0.detach()
+        if differentiate and u0.requires_grad:
+            u.requires_grad_()
+        state = self.structure.unravel(u)
+        leaves = pytree.tree_leaves(state)
+        versions = [_version(x) for x in leaves]
+        probe = Probe([t, *leaves])
         try:
-            return self.f(t, state, *self._args)
+            with probe if differentiate else nullcontext():
+                found = f(t, state, *self._args)
         except Exception as error:
-            if isinstance(error, TypeError) and not _can_call(self.f, 2 + len(self._args)):
+            if isinstance(error, TypeError) and not _can_call(f, 2 + len(self._args)):
                 raise TypeError(
-                    f"f must be callable as f({self._signature}): {error}"
+                    f"{name} must be callable as {name}({self._signature}): {error}"
                     + ("; the problem has no p" if not self._args else "")
                 ) from error
-            error.add_note(f"raised while f was evaluated first, at t = {float(t):.8g}")
+            error.add_note(f"raised while {name} was evaluated first, at t = {float(t):.8g}")
             raise
+        if versions != [_version(x) for x in leaves]:
+            raise ValueError(
+                f"{name} changes the state u in place: compute what it returns from a copy of it"
+            )
+        return found, probe
+
+    def _learn(
+        self, f: Callable[..., Any], name: str, probe: Probe, of_state: bool, on_tape: bool
+    ) -> None:
+        """Add what ``f`` depends on to ``params``, ``used`` and ``work``.
+
+        ``of_state`` tells whether the gradient by the state is wanted, ``on_tape`` whether what
+        ``f`` returned is.
+        """
+        leaves = [x for x in pytree.tree_leaves(self.p) if isinstance(x, Tensor)]
+        # one that was computed from others counts where f was seen to use it
+        kept = [x for x in reachable_tensors((f, self.p)) if x.is_leaf]
+        found = [*self.params, *leaves, *probe.foreign, *kept]
+        unique = {id(x): x for x in found if x.requires_grad}
+        self.params = list(unique.values())
+        self.used |= {id(x) for x in probe.foreign}
+        self.work += probe.work
+        if (of_state or self.params) and probe.saw_no_grad and not on_tape:
+            raise RuntimeError(
+                f"gradients are wanted, but {name} switches them off: it runs under "
+                "torch.no_grad() or inference_mode. Remove that, or detach u0 and the parameters."
+            )
 
     def refuse_changed(self, t0: float, h_sign: float, u0: Tensor, du0: Tensor) -> None:
         """Refuse to go backward through an ``f`` that no longer gives what it gave.
@@ -324,23 +341,36 @@ class VectorField:
         """
         fresh = {id(x): (x, x.detach().requires_grad_()) for x in self.params if _is_derived(x)}
         if not fresh:
-            field = self._sibling(self.f, self.p)
+            field = self._sibling(self.p, unchanged)
             field.params = self.params
             return field, field.params
         leaves, spec = pytree.tree_flatten(self.p)
         p = pytree.tree_unflatten([fresh[id(x)][1] if id(x) in fresh else x for x in leaves], spec)
-        in_p = {id(x) for x in leaves} - {id(x) for x in reachable_tensors(self.f)}
-        f = self.f if in_p.issuperset(fresh) else Substitute(self.f, fresh)
-        field = self._sibling(f, p)
+        given = {id(x) for x in leaves}
+
+        def substituted(f: Callable[..., Any]) -> Callable[..., Any]:
+            in_p = given - {id(x) for x in reachable_tensors(f)}
+            return f if in_p.issuperset(fresh) else Substitute(f, fresh)
+
+        field = self._sibling(p, substituted)
         field.params = [fresh[id(x)][1] if id(x) in fresh else x for x in self.params]
         return field, field.params
 
-    def _sibling(self, f: Callable[..., Any], p: Any) -> VectorField:
-        field = VectorField(f, p, self.structure)
+    def _sibling(self, p: Any, changed: Callable[..., Callable[..., Any]]) -> VectorField:
+        """This field with other parameters, and functions as ``changed`` makes them."""
+        return self._share(VectorField(changed(self.f), p, self.structure))
+
+    def _share(self, field: Any) -> Any:
+        """``field`` with what does not depend on its functions."""
         field.breaks, field._buffer = self.breaks, self._buffer
         field.jac, field.jac_sparsity = self.jac, self.jac_sparsity
         field.accuracy, field.largest_matrix = self.accuracy, self.largest_matrix
         return field
+
+
+def unchanged(f: Any) -> Any:
+    """``f``."""
+    return f
 
 
 def _is_derived(x: Tensor) -> bool:
@@ -351,7 +381,8 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version  # inference tensors do not count changes
 
 
-def _root(x: Tensor) -> Tensor:
+def root(x: Tensor) -> Tensor:
+    """The tensor whose memory ``x`` shows."""
     return x if x._base is None else x._base
 
 

@@ -7,7 +7,7 @@ under autograd, so the discrete adjoint is written once for every method.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -36,6 +36,18 @@ class StepInterpolant(Protocol):
         ...
 
 
+def read(
+    interpolant: StepInterpolant, times: Sequence[float], theta: Tensor, derivative: int = 0
+) -> Tensor:
+    """Values ``(m, N)`` at ``times``, the fractions ``theta`` of a step.
+
+    An interpolant that has a method ``at`` is asked by the times too: a Brownian path is looked at
+    there, and ``t + theta h`` may be a time beside them.
+    """
+    at: Any = getattr(interpolant, "at", None)
+    return interpolant(theta, derivative) if at is None else at(times, theta, derivative)
+
+
 class Trouble(Enum):
     """Why the equations of a step have no solution that could be found."""
 
@@ -58,7 +70,7 @@ class Step:
     stiffness
         Estimate of the dominant eigenvalue's magnitude: a 0-d tensor, what computes it when asked,
         or the pair (difference of two derivatives, difference of their states) whose ratio of norms
-        it is.
+        it is. None where the method has none.
     interpolant
         Continuous extension, valid until the next step unless kept.
     error_low
@@ -75,7 +87,7 @@ class Step:
 
     state: tuple[Tensor, ...]
     error: Tensor | None
-    stiffness: Tensor | tuple[Tensor, Tensor] | Callable[[], Tensor]
+    stiffness: Tensor | tuple[Tensor, Tensor] | Callable[[], Tensor] | None
     interpolant: StepInterpolant
     error_low: Tensor | None = None
     converged: bool = True
@@ -111,6 +123,8 @@ class Algorithm(ABC):
         Whether it can solve ``M du/dt = f``.
     is_one_step
         Whether the state of the method follows from ``(t, u)``, as ``init`` makes it.
+    carries_derivative
+        Whether ``init`` wants the derivative at ``t``, so that callers may make it for several.
     kernels
         Folder of the family whose compiled kernels take this class's steps; None: there are none.
     is_implicit
@@ -120,11 +134,12 @@ class Algorithm(ABC):
         function theorem) instead of solving them.
     """
 
-    order: int
+    order: float
     adaptive: bool
     supports_mass_matrix: ClassVar[bool] = False
     is_one_step: ClassVar[bool] = False
     kernels: ClassVar[str | None] = None
+    carries_derivative: ClassVar[bool] = True
     is_implicit: ClassVar[bool] = False
 
     @property

@@ -106,7 +106,7 @@ class IController(Controller):
     exponent: float = 0.2
 
     @classmethod
-    def for_order(cls, order: int, **options: Any) -> IController:
+    def for_order(cls, order: float, **options: Any) -> IController:
         """Controller for a method of this order whose estimate has one order less."""
         return cls(exponent=1 / order, **options)
 
@@ -139,7 +139,7 @@ class PIController(Controller):
     beta2: float = 0.08
 
     @classmethod
-    def for_order(cls, order: int, **options: Any) -> PIController:
+    def for_order(cls, order: float, **options: Any) -> PIController:
         """Controller for a method of this order, ``k``."""
         return cls(beta1=7 / (10 * order), beta2=2 / (5 * order), **options)
 
@@ -178,10 +178,10 @@ class PIDController(Controller):
     """
 
     beta: tuple[float, float, float] = (1 / 18, 1 / 9, 1 / 18)
-    k: int = 5
+    k: float = 5
 
     @classmethod
-    def for_order(cls, order: int, **options: Any) -> PIDController:
+    def for_order(cls, order: float, **options: Any) -> PIDController:
         """Controller for a method of this order whose estimate has one order less."""
         return cls(k=order, **options)
 

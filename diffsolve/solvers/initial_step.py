@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.norms import Tolerance
 
 _ONE = np.ones(1)
+_AIM = 0.25  # error of the first step of an SDE, in tolerances
 
 
 def initial_step(
@@ -22,11 +24,14 @@ def initial_step(
     u0: Tensor,
     f0: Tensor,
     direction: float,
-    order: int,
+    order: float,
     tolerance: Tolerance,
     dtmax: Any,
 ) -> Any:
     """Guess a first step from the sizes of the state and its first two derivatives.
+
+    For an SDE, ``order`` is that of the solution whose error is estimated, and the guess is by
+    ``stochastic_step``.
 
     Returns
     -------
@@ -37,6 +42,8 @@ def initial_step(
     ----------
     Hairer, Norsett, Wanner, Solving ODEs I (1993), section II.4, "Starting step size".
     """
+    if isinstance(field, SDEField):
+        return stochastic_step(field, t0, u0, f0, direction, order, tolerance, dtmax)
     magnitude = u0.abs()
     d0 = _plain(tolerance.scaled_norm(u0, magnitude))
     d1 = _plain(tolerance.scaled_norm(f0, magnitude))
@@ -52,6 +59,62 @@ def initial_step(
         return h0 * 1e-3
     h1 = max(1e-6, h0 * 1e-3) if largest <= 1e-15 else (0.01 / largest) ** (1 / order)
     return min(100 * h0, h1, dtmax)
+
+
+def stochastic_step(
+    field: SDEField,
+    t0: float,
+    u0: Tensor,
+    f0: Tensor,
+    direction: float,
+    order: float,
+    tolerance: Tolerance,
+    dtmax: float,
+) -> float:
+    """Guess a first step of an SDE from what a small step of Euler's method would leave out.
+
+    A step of length ``h0`` is looked at in which the drift and three standard deviations of the
+    noise move the state by a hundredth of its size, or by a tolerance. It changes the drift by
+    ``df`` and the diffusion by ``dg``: Euler's method leaves out about ``h/2 df`` of the drift,
+    which grows as ``h**2``, and ``sqrt(h)/2 dg`` of the noise, which is proportional to ``h`` there
+    and to ``h**(order + 1/2)`` for a method of that order. The guess is the step where the larger
+    one is a quarter of the tolerance.
+
+    References
+    ----------
+    After Hairer, Norsett, Wanner, Solving ODEs I (1993), section II.4. Their rule with the drift
+    replaced by ``f`` plus and minus ``3 g``, as in StochasticDiffEq.jl, takes ``g`` for a
+    derivative; its first steps are so short that a controller which at most adds an eighth needs
+    up to a hundred steps to reach the size that suits the problem.
+    """
+    magnitude = u0.abs()
+
+    def norm(x: Tensor) -> float:
+        return float(tolerance.scaled_norm(x.detach(), magnitude.detach()))
+
+    G0 = field.diffusion(field.after(t0, direction), u0)
+    deviation = field.deviation(G0)
+    of_drift, of_noise = norm(f0), 3 * norm(deviation)
+    if not of_drift + of_noise < math.inf:  # NaN too
+        return math.nan
+    if of_drift + of_noise == 0:
+        h0 = 1e-3 * dtmax
+    else:  # h of_drift + sqrt(h) of_noise = move
+        move = max(0.01 * norm(u0), 1.0)
+        root = 2 * move / (of_noise + math.sqrt(of_noise**2 + 4 * move * of_drift))
+        h0 = min(root * root, dtmax)
+    (t,) = field.times(t0, direction * h0, _ONE)
+    u1 = torch.add(u0, f0, alpha=direction * h0).add(deviation, alpha=math.sqrt(h0))
+    df = norm(field(t, u1) - f0) / 2
+    dg = norm(field.deviation(field.diffusion(t, u1) - G0)) / 2
+    if not df + dg < math.inf:
+        return h0 * 1e-3
+    h = dtmax
+    if df > 0:
+        h = min(h, math.sqrt(_AIM * h0 / df))
+    if dg > 0:
+        h = min(h, (_AIM * math.sqrt(h0) / dg) ** (1 / (order + 0.5)))
+    return h
 
 
 def _plain(x: Any) -> Any:

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from diffsolve.solvers.algorithm import StepInterpolant
+from diffsolve.solvers.algorithm import StepInterpolant, read
 
 
 class DenseOutput:
@@ -70,7 +70,8 @@ class DenseOutput:
     def at(self, t: float, derivative: int = 0) -> Tensor:
         """State, or a derivative of it, at one time."""
         i, theta = self.locate(t)
-        return self.steps[i](torch.tensor([theta], dtype=torch.float64), derivative)[0]
+        at = torch.tensor([theta], dtype=torch.float64)
+        return read(self.steps[i], [t], at, derivative)[0]
 
     def __call__(self, times: Sequence[float], derivative: int = 0) -> Tensor:
         """States ``(m, N)`` at times in any order."""
@@ -82,7 +83,7 @@ class DenseOutput:
         for index in sorted({i for i, _ in located}):
             wanted = [j for j, (i, _) in enumerate(located) if i == index]
             theta = torch.tensor([located[j][1] for j in wanted], dtype=torch.float64)
-            parts.append(self.steps[index](theta, derivative))
+            parts.append(read(self.steps[index], [times[j] for j in wanted], theta, derivative))
             order += wanted
         back = torch.tensor(order, dtype=torch.long, device=self.u0.device).argsort()
         return torch.cat(parts)[back]

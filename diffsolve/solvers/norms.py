@@ -129,6 +129,9 @@ class Estimates:
     stiffness: Number
 
 
+_NO_ESTIMATES = Estimates(0.0, 0.0, 0.0)  # of all finite steps of methods that have none
+
+
 def relative_stiffness(step: Step, u: Tensor, tolerance: Tolerance, plain: Number) -> float:
     """The stiffness estimate with both of its norms in units of the tolerance.
 
@@ -152,6 +155,8 @@ def _measure_on_tape(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
     stiffness = step.stiffness() if callable(step.stiffness) else step.stiffness
     if isinstance(stiffness, tuple):
         stiffness = _safe_ratio(*(torch.linalg.vector_norm(x) for x in stiffness))
+    elif stiffness is None:
+        stiffness = torch.zeros((), dtype=tolerance.atol.dtype, device=u.device)
     if step.error is None:
         zero = torch.zeros((), dtype=tolerance.atol.dtype, device=u.device)
         return Estimates(zero, zero, stiffness)
@@ -167,6 +172,8 @@ def _measure_on_tape(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
 
 def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
     new = step.state[0]
+    if step.error is None and step.stiffness is None and math.isfinite(float(new.sum())):
+        return _NO_ESTIMATES
     rows = [step.error] if step.error is not None else [new]  # a norm shows what is not finite
     rows += step.stiffness if isinstance(step.stiffness, tuple) else step.state[1:]
     scaled: list[Tensor] = []
@@ -187,6 +194,8 @@ def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
         norms = (torch.linalg.vector_norm(stacked / peak, dim=1) * peak[:, 0]).tolist()
     if isinstance(step.stiffness, tuple):
         stiffness = norms[1] / norms[2] if norms[2] > 0 else 0.0
+    elif step.stiffness is None:
+        stiffness = 0.0
     else:
         stiffness = float(step.stiffness() if callable(step.stiffness) else step.stiffness)
     if step.error is None:

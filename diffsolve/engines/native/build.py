@@ -22,6 +22,7 @@ from diffsolve.solvers.kernels.implicit import measure, reverse_estimates
 from diffsolve.solvers.kernels.rows import nothing_to_complete
 from diffsolve.solvers.rosenbrock import kernel as rosenbrock
 from diffsolve.solvers.sdirk import kernel as sdirk
+from diffsolve.solvers.stochastic.noise import kernel as noise
 
 _ARGUMENTS = (types.CPointer(types.int64), types.CPointer(types.float64))
 #: What is left for the linker: the mathematical library and the compiler's own helpers.
@@ -52,7 +53,10 @@ _FAMILIES = {
     ),
     "rosenbrock": _kernels(rosenbrock, *_IMPLICIT),
     "sdirk": _kernels(sdirk, *_IMPLICIT),
+    "stochastic/noise": {"draw": (noise.draw, ())},
 }
+#: Families whose loops are over many numbers, and written to be made of vectors.
+_VECTORISED = {"stochastic/noise"}
 
 
 def kernel_ir(name: str, family: str, single: bool) -> str:
@@ -88,7 +92,7 @@ def kernel_ir(name: str, family: str, single: bool) -> str:
     for variable in module.global_variables:
         if not variable.is_declaration:
             variable.linkage = llvm.Linkage.internal
-    _drop_unused(module)
+    _drop_unused(module, family in _VECTORISED)
     strange = [f.name for f in module.functions if f.is_declaration and not _OUTSIDE.match(f.name)]
     if strange:
         raise RuntimeError(f"the kernel {name} needs {strange} of Numba at run time")
@@ -96,6 +100,10 @@ def kernel_ir(name: str, family: str, single: bool) -> str:
 
 
 # Numba must see each function by itself: a tuple of them would be called through pointers.
+def _entry_of_none(kernel: Any, like: Any) -> Any:
+    return lambda I, R: kernel(I, R, like)
+
+
 def _entry_of_one(kernel: Any, a: Any, like: Any) -> Any:
     return lambda I, R: kernel(I, R, a, like)
 
@@ -112,7 +120,13 @@ def _entry_of_six(kernel: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, l
     return lambda I, R: kernel(I, R, a, b, c, d, e, f, like)
 
 
-_ENTRIES = {1: _entry_of_one, 2: _entry_of_two, 3: _entry_of_three, 6: _entry_of_six}
+_ENTRIES = {
+    0: _entry_of_none,
+    1: _entry_of_one,
+    2: _entry_of_two,
+    3: _entry_of_three,
+    6: _entry_of_six,
+}
 
 
 def _plain_call(inner: str) -> str:
@@ -129,12 +143,12 @@ define i64 @plain_kernel(ptr %integers, ptr %reals) {{
 '''
 
 
-def _drop_unused(module: Any) -> None:
+def _drop_unused(module: Any, vectorised: bool) -> None:
     """Inline, and drop what nothing calls: Numba's wrappers and error paths."""
     target = machine().target_machine(2)
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     # loops over two or three numbers get slower by it; long ones are unrolled by hand
-    options.loop_vectorization = False
+    options.loop_vectorization = vectorised
     options.slp_vectorization = True
     builder = llvm.create_pass_builder(target, options)
     builder.getModulePassManager().run(module, builder)

@@ -8,7 +8,7 @@ are applied. NumPy object arrays of nodes give matrices, views and reductions fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -352,13 +352,19 @@ def array(nodes: Iterable[Any], shape: tuple[int, ...] | None = None) -> np.ndar
     return out if shape is None else out.reshape(shape)
 
 
-def needed(outputs: Iterable[Node | None]) -> list[Node]:
-    """The nodes that some outputs are made of, arguments before what uses them."""
+def needed(outputs: Iterable[Node | None], known: Container[int] = ()) -> list[Node]:
+    """The nodes that some outputs are made of, arguments before what uses them.
+
+    Parameters
+    ----------
+    known
+        Indices of nodes to leave out, with what only they are made of.
+    """
     found: dict[int, Node] = {}
     stack = [y for y in outputs if y is not None]
     while stack:
         node = stack.pop()
-        if node.index not in found:
+        if node.index not in found and node.index not in known:
             found[node.index] = node
             stack.extend(node.args)
     return [found[i] for i in sorted(found)]

@@ -23,7 +23,7 @@ from diffsolve.engines.native.expression import COMPARE, Node, needed
 #: Raised by one whenever the generated code changes for the same graph.
 _FORMAT = 1
 _BLOCK = 150  # lines of IR in a basic block
-_NEVER = "%never = icmp eq ptr %u, null"
+NEVER = "%never = icmp eq ptr %u, null"
 _CHECKSUM = 32  # bytes of it before each object file
 lock = threading.RLock()
 _log = logging.getLogger("diffsolve")
@@ -104,11 +104,12 @@ _ARITHMETIC = {
 _ORDERED = {"lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge", "eq": "oeq", "ne": "une"}
 
 
-class _Emitter:
+class Emitter:
     """Text of one function."""
 
     def __init__(self, kind: str, signature: Signature):
         self.kind = kind  # LLVM's name of the number type
+        self.type, self.truth = kind, "i1"  # of values: a number, or a vector of them
         self.suffix = "f64" if kind == "double" else "f32"
         self.signature = signature
         self.lines: list[str] = []
@@ -127,45 +128,54 @@ class _Emitter:
             name = f"llvm.{_INTRINSIC[op]}.{self.suffix}"
         else:
             name = _LIBM[op] + ("" if self.kind == "double" else "f")
-        self.declared[name] = ", ".join([self.kind] * len(args))
-        passed = ", ".join(f"{self.kind} {a}" for a in args)
-        return self.fresh(f"call {self.kind} @{name}({passed})")
+        self.declared[name] = ", ".join([self.type] * len(args))
+        passed = ", ".join(f"{self.type} {a}" for a in args)
+        return self.fresh(f"call {self.type} @{name}({passed})")
+
+    def constant(self, x: float) -> str:
+        return number(x)
+
+    def true(self) -> str:
+        return "true"
 
     def address(self, block: str, index: int) -> str:
         return self.fresh(f"getelementptr inbounds {self.kind}, ptr %{block}, i64 {index}")
 
     def larger(self, a: str, b: str, predicate: str) -> str:
         """The one of two that wins, or a NaN among them."""
-        kind = self.kind
+        kind, truth = self.type, self.truth
         wins = self.fresh(f"fcmp {predicate} {kind} {a}, {b}")
         is_nan = self.fresh(f"fcmp uno {kind} {a}, {a}")
-        first = self.fresh(f"or i1 {wins}, {is_nan}")
-        return self.fresh(f"select i1 {first}, {kind} {a}, {kind} {b}")
+        first = self.fresh(f"or {truth} {wins}, {is_nan}")
+        return self.fresh(f"select {truth} {first}, {kind} {a}, {kind} {b}")
 
     def half_power(self, x: str, exponent: float) -> str:
         """``x**1.5`` and the like by a square root, many times faster; right at every corner."""
-        kind = self.kind
+        kind, constant = self.type, self.constant
         power = self.fresh(f"fmul {kind} {x}, {self.call('sqrt', [x])}")
         if abs(exponent) == 2.5:
             power = self.fresh(f"fmul {kind} {self.call('abs', [x])}, {power}")  # 0.0 for -0.0
-        at_end = number(math.inf)  # the power of minus infinity
+        at_end = constant(math.inf)  # the power of minus infinity
         if exponent < 0:
-            power, at_end = self.fresh(f"fdiv {kind} {number(1.0)}, {power}"), number(0.0)
-        is_end = self.fresh(f"fcmp oeq {kind} {x}, {number(-math.inf)}")
-        return self.fresh(f"select i1 {is_end}, {kind} {at_end}, {kind} {power}")
+            power, at_end = self.fresh(f"fdiv {kind} {constant(1.0)}, {power}"), constant(0.0)
+        is_end = self.fresh(f"fcmp oeq {kind} {x}, {constant(-math.inf)}")
+        return self.fresh(f"select {self.truth} {is_end}, {kind} {at_end}, {kind} {power}")
 
     def emit(self, node: Node) -> str:
-        kind, op = self.kind, node.op
+        op = node.op
         if op == "const":
             if isinstance(node.data, bool):
                 return "true" if node.data else "false"
-            return number(node.data)
+            return self.constant(node.data)
         if op == "input":
             block, i = node.data
             if block in self.signature.scalars:
                 return f"%{block}"
-            return self.fresh(f"load {kind}, ptr {self.address(block, i)}")
-        args = [self.names[a.index] for a in node.args]
+            return self.fresh(f"load {self.kind}, ptr {self.address(block, i)}")
+        return self.operation(node, [self.names[a.index] for a in node.args])
+
+    def operation(self, node: Node, args: list[str]) -> str:
+        kind, op, truth, constant = self.type, node.op, self.truth, self.constant
         if op in _ARITHMETIC:
             return self.fresh(f"{_ARITHMETIC[op]} {kind} {args[0]}, {args[1]}")
         if op == "held":
@@ -175,20 +185,20 @@ class _Emitter:
         if op in COMPARE:
             return self.fresh(f"fcmp {_ORDERED[op]} {kind} {args[0]}, {args[1]}")
         if op in ("and", "or", "xor"):
-            return self.fresh(f"{op} i1 {args[0]}, {args[1]}")
+            return self.fresh(f"{op} {truth} {args[0]}, {args[1]}")
         if op == "not":
-            return self.fresh(f"xor i1 {args[0]}, true")
+            return self.fresh(f"xor {truth} {args[0]}, {self.true()}")
         if op == "where":
-            return self.fresh(f"select i1 {args[0]}, {kind} {args[1]}, {kind} {args[2]}")
+            return self.fresh(f"select {truth} {args[0]}, {kind} {args[1]}, {kind} {args[2]}")
         if op in ("max", "min", "largest", "smallest"):
             predicate = "ogt" if op in ("max", "largest") else "olt"
             return functools.reduce(lambda a, b: self.larger(a, b, predicate), args)
-        one, zero = number(1.0), number(0.0)
+        one, zero = constant(1.0), constant(0.0)
         if op == "sign":
             up = self.fresh(f"fcmp ogt {kind} {args[0]}, {zero}")
             down = self.fresh(f"fcmp olt {kind} {args[0]}, {zero}")
-            inner = self.fresh(f"select i1 {down}, {kind} {number(-1.0)}, {kind} {zero}")
-            return self.fresh(f"select i1 {up}, {kind} {one}, {kind} {inner}")
+            inner = self.fresh(f"select {truth} {down}, {kind} {constant(-1.0)}, {kind} {zero}")
+            return self.fresh(f"select {truth} {up}, {kind} {one}, {kind} {inner}")
         if op == "pow" and node.args[1].is_const and abs(node.args[1].data) in (1.5, 2.5):
             return self.half_power(args[0], node.args[1].data)
         if op == "sigmoid":
@@ -205,12 +215,20 @@ class _Emitter:
         lines = self.lines
         if len(lines) <= 2 * _BLOCK:
             return "\n".join(lines)
-        parts = [_NEVER, *lines[:_BLOCK]]
+        parts = [NEVER, *lines[:_BLOCK]]
         for i, begin in enumerate(range(_BLOCK, len(lines), _BLOCK)):
             parts.append(f"br i1 %never, label %end, label %b{i}")
             parts.append(f"b{i}:")
             parts += lines[begin : begin + _BLOCK]
         return "\n".join([*parts, "br label %end", "end:"])
+
+    def declarations(self) -> list[str]:
+        """Of the functions that are called."""
+        results = {name: types.split(",")[0] for name, types in self.declared.items()}
+        return [
+            f"declare {results[name]} @{name}({types}) #1"
+            for name, types in sorted(self.declared.items())
+        ]
 
     def function(self, name: str, outputs: Sequence[Output]) -> str:
         kind = self.kind
@@ -230,9 +248,7 @@ class _Emitter:
         arrays = [f"ptr noalias %{a}" for a in self.signature.arrays]
         body = self.body()
         head = f"define void @{name}({', '.join(scalars + arrays)}) #0 {{"
-        declared = "\n".join(
-            f"declare {kind} @{f}({types}) #1" for f, types in sorted(self.declared.items())
-        )
+        declared = "\n".join(self.declarations())
         return (
             f"{head}\n{body}\nret void\n}}\n{declared}\n"
             "attributes #0 = { nounwind }\n"
@@ -253,7 +269,7 @@ def function_ir(name: str, signature: Signature, outputs: Sequence[Output], sing
     single
         Whether numbers are float32 rather than float64.
     """
-    return _Emitter("float" if single else "double", signature).function(name, outputs)
+    return Emitter("float" if single else "double", signature).function(name, outputs)
 
 
 # -- compiling -----------------------------------------------------------------------------------
@@ -317,7 +333,7 @@ def compile_function(
         Care of LLVM's code generation, 0 to 3.
     """
     text = function_ir("{name}", signature, outputs, single)
-    passes = _NEVER not in text  # they would join the blocks
+    passes = NEVER not in text  # they would join the blocks
     return cached_code(f"{level}\n{text}", lambda: text, passes, level)
 
 

@@ -1,0 +1,347 @@
+"""A Brownian path that remembers where it was looked at."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from diffsolve.problems.sde_field import Increment
+from diffsolve.solvers.stochastic.noise.base import Noise
+from diffsolve.solvers.stochastic.noise.bridge import divide
+from diffsolve.solvers.stochastic.noise.philox import READS, STEPS, counter_of
+
+#: Times that are closer than this many units in the last place of the largest are one.
+_ULPS = 16
+_AHEAD = {"cpu": 1 << 15}  # numbers drawn ahead at most: what a processor's cache holds
+_AHEAD_ELSEWHERE = 1 << 22  # where a draw costs a hundred launches
+_ROWS_AHEAD = 256
+_REMEMBERED = 1 << 26  # bytes of divided intervals that are kept rather than drawn again
+
+
+class Division(NamedTuple):
+    """An interval that was divided.
+
+    Attributes
+    ----------
+    parent
+        The interval, as in ``BrownianPath.pieces``.
+    counter
+        Of the normals that divided it.
+    left, middle, right
+        Its ends, and where it was divided.
+    """
+
+    parent: int
+    counter: int
+    left: float
+    middle: float
+    right: float
+
+
+class BrownianPath(Noise):
+    """Brownian motions that are drawn where they are asked for, and remembered.
+
+    The path is known at points. An interval beyond the last or before the first of them is drawn
+    afresh; a time between two of them divides their interval, by a Brownian bridge of ``W`` and
+    ``H`` jointly, and is a known point from then on. So a step that is rejected, and every shorter
+    one that is tried after it, see one and the same path: this is algorithm RSwM3 of Rackauckas and
+    Nie (2017), Adaptive methods for stochastic differential equations via natural embeddings and
+    rejection sampling with memory, with nothing ever forgotten.
+
+    Each draw by ``increment`` takes the next serial of a counter-based generator. What is kept is
+    the points and the serials, not the numbers: those are drawn again where they are wanted.
+
+    Parameters
+    ----------
+    seed, rows, m, dtype, device, levy_area
+        As in ``Noise``.
+    t0
+        The first known point. Default 0.
+
+    Attributes
+    ----------
+    times
+        The known points, increasing.
+    pieces
+        What lies between each and the next: the counter of a fresh interval, ``>= 0``, or
+        ``~(2 k + side)`` for a half of ``divisions[k]``, the first (0) or the second (1).
+    divisions
+        Every interval that was divided.
+    serial
+        Serial of the next draw.
+
+    Examples
+    --------
+    >>> path = BrownianPath(seed=1)
+    >>> whole = path.increment(0.0, 1.0).W
+    >>> half = path.increment(0.0, 0.5).W
+    >>> torch.allclose(half + path.increment(0.5, 1.0).W, whole)
+    True
+    """
+
+    def __init__(
+        self,
+        seed: int | Tensor,
+        rows: int = 1,
+        m: int = 1,
+        t0: float = 0.0,
+        *,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        levy_area: bool = False,
+    ):
+        super().__init__(seed, rows, m, dtype=dtype, device=device, levy_area=levy_area)
+        self.t0 = float(t0)
+        self.times = [self.t0]
+        self.pieces: list[int] = []
+        self.divisions: list[Division] = []
+        self.serial = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin with nothing drawn ahead, and nothing kept."""
+        size = max(1, self.rows * self.m)
+        self._first = 0  # serial of the first row that was drawn ahead
+        self._ahead: Sequence[Tensor] = ()
+        most = _AHEAD.get(self._draws.device.type, _AHEAD_ELSEWHERE)
+        self._most_ahead = max(1, min(_ROWS_AHEAD, most // size))
+        self._expected = 0
+        self._halves: OrderedDict[int, Tensor] = OrderedDict()
+        self._most_halves = max(16, _REMEMBERED // (32 * size))
+
+    # -- what is asked for ---------------------------------------------------------------------
+
+    def increment(self, s: float, t: float) -> Increment:
+        if t < s:
+            W, H = self.increment(t, s)
+            return Increment(-W, H)
+        i = self._find(s)
+        j = self._find(t)
+        if j == i + 1:
+            return self._whole(self.pieces[i], self.times[j] - self.times[i])
+        if i == j:
+            return self._zeros()
+        return self._union(i, j)
+
+    def at(self, times: Sequence[float], since: float | None = None) -> Tensor:
+        """As in ``Noise``. The times become known points, and take no serials.
+
+        Their numbers are drawn by counters that are made of the bits of the time. So reading a path
+        does not change what later steps draw.
+        """
+        start = self.t0 if since is None else float(since)
+        wanted = [float(x) for x in times]
+        for time in [start, *wanted]:
+            self._find(time, reading=True)
+        origin = self._find(start)
+        at = [self._find(time) for time in wanted]
+        zero = self._zeros_inside()
+        found = {origin: zero}
+        for side in (1, -1):  # outward from the origin: a short way loses no digits to a long one
+            where, total = origin, zero
+            for k in sorted({k for k in at if (k - origin) * side > 0}, key=lambda k: side * k):
+                low, high = (where, k) if side > 0 else (k, where)
+                total = total + side * self._sum(low, high, False)[0]
+                found[k] = total
+                where = k
+        if not at:
+            return self._out(zero[None][:0])
+        return self._out(torch.stack([found[k] for k in at]))
+
+    def fork(
+        self,
+        *,
+        levy_area: bool | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """As in ``Noise``: it knows what is known of this path, and goes on alone."""
+        copy = type(self)(
+            self.seed,
+            self.rows,
+            self.m,
+            self.t0,
+            dtype=self.dtype if dtype is None else dtype,
+            device=self.device if device is None else device,
+            levy_area=self.levy_area if levy_area is None else levy_area,
+        )
+        copy.remember(self.times, self.pieces, self.divisions, self.serial)
+        return copy
+
+    def expect(self, count: int) -> None:
+        self._expected = self.serial + count
+
+    def remember(
+        self,
+        times: Iterable[float],
+        pieces: Iterable[int],
+        divisions: Iterable[tuple[int, int, float, float, float]],
+        serial: int,
+    ) -> None:
+        """Replace what is known by these points, in the form of the attributes of these names."""
+        self.times, self.pieces = list(times), list(pieces)
+        self.divisions = [Division(*x) for x in divisions]
+        self.serial = serial
+        self._halves.clear()
+
+    # -- points --------------------------------------------------------------------------------
+
+    def _find(self, time: float, reading: bool = False) -> int:
+        """Index of a time among the known points, of which it becomes one."""
+        times = self.times
+        i = bisect_left(times, time)
+        known = len(times)
+        if i < known and times[i] == time:
+            return i
+        if not math.isfinite(time):
+            raise ValueError(f"a Brownian path is asked for at t = {time}")
+        near = _ULPS * math.ulp(max(abs(time), abs(times[0]), abs(times[-1])))
+        if i and time - times[i - 1] <= near:
+            return i - 1
+        if i < known and times[i] - time <= near:
+            return i
+        if reading:
+            counter = counter_of(READS, time)
+        else:
+            counter = STEPS | self.serial
+            self.serial += 1
+        if i == known:
+            self.pieces.append(counter)
+        elif i == 0:
+            self.pieces.insert(0, counter)
+        else:
+            k = ~(2 * len(self.divisions))
+            division = Division(self.pieces[i - 1], counter, times[i - 1], time, times[i])
+            self.divisions.append(division)
+            self.pieces[i - 1 : i] = [k, k - 1]
+        times.insert(i, time)
+        return i
+
+    # -- numbers -------------------------------------------------------------------------------
+
+    def _whole(self, piece: int, length: float) -> Increment:
+        """Increment over one interval."""
+        if piece < 0:
+            half = self._half(piece)
+            # a copy: what is handed out may be changed
+            found = self._out((half if self.levy_area else half[0]).clone())
+        else:
+            found = self._normals(piece) * math.sqrt(length)
+            if found.dtype is not self.dtype or found.device != self.device:
+                found = self._out(found)
+        return Increment(*found.unbind(0)) if self.levy_area else Increment(found)
+
+    def _normals(self, counter: int) -> Tensor:
+        """What drives ``W``, ``(rows, m)``; with ``levy_area`` that and what drives ``H``."""
+        i = counter - self._first
+        if not 0 <= i < len(self._ahead):
+            if counter >> 56:  # the counter of a read stands alone
+                found = self._draws(counter, 1, self.levy_area)
+                return found[:, 0] if self.levy_area else found[0, 0]
+            self._draw_ahead(counter)
+            i = counter - self._first
+        return self._ahead[i]
+
+    def _draw_ahead(self, serial: int) -> None:
+        """Draw a block of rows that holds ``serial``: longer ones where serials go on in turn."""
+        known, first = len(self._ahead), self._first
+        if known and serial == first + known:
+            count = min(self._most_ahead, max(2 * known, self._expected - serial))
+            first = serial
+        elif known and serial == first - 1:
+            count = min(self._most_ahead, 2 * known, first)
+            first -= count
+        else:
+            count = max(1, min(self._most_ahead, self._expected - serial))
+            first = serial
+        drawn = self._draws(STEPS | first, count, self.levy_area)
+        self._ahead = (drawn if self.levy_area else drawn[0]).unbind(1 if self.levy_area else 0)
+        self._first = first
+
+    def _half(self, piece: int) -> Tensor:
+        """``W, H`` of a half of an interval that was divided, ``(2, rows, m)``."""
+        k, second = divmod(~piece, 2)
+        found = self._halves.get(k)
+        if found is None:
+            found = self._divide(k)
+        else:
+            self._halves.move_to_end(k)
+        return found[2:] if second else found[:2]
+
+    def _divide(self, k: int) -> Tensor:
+        """Both halves of ``divisions[k]``, after those of the intervals that it came from."""
+        line = [k]
+        while (parent := self.divisions[line[-1]].parent) < 0 and ~parent // 2 not in self._halves:
+            line.append(~parent // 2)
+        found = self._halves.get(~parent // 2) if parent < 0 else None
+        for k in reversed(line):
+            parent, counter, left, middle, right = self.divisions[k]
+            if found is None:
+                W, H = self._draws(parent, 1, True)[:, 0] * math.sqrt(right - left)
+            else:
+                W, H = found[2:] if ~parent % 2 else found[:2]
+            n = self._draws(counter, 1, True)[:, 0]
+            found = divide(W, H, n, middle - left, right - middle)
+            self._halves[k] = found
+            if len(self._halves) > self._most_halves:
+                self._halves.popitem(last=False)
+        assert found is not None
+        return found
+
+    def _union(self, i: int, j: int) -> Increment:
+        """Increment over the intervals between the points ``i`` and ``j``."""
+        # a step that was divided since: its own numbers, not their sum with its rounding
+        piece, right = self.pieces[i], self.times[j]
+        while piece < 0 and ~piece % 2 == 0:
+            division = self.divisions[~piece // 2]
+            piece = division.parent
+            if division.right >= right:
+                if division.right == right:
+                    return self._whole(piece, right - division.left)
+                break
+        W, H = self._sum(i, j, self.levy_area)
+        return Increment(self._out(W), None if H is None else self._out(H))
+
+    def _sum(self, i: int, j: int, area: bool) -> tuple[Tensor, Tensor | None]:
+        """``W`` and ``H`` over the intervals between two points, float64.
+
+        ``h (H + W/2)``, the integral, is the sum over the intervals of ``h_k (H_k + W_k/2)`` and of
+        ``W_k`` times what comes after.
+        """
+        W = self._zeros_inside()
+        H = torch.zeros_like(W) if area else None
+        start, end = self.times[i], self.times[j]
+        for k in range(i, j):
+            left, right, piece = self.times[k], self.times[k + 1], self.pieces[k]
+            if piece >= 0:
+                scale, row = math.sqrt(right - left), self._normals(piece)
+                w, h = row if self.levy_area else (row, row)
+            else:
+                scale, (w, h) = 1.0, self._half(piece)
+            W.add_(w, alpha=scale)
+            if H is not None:
+                later = (end - 0.5 * (left + right)) / (end - start)
+                H.add_(w, alpha=scale * (later - 0.5))
+                H.add_(h, alpha=scale * (right - left) / (end - start))
+        return W, H
+
+    def _zeros_inside(self) -> Tensor:
+        shape = self.rows, self.m
+        return torch.zeros(shape, dtype=torch.float64, device=self._draws.device)
+
+    # -- copies --------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_ahead"], state["_halves"] = (), OrderedDict()
+        return state
+
+    def _span(self) -> str:
+        first, last = self.times[0], self.times[-1]
+        return f"{len(self.times)} points from t={first:.6g} to t={last:.6g}"

@@ -1,0 +1,123 @@
+"""What an SDE's solve needs before its first step: a method, and a Brownian path."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsolve.problems.sde import SDEProblem
+from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import outside_transforms
+from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.stochastic.low_order import LambaEM, LambaEulerHeun
+from diffsolve.solvers.stochastic.method import StochasticMethod, check_method
+from diffsolve.solvers.stochastic.noise.base import Noise, draw_seed
+from diffsolve.solvers.stochastic.noise.path import BrownianPath
+
+
+def stochastic_method(alg: Algorithm | None, prob: SDEProblem) -> StochasticMethod:
+    """The method of a solve; None: what suits the noise and the integral."""
+    return check_method(_default(prob) if alg is None else alg, prob.noise, prob.interpretation)
+
+
+def _default(prob: SDEProblem) -> StochasticMethod:
+    return LambaEM() if prob.interpretation == "ito" else LambaEulerHeun()
+
+
+def refuse_noise(seed: Any, noise: Any) -> None:
+    """Refuse what only an SDE's solve can use.
+
+    Raises
+    ------
+    ValueError
+        If either is given.
+    """
+    for name, value in (("seed", seed), ("noise", noise)):
+        if value is not None:
+            raise ValueError(f"{name} is for an SDEProblem: an ODE has no noise")
+
+
+def brownian_path(
+    field: SDEField,
+    alg: Algorithm,
+    seed: Any,
+    noise: Any,
+    span: tuple[float, float],
+    dt: float | None = None,
+) -> Noise:
+    """The Brownian path of a solve.
+
+    Parameters
+    ----------
+    field, alg
+        The problem, whose shapes are known, and the method.
+    seed
+        An integer; an integer tensor of the batch shape, a seed a path; a ``torch.Generator`` to
+        draw one from; None: drawn from torch's default generator.
+    noise
+        A path to follow instead, which stays as it is.
+    span
+        Times of the solve.
+    dt
+        Size of its steps where they are all the same.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``seed`` or ``noise`` is none of these, both are given, or ``noise`` is for other shapes
+        or times.
+    """
+    assert isinstance(alg, StochasticMethod)
+    with outside_transforms():
+        return _brownian_path(field, alg, seed, noise, span, dt)
+
+
+def _brownian_path(
+    field: SDEField,
+    alg: StochasticMethod,
+    seed: Any,
+    noise: Any,
+    span: tuple[float, float],
+    dt: float | None,
+) -> Noise:
+    if noise is None:
+        path: Noise = BrownianPath(
+            _checked_seed(seed, field),
+            field.rows,
+            field.m,
+            span[0],
+            dtype=field.dtype,
+            device=field.device,
+            levy_area=alg.needs_levy_area,
+        )
+    else:
+        if seed is not None:
+            raise ValueError("noise is a path already: drop seed, or noise")
+        if not isinstance(noise, Noise):
+            raise TypeError(
+                "noise must be a Brownian path such as sol.noise or a VirtualBrownianTree, "
+                f"got {noise!r}"
+            )
+        noise.check(field.rows, field.m, *span)
+        path = noise.fork(levy_area=alg.needs_levy_area, dtype=field.dtype, device=field.device)
+    if dt is not None:
+        path.expect(math.ceil(abs(span[1] - span[0]) / dt))
+    return path
+
+
+def _checked_seed(seed: Any, field: SDEField) -> Any:
+    if seed is None:
+        return draw_seed()
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(1 << 62, (), generator=seed, device=seed.device))
+    if isinstance(seed, Tensor) and seed.ndim:
+        shape = field.structure.shapes[0] if field.structure.is_tensor else torch.Size([1])
+        if seed.shape != shape[:-1]:
+            raise ValueError(
+                f"seed has shape {tuple(seed.shape)}, the paths have {tuple(shape[:-1])}: give an "
+                "integer, or one for each path"
+            )
+    return seed
