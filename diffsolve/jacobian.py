@@ -55,7 +55,7 @@ def jacobian_sparsity(prob: ODEProblem) -> Tensor:
     """
     if not isinstance(prob, ODEProblem):
         raise TypeError(f"prob must be an ODEProblem, got {type(prob).__name__}")
-    structure = StateStructure(prob.u0)
+    structure = StateStructure.of(prob.u0)
     u0, t0 = structure.ravel(prob.u0).detach(), float(prob.tspan[0])
     try:
         found = trace(prob.f, structure, prob.p, t0, u0, _MOST_OPERATIONS)

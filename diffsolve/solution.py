@@ -70,10 +70,11 @@ class Stats:
     compile_s: float = 0.0
     adjoint: Stats | None = None
 
-    def count(self, counts: dict[str, int]) -> None:
-        """Note work done, by the names of the fields."""
-        for name, value in counts.items():
-            setattr(self, name, value)
+    def count(self, counts: tuple[int, ...]) -> None:
+        """Note work done: ``nf, njac, nlu, nsolve, nnewton``, and ``ng`` for an SDE."""
+        self.nf, self.njac, self.nlu, self.nsolve, self.nnewton, *of_noise = counts
+        if of_noise:
+            (self.ng,) = of_noise
 
     def __str__(self) -> str:
         shown = [f"{self.naccept} steps", f"{self.nreject} rejected", f"nf={self.nf}"]
@@ -146,11 +147,18 @@ class Solution:
     u: Any
     retcode: ReturnCode
     stats: Stats
-    steps: Steps
     message: str = ""
+    _steps: Any = field(default=None, repr=False)  # or what makes them when they are asked for
     noise: Any = field(default=None, repr=False)
     _interpolate: Callable[[Any, int], Any] | None = field(default=None, repr=False)
     _job: Any = field(default=None, repr=False)  # how it was solved, for local regularizers
+
+    @property
+    def steps(self) -> Steps:
+        """The accepted steps with their estimates."""
+        if not isinstance(self._steps, Steps):
+            self._steps = self._steps()
+        return self._steps
 
     @property
     def success(self) -> bool:

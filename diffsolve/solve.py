@@ -18,14 +18,14 @@ from diffsolve.adjoints.select import (
     refuse_moving_times,
     transforms_active,
 )
-from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg, undifferentiable
+from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, template
 from diffsolve.engines.native.field import find
 from diffsolve.engines.native.stochastic_engine import template as stochastic_template
 from diffsolve.engines.native.stochastic_field import find as find_stochastic
-from diffsolve.engines.torch_engine import Settings
+from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
@@ -46,6 +46,9 @@ from diffsolve.times import SaveTimes, ordered_stops, snapped
 
 _MOST_UNKNOWNS = 500  # up to which alg=None may use dense matrices
 _TSIT5, _VERN7, _AUTO_TSIT5, _AUTO_VERN7 = Tsit5(), Vern7(), AutoTsit5(), AutoVern7()
+_PLAIN = frozenset((float, int, type(None)))
+_MOST_SETTINGS = 100
+_known_settings: dict[Any, Settings] = {}  # nothing changes settings
 _STEPS_NEED_DISCRETE = (
     "sol.steps.{name} has no gradient under {sensealg}: a continuous adjoint differentiates the "
     "equation, not the solver's steps. Use sensealg=DiscreteAdjoint(), or the local regularizer "
@@ -184,23 +187,10 @@ def solve(
     direction = 1.0 if t1 >= t0 else -1.0
     saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
     stops, field.breaks = ordered_stops(tstops, t0, t1)
-    settings = Settings(
-        tolerance=Tolerance.build(rtol, atol, field.structure, norm),
-        controller=alg.default_controller() if controller is None else controller,
-        controller_stiff=(
-            alg.stiff.default_controller()
-            if controller is None and isinstance(alg, AutoSwitch)
-            else None
-        ),
-        adaptive=adaptive and alg.adaptive,
-        dt=None if dt is None else _constant("dt", dt),
-        dtmin=float(dtmin),
-        dtmax=float(dtmax),
-        maxiters=_counted(maxiters),
-        tstops=stops,
-        progress=progress,
+    limits = (dt, dtmin, dtmax, maxiters)
+    settings = _settings(
+        alg, field, rtol, atol, norm, controller, adaptive, limits, stops, progress
     )
-    _check(settings, alg)
     field.accuracy = settings.tolerance
 
     transformed = transforms_active()
@@ -246,6 +236,10 @@ def solve(
     if not sensealg.handles_time:
         u0 = attach_start(u0, prob.tspan[0], field, direction)
 
+    keep_dense = saves.array is None if dense is None else dense
+    if native is not None and (keep_dense or not isinstance(sensealg, NoAdjoint)):
+        native.keep_params()
+
     job = Job(
         field=field,
         alg=alg,
@@ -256,7 +250,7 @@ def solve(
         span=prob.tspan,
         settings=sensealg.prepared(settings),
         saves=saves,
-        dense=saves.array is None if dense is None else dense,
+        dense=keep_dense,
         native=native,
         stats=stats,
     )
@@ -320,6 +314,55 @@ def _checked_algorithm(
     return alg
 
 
+def _settings(
+    alg: Algorithm,
+    field: VectorField,
+    rtol: Any,
+    atol: Any,
+    norm: Callable[[Any], Any] | None,
+    controller: Controller | None,
+    adaptive: bool,
+    limits: tuple[Any, Any, Any, Any],
+    stops: tuple[float, ...],
+    progress: bool,
+) -> Settings:
+    """How to integrate, checked; plain numbers give the same settings again, not a copy."""
+    stiff = None
+    if controller is None:
+        controller = alg.default_controller()
+        if isinstance(alg, AutoSwitch):
+            stiff = alg.stiff.default_controller()
+    structure = field.structure
+    numbers = (rtol, atol, *limits)
+    key = None
+    if norm is None and not stops and _PLAIN.issuperset(map(type, numbers)):
+        ids = id(controller), id(stiff)  # the settings that are kept hold on to both
+        place = structure.time_dtype, structure.device
+        key = (alg.key, *ids, *numbers, adaptive, progress, *place)
+        found = _known_settings.get(key)
+        if found is not None:
+            return found
+    dt, dtmin, dtmax, maxiters = limits
+    settings = Settings(
+        tolerance=Tolerance.build(rtol, atol, structure, norm),
+        controller=controller,
+        controller_stiff=stiff,
+        adaptive=adaptive and alg.adaptive,
+        dt=None if dt is None else _constant("dt", dt),
+        dtmin=float(dtmin),
+        dtmax=float(dtmax),
+        maxiters=_counted(maxiters),
+        tstops=stops,
+        progress=progress,
+    )
+    _check(settings, alg)
+    if key is not None:
+        if len(_known_settings) >= _MOST_SETTINGS:
+            _known_settings.clear()
+        _known_settings[key] = settings
+    return settings
+
+
 def _check_jacobian(field: VectorField, t: Tensor, u: Tensor) -> None:
     """Refuse a ``jac`` or ``jac_sparsity`` of a wrong shape before any work."""
     if field.jac_sparsity is not None:
@@ -359,17 +402,11 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
     u, times = outputs.u, saves.as_tensor(job.span, trajectory.t)
     moving = saves.inside(times, job.span) if sensealg.handles_time else times
     u = attach_saved(u, moving, field, job.t0, job.t1)
-    steps = Steps(
-        _as_column(trajectory.step_t),
-        _as_column(trajectory.step_h),
-        outputs.error,
-        outputs.error_norm,
-        outputs.stiffness,
-    )
+    steps = _steps_of(trajectory, outputs)
     if u.requires_grad and not sensealg.handles_steps:
-        steps = _refusing_gradients(steps, u, sensealg)
+        steps = _refusing_gradients(steps() if callable(steps) else steps, u, sensealg)
     elif u.requires_grad and isinstance(job.alg, StochasticMethod) and not transforms_active():
-        steps = _refusing_missing(steps, u, job.alg)
+        steps = _refusing_missing(steps() if callable(steps) else steps, u, job.alg)
     if isinstance(trajectory, NativeTrajectory):
         stats.count(trajectory.counts)
     else:
@@ -382,12 +419,25 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
         u=field.structure.unravel(u),
         retcode=trajectory.retcode,
         stats=stats,
-        steps=steps,
+        _steps=steps,
         message=trajectory.message,
         noise=field.path if isinstance(field, SDEField) else None,
         _interpolate=_dense_reader(job, sensealg, trajectory.dense, u),
         _job=job,
     )
+
+
+def _steps_of(
+    trajectory: Trajectory | NativeTrajectory, outputs: Outputs
+) -> Steps | Callable[[], Steps]:
+    if not isinstance(trajectory, NativeTrajectory):
+        times = _as_column(trajectory.step_t), _as_column(trajectory.step_h)
+    elif outputs.error is None:
+        return trajectory.columns.steps  # most users never look
+    else:
+        times = trajectory.columns.times()
+    estimates: Any = outputs.error, outputs.error_norm, outputs.stiffness
+    return Steps(*times, *estimates)
 
 
 def _dense_reader(
@@ -420,9 +470,7 @@ def _dense_reader(
     return interpolate
 
 
-def _as_column(values: Tensor | list[Any]) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
+def _as_column(values: list[Any]) -> Tensor:
     if any(isinstance(x, Tensor) for x in values):
         return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in values])
     return torch.tensor(values, dtype=torch.float64)

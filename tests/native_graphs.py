@@ -23,7 +23,7 @@ _CONTRACTION = Signature(("t",), ("u", "p", "v", "w", "out"))
 
 
 def traced(f: Callable[..., Any], u: Any, p: Any = None, t: float = 0.3) -> Trace:
-    structure = StateStructure(u)
+    structure = StateStructure.of(u)
     return trace(f, structure, p, t, structure.ravel(u))
 
 

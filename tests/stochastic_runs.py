@@ -15,7 +15,7 @@ from torch import Tensor
 
 import diffsolve
 from diffsolve import SDEProblem, Solution
-from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.sde_field import Increment, SDEField
 
 solve = partial(diffsolve.solve, engine="torch")
 
@@ -72,3 +72,48 @@ def one_step(prob: SDEProblem, alg: Any, h: float, seed: int = 3) -> tuple[Any, 
     u = field.structure.ravel(prob.u0)
     with torch.no_grad():
         return alg.step(field, 0.0, h, alg.init(field, 0.0, u)), sol.noise
+
+
+class GridPath:
+    """A Brownian path that is known on a fine grid of the unit of time, with ``W`` and ``H``."""
+
+    def __init__(self, points: int, rows: int, m: int, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        h = 1 / points
+        shape = points, rows, m
+        W = torch.randn(shape, generator=generator, dtype=torch.float64) * h**0.5
+        H = torch.randn(shape, generator=generator, dtype=torch.float64) * (h / 12) ** 0.5
+        zero = torch.zeros(1, rows, m, dtype=torch.float64)
+        self.points, self.W, self.H = points, W, H
+        self.values = torch.cat([zero, W.cumsum(0)])
+        self.integral = torch.cat([zero, (h * (self.values[:-1] + W / 2 + H)).cumsum(0)])
+
+    def increment(self, s: float, t: float) -> Increment:
+        i, j = round(s * self.points), round(t * self.points)
+        if j < i:
+            W, H = self.increment(t, s)
+            return Increment(-W, H)
+        W, h = self.values[j] - self.values[i], (j - i) / self.points
+        area = self.integral[j] - self.integral[i] - h * self.values[i]
+        return Increment(W, area / h - W / 2)
+
+    def at(self, times: Sequence[float], since: float | None = None) -> Tensor:
+        start = self.values[round((since or 0.0) * self.points)]
+        return torch.stack([self.values[round(x * self.points)] - start for x in times])
+
+    def area(self) -> Tensor:
+        """The Levy area of the first two motions over the whole, up to ``0.3 / sqrt(points)``."""
+        (x, y), (dx, dy) = self.values[:-1].unbind(-1), self.W.unbind(-1)
+        a, b = self.H.unbind(-1)
+        return (0.5 * (x * dy - y * dx) + a * dy - b * dx).sum(0)
+
+
+def fixed_steps(prob: SDEProblem, alg: Any, path: Any, n: int) -> Tensor:
+    """The end of ``n`` equal steps over the unit of time along any path."""
+    field, h = field_of(prob, path), 1 / n
+    u = field.structure.ravel(prob.u0)
+    with torch.no_grad():
+        state = alg.init(field, 0.0, u)
+        for i in range(n):
+            state = alg.step(field, i * h, h, state).state
+    return state[0].reshape(prob.u0.shape)

@@ -55,6 +55,7 @@ def test_f_may_wait_for_a_thread_that_solves() -> None:
             with mine:
                 solve(ODEProblem(other, ones(), (0.0, 1.0)), Tsit5())
 
+    solve(ODEProblem(other, ones(), (0.0, 1.0)), Tsit5())  # builds the kernels, if need be
     threads = [threading.Thread(target=run, daemon=True) for run in (plain, locked)]
     for thread in threads:
         thread.start()

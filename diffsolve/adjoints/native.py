@@ -63,7 +63,7 @@ class _NativeDiscrete(torch.autograd.Function):
         # autograd frees the states after backward, and sees a parameter changed in place
         ctx.save_for_backward(u0, *params, found.memory.give(L.STATES))
         ctx.carrier, ctx.native, ctx.memory = carrier, job.native, found.memory.records()
-        return found.u, found.error, found.error_norm, found.stiffness
+        return found.u, *found.columns.estimates()
 
     @staticmethod
     @first_order
@@ -97,7 +97,7 @@ def run_continuous(sensealg: ContinuousAdjoint, job: Job) -> Outputs:
     carrier = Carrier(job)
     u: Any = _NativeContinuous.apply(sensealg, carrier, job.u0, *job.field.params)
     found: Any = carrier.handed_over()
-    return Outputs(found, u, found.error, found.error_norm, found.stiffness)
+    return Outputs(found, u, *found.columns.estimates())
 
 
 class _NativeContinuous(torch.autograd.Function):

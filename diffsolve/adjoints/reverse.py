@@ -59,7 +59,7 @@ class ReverseField(VectorField, ABC):
         self.n = field.structure.size
         self.sizes = [self.n, extra, *[as_reals(p, field.dtype).numel() for p in params]]
         z = torch.empty(sum(self.sizes), dtype=field.dtype, device=field.device)
-        super().__init__(_unused, None, StateStructure(z))
+        super().__init__(_unused, None, StateStructure.of(z))
         self.breaks = field.breaks
         self.params = params
         self.others = {id(p) for p in field.params} - {id(p) for p in params}

@@ -111,13 +111,16 @@ class Job:
 
 @dataclass
 class Outputs:
-    """Differentiable results of a solve: saved states ``(T, N)`` and the steps' estimates."""
+    """Differentiable results of a solve: saved states ``(T, N)`` and the steps' estimates.
+
+    Without estimates, those of the native trajectory hold, which nothing differentiates.
+    """
 
     trajectory: Trajectory | NativeTrajectory
     u: Tensor
-    error: Tensor
-    error_norm: Tensor
-    stiffness: Tensor
+    error: Tensor | None = None
+    error_norm: Tensor | None = None
+    stiffness: Tensor | None = None
 
 
 class Sensealg(ABC):
@@ -164,7 +167,7 @@ class NoAdjoint(Sensealg):
     def run(self, job: Job) -> Outputs:
         if job.native is not None:
             found = job.run_native(job.u0.detach(), Wanted(job.saves.array, dense=job.dense))
-            return Outputs(found, found.u, found.error, found.error_norm, found.stiffness)
+            return Outputs(found, found.u)
         trajectory = job.run(job.u0.detach())
         return Outputs(trajectory, job.stacked(trajectory.u), *job.estimates(trajectory))
 

@@ -122,7 +122,7 @@ class SDEField(VectorField):
 
     @classmethod
     def of(cls, prob: SDEProblem) -> SDEField:  # type: ignore[override]
-        structure = StateStructure(prob.u0)
+        structure = StateStructure.of(prob.u0)
         f, g = (
             under_current_autocast(x, structure.device, structure.dtype) for x in (prob.f, prob.g)
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,17 +35,27 @@ def outside_transforms() -> AbstractContextManager[Any]:
 class StateStructure:
     """Shape and structure of a state; ``ravel`` and ``unravel`` go to a flat tensor and back."""
 
-    def __init__(self, u0: Any):
-        self.is_tensor = isinstance(u0, Tensor)
-        leaves, self.spec = ([u0], _LEAF) if self.is_tensor else pytree.tree_flatten(u0)
-        self.shapes = [leaf.shape for leaf in leaves]
-        self._is_flat = self.is_tensor and u0.dim() == 1
-        self.sizes = [leaf.numel() for leaf in leaves]
+    def __init__(
+        self, shapes: list[torch.Size], dtype: torch.dtype, device: torch.device, spec: Any = None
+    ):
+        self.is_tensor = spec is None
+        self.spec = _LEAF if spec is None else spec
+        self.shapes = shapes
+        self._is_flat = self.is_tensor and len(shapes[0]) == 1
+        self.sizes = [shape.numel() for shape in shapes]
         self.size = sum(self.sizes)
-        self.dtype: torch.dtype = leaves[0].dtype
-        self.device: torch.device = leaves[0].device
+        self.dtype = dtype
+        self.device = device
         #: Real dtype of times and step sizes inside ``f``.
-        self.time_dtype = self.dtype.to_real()
+        self.time_dtype = dtype.to_real()
+
+    @classmethod
+    def of(cls, u0: Any) -> StateStructure:
+        """The structure of a tensor or a pytree of tensors."""
+        if isinstance(u0, Tensor):
+            return _of_tensor(u0.shape, u0.dtype, u0.device)
+        leaves, spec = pytree.tree_flatten(u0)
+        return cls([leaf.shape for leaf in leaves], leaves[0].dtype, leaves[0].device, spec)
 
     def ravel(self, u: Any) -> Tensor:
         if self.is_tensor:
@@ -83,3 +94,9 @@ class StateStructure:
             if leaf.device != self.device:
                 return f"it returned a tensor on {leaf.device}, the state is on {self.device}"
         return None
+
+
+@lru_cache(maxsize=100)
+def _of_tensor(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StateStructure:
+    """Nothing changes a structure, so solves of one shape share it."""
+    return StateStructure([shape], dtype, device)

@@ -77,24 +77,27 @@ class VectorField:
     #: How implicit methods linearise it, ``(t, h, u, slope)``, where not in the usual way.
     linearise: Callable[..., Any] | None = None
 
+    # what most fields never change stands here, to be made once
+    nf = njac = nlu = nsolve = nnewton = 0
+    jac: Callable[..., Any] | None = None
+    jac_sparsity: Any = None
+    accuracy: Any = None
+    largest_matrix = 5000
+    first_order = False
+    work = 0
+    breaks: tuple[float, ...] = ()
+    low_eps = 0.0
+
     def __init__(self, f: Callable[..., Any], p: Any, structure: StateStructure):
         self.f = f
         self.p = p
         self.structure = structure
         self.params: list[Tensor] = []
         self.used: set[int] = set()
-        self.nf = 0
-        self.njac = self.nlu = self.nsolve = self.nnewton = 0
-        self.jac: Callable[..., Any] | None = None
-        self.jac_sparsity: Any = None
-        self.accuracy: Any = None
-        self.largest_matrix = 5000
-        self.first_order = False
-        self.work = 0
         self.scratch: dict[Any, Any] = {}
-        self.breaks: tuple[float, ...] = ()
         inner = f.f if isinstance(f, Substitute) else f
-        self.low_eps = torch.finfo(inner.dtype).eps if isinstance(inner, Autocasting) else 0.0
+        if isinstance(inner, Autocasting):
+            self.low_eps = torch.finfo(inner.dtype).eps
         self._shape = structure.shapes[0] if structure.is_tensor else None
         self._on_cpu = structure.device.type == "cpu"
         self._numpy_time = np.float32 if structure.time_dtype == torch.float32 else np.float64
@@ -107,7 +110,7 @@ class VectorField:
 
     @classmethod
     def of(cls, prob: ODEProblem) -> VectorField:
-        structure = StateStructure(prob.u0)
+        structure = StateStructure.of(prob.u0)
         f = under_current_autocast(prob.f, structure.device, structure.dtype)
         field = cls(f, prob.p, structure)
         field.jac, field.jac_sparsity = prob.jac, prob.jac_sparsity

@@ -146,6 +146,11 @@ class Algorithm(ABC):
     def name(self) -> str:
         return type(self).__name__
 
+    @property
+    def key(self) -> Any:
+        """Equal, and hashable, for methods that are the same."""
+        return self
+
     @abstractmethod
     def init(
         self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None

@@ -121,6 +121,10 @@ class AutoSwitch(Algorithm):
     def name(self) -> str:
         return f"AutoSwitch({self.nonstiff.name}, {self.stiff.name})"
 
+    @property
+    def key(self) -> Any:
+        return type(self), self.nonstiff.key, self.stiff.key
+
     def init(
         self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
     ) -> tuple[Tensor, ...]:

@@ -35,6 +35,10 @@ class TableauMethod(Algorithm):
     def name(self) -> str:
         return self.tableau.name
 
+    @property
+    def key(self) -> Any:
+        return type(self), self.tableau
+
     def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
         return RKState(u, field(field.time(t), u) if du is None else du)
 

@@ -121,6 +121,7 @@ class Compiled:
         self.compile_s = 0.0
         self._outputs, self._pool = outputs, pool
         self.templates: dict[Any, Any] = {}  # of solves, kept by the engine
+        self.latest_template: tuple[Any, Any, Any] | None = None  # settings, method, template
         self._codes: dict[Any, Code | None] = {}
         self._jacobians: dict[Any, Jacobian] = {}
         self._lock = threading.RLock()

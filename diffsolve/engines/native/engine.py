@@ -23,7 +23,7 @@ from diffsolve.engines.native.kernels import Kernel, kernel
 from diffsolve.engines.native.method import Method, address, method_of, set_controller
 from diffsolve.engines.native.switching import Run, join_dense, switch
 from diffsolve.engines.torch_engine import Settings, progress_bar
-from diffsolve.solution import ReturnCode
+from diffsolve.solution import ReturnCode, Steps
 from diffsolve.solvers.algorithm import Algorithm, Trouble
 from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.kernels import layout as L
@@ -38,13 +38,7 @@ RETCODES = {
     L.UNSTABLE: ReturnCode.UNSTABLE,
     L.NEWTON_FAILED: ReturnCode.NEWTON_FAILED,
 }
-_COUNTERS = {
-    "nf": L.NF,
-    "njac": L.NJAC,
-    "nlu": L.NLU,
-    "nsolve": L.NSOLVE,
-    "nnewton": L.NNEWTON,
-}
+_COUNTERS = (L.NF, L.NJAC, L.NLU, L.NSOLVE, L.NNEWTON)
 _TROUBLES = {
     L.NOT_FINITE: Trouble.NOT_FINITE,
     L.NOT_CONVERGED: Trouble.DIVERGED,
@@ -65,10 +59,6 @@ _BYTES = ctypes.c_char * 0
 _RECORDS = (L.PARAMS, L.STEP_T, L.MARKS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL)
 
 
-def _nothing() -> None:
-    """No more than the method itself needs."""
-
-
 def write_tolerance(
     tolerance: Tolerance, slots: Sequence[int], integers: Any, held: dict[int, Any]
 ) -> None:
@@ -79,6 +69,7 @@ def write_tolerance(
 
 
 Reverse = tuple[int, int, int, Kernel]
+Counts = tuple[int, ...]  # as Stats.count takes them
 
 
 class Template:
@@ -166,6 +157,15 @@ class Template:
 
 def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
     """The template of such solves, from those that were made before."""
+    key, latest = alg.key, compiled.latest_template
+    if latest is not None and latest[0] is settings and latest[1] == key:
+        return latest[2]
+    found = _find_template(compiled, alg, settings)
+    compiled.latest_template = settings, key, found
+    return found
+
+
+def _find_template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
     methods = (alg.nonstiff, alg.stiff) if isinstance(alg, AutoSwitch) else (alg,)
     key = (
         *(getattr(x, "tableau", x) for x in methods),
@@ -250,6 +250,10 @@ class Memory:
         Address of what is integrated, and its Jacobian; default: the right-hand side.
     """
 
+    source: Memory | None = None  # keeps alive what a copy points to
+    jacobian_at_work: Jacobian | None = None
+    identity: np.ndarray | None = None  # so do polynomials that stand for stages
+
     def __init__(
         self,
         native: NativeField,
@@ -264,16 +268,12 @@ class Memory:
         self.method: Method = template.method
         self.most_rows, self.most_stages = template.most_rows, template.most_stages
         self.runs = [Run(template, 0)]
-        self.prepare_stiff: Callable[[], Any] = _nothing
         self.n = n
         self.dtype = _FLOAT32 if native.compiled.single else _FLOAT64
         self.item = self.dtype.itemsize
         self.integers = integers = template.integers[:]
         self.reals = reals = template.reals[:]
         self.held: dict[int, Any] = template.held.copy()
-        self.source: Memory | None = None  # keeps alive what a copy points to
-        self.jacobian_at_work: Jacobian | None = None
-        self.identity: np.ndarray | None = None  # so do polynomials that stand for stages
         self.arguments = integers.buffer_info()[0], reals.buffer_info()[0]
         integers[L.N] = n
         integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = 1, self.arguments[0] + 8 * L.N
@@ -286,6 +286,9 @@ class Memory:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
             integers[L.N_BREAKS] = len(breaks)
         self.work()
+
+    def prepare_stiff(self) -> Any:
+        """Make what the reverse pass of the stiff method needs; where one is wanted, set anew."""
 
     def work(self) -> None:
         """A work space, which each call of a kernel that may run beside others needs."""
@@ -332,12 +335,13 @@ class Memory:
         copy.integers[L.STOPS] = copy.arguments[1] + 8 * L.T_END  # read only while going forward
         return copy
 
-    def counts(self) -> dict[str, int]:
-        """Work done, by the names of ``Stats``."""
-        return {name: self.integers[slot] for name, slot in _COUNTERS.items()}
+    def counts(self) -> Counts:
+        """Work done, for ``Stats.count``."""
+        integers = self.integers
+        return (integers[L.NF], *integers[L.NJAC : L.NNEWTON + 1])
 
     def restart_counts(self) -> None:
-        for slot in _COUNTERS.values():
+        for slot in _COUNTERS:
             self.integers[slot] = 0
 
     def steps(self) -> np.ndarray:
@@ -485,18 +489,41 @@ class Memory:
                 return status
 
 
+@dataclass(slots=True)
+class StepColumns:
+    """Start, size and estimates of the steps: rows of a table, which are made tensors when asked.
+
+    Attributes
+    ----------
+    table
+        ``(5, n)`` float64; single numbers fill the first half of a row.
+    dtype
+        Of the estimates.
+    """
+
+    table: np.ndarray
+    dtype: np.dtype
+
+    def times(self) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.table[0]), torch.from_numpy(self.table[1])
+
+    def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``error, error_norm, stiffness``."""
+        e, norm, stiffness = self.table[2:].view(self.dtype)[:, : self.table.shape[1]]
+        return torch.from_numpy(e), torch.from_numpy(norm), torch.from_numpy(stiffness)
+
+    def steps(self) -> Steps:
+        return Steps(*self.times(), *self.estimates())
+
+
 @dataclass
 class NativeTrajectory:
     """What a native solve gives back; as ``torch_engine.Trajectory``, with tensors for lists."""
 
     t: Sequence[float]
     u: Tensor
-    step_t: Tensor
-    step_h: Tensor
-    error: Tensor
-    error_norm: Tensor
-    stiffness: Tensor
-    counts: dict[str, int]
+    columns: StepColumns
+    counts: Counts
     nreject: int
     final_t: float
     final_h: float
@@ -508,7 +535,7 @@ class NativeTrajectory:
 
     @property
     def naccept(self) -> int:
-        return len(self.step_t)
+        return self.columns.table.shape[1]
 
 
 def integrate(
@@ -544,26 +571,19 @@ def integrate(
             bar.close()
     kernel_s = time.perf_counter() - started
     integers, reals, held = memory.integers, memory.reals, memory.held
-    from_numpy = torch.from_numpy
-    count, saved = integers[L.ACCEPTED], integers[L.SAVED]
-    # copies: the reverse pass and dense output go by these
-    rows = memory.steps().copy()
-    step_t, step_h = from_numpy(rows[0]), from_numpy(rows[1])
-    estimates = rows[2:].view(memory.dtype)[:, :count]
+    saved = integers[L.SAVED]
+    # a copy: the reverse pass and dense output go by these
+    table = memory.steps().copy()
     if wanted.times is None:
-        ends = [*step_t.tolist(), reals[L.T]]
+        ends = [*table[0].tolist(), reals[L.T]]
         times: Sequence[float] = ends[:saved]
     else:
         times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]  # type: ignore[assignment]
     out = held[L.OUT_U]
     found = NativeTrajectory(
         t=times,
-        u=from_numpy(out if saved == len(out) else out[:saved]),
-        step_t=step_t,
-        step_h=step_h,
-        error=from_numpy(estimates[0]),
-        error_norm=from_numpy(estimates[1]),
-        stiffness=from_numpy(estimates[2]),
+        u=torch.from_numpy(out if saved == len(out) else out[:saved]),
+        columns=StepColumns(table, memory.dtype),
         counts=memory.counts(),
         nreject=integers[L.REJECTED],
         final_t=reals[L.T],

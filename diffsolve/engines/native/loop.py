@@ -260,6 +260,7 @@ def accept(I, R, h, lands, error, norm, stiffness, complete_step, value_at, like
         marks = marks_of(I, index)
         marks[L.MARK_RESTART] = I[L.RESTARTED]
         marks[L.MARK_FORGOT] = I[L.FORGOT]
+        marks[L.MARK_WHOLE] = I[L.WHOLE]
         marks[L.MARK_FIRST_SAVE] = first
         marks[L.MARK_INSIDE] = inside
         marks[L.MARK_END_SAVE] = end_save

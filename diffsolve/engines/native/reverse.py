@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.native.compiled import Jacobian
-from diffsolve.engines.native.engine import Memory, message_of, template, write_tolerance
+from diffsolve.engines.native.engine import (
+    Counts,
+    Memory,
+    message_of,
+    template,
+    write_tolerance,
+)
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
 from diffsolve.engines.native.method import method_of
@@ -48,7 +54,7 @@ class Swept:
 
     u_bar: Tensor
     p_bar: Tensor
-    counts: dict[str, int]
+    counts: Counts
     kernel_s: float
 
 
@@ -212,7 +218,7 @@ class ReverseProblem:
 class ReverseResult:
     z: Tensor
     worst: float
-    counts: dict[str, int]
+    counts: Counts
     naccept: int
     nreject: int
     status: int

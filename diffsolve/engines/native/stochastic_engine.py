@@ -8,11 +8,13 @@ decides every step, and there is one part.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from diffsolve.engines.native.engine import (
     RETCODES,
     Memory,
     NativeTrajectory,
+    StepColumns,
     Wanted,
     message_of,
     write_tolerance,
@@ -49,9 +52,12 @@ _MOST_AHEAD = 4_096  # normals that are drawn at once
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python
 _WORK_A_THREAD = 300_000  # operations that are worth another thread
 _FIRST_INTERVALS = 8
+_MOST_NOISE = 20_000_000  # numbers that are kept for a reverse pass rather than drawn again
 _MOST_TEMPLATES = 50
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)  # whose threads stay behind
 
 
 class _Method:
@@ -138,8 +144,8 @@ def template(
 ) -> StochasticTemplate:
     """The template of such solves, from those that were made before."""
     key = (
-        getattr(alg, "tableau", alg),
         type(alg),
+        getattr(alg, "tableau", None),
         getattr(alg, "integral", None),
         noise,
         settings.controller,
@@ -443,24 +449,19 @@ def integrate(
     integers, reals = part.integers, part.reals
     count, saved = integers[L.ACCEPTED], integers[L.SAVED]
     table = part.steps().copy()
-    step_t, step_h = torch.from_numpy(table[0]), torch.from_numpy(table[1])
     estimates = _joined_estimates(crew, count)
-    if estimates is None:
-        estimates = table[2:].view(part.dtype)[:, :count]
+    if estimates is not None:
+        table[2:].view(part.dtype)[:, :count] = estimates
     if wanted.times is None:
-        times: Any = [*step_t.tolist(), reals[L.T]][:saved]
+        times: Any = [*table[0].tolist(), reals[L.T]][:saved]
     else:
         times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]
     out = part.held[L.OUT_U]
     found = NativeTrajectory(
         t=times,
         u=torch.from_numpy(out if saved == len(out) else out[:saved]),
-        step_t=step_t,
-        step_h=step_h,
-        error=torch.from_numpy(estimates[0]),
-        error_norm=torch.from_numpy(estimates[1]),
-        stiffness=torch.from_numpy(estimates[2]),
-        counts={**part.counts(), "ng": integers[L.NG]},
+        columns=StepColumns(table, part.dtype),
+        counts=(*part.counts(), integers[L.NG]),
         nreject=integers[L.REJECTED],
         final_t=reals[L.T],
         final_h=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
@@ -516,12 +517,14 @@ def _solved(
     )
     parts = [Part(native, made, first, rows, field.breaks, seeds, seeded) for first, rows in shares]
     n, dtype = field.rows * compiled.d, parts[0].dtype
-    noises = 0 if wanted.checkpoints is not None else (2 if made.formulas.needs_area else 1)
-    sizes = [part.n + noises * part.integers[L.NOISE_SIZE] for part in parts]
+    noises = 2 if made.formulas.needs_area else 1
     if settings.adaptive:
-        room = max(8, min(_FIRST_ROOM, _ROOM_IN_NUMBERS // (sum(sizes) + n)))
+        room = max(8, min(_FIRST_ROOM, _ROOM_IN_NUMBERS // ((2 + noises) * n)))
     else:
         room = _count(settings, t0, t1)
+        if wanted.checkpoints is not None or room * noises * field.rows * field.m > _MOST_NOISE:
+            noises = 0  # drawn again
+    sizes = [part.n + noises * part.integers[L.NOISE_SIZE] for part in parts]
     saves = room + 1 if wanted.times is None else len(wanted.times)
     out = np.empty((saves, n), dtype)
     kept = room if wanted.checkpoints is None else min(wanted.checkpoints, room)
@@ -612,22 +615,26 @@ def _joined_estimates(crew: Crew, count: int) -> np.ndarray | None:
 def remember(path: Any, part: Part, t0: float) -> None:
     """Let a path know the points that the solve drew, as if it had been asked for them."""
     integers = part.integers
-    count = integers[L.LOGGED]
-    log = part.held[L.LOG][:count].tolist()
-    times = part.held[L.LOG_TIMES][:count].tolist()
-    intervals: dict[int, tuple[float, float]] = {}
+    count, serial = integers[L.LOGGED], integers[L.SERIAL]
+    ends: list[float] = []
     if not integers[L.REMEMBERS]:
         starts, sizes = part.steps()[:2]
         ends = (starts + sizes).tolist()
-        attempts = integers[L.SERIAL]
-        if attempts > len(ends):  # the last one failed
+        if serial > len(ends):  # the last one failed
             ends.append(part.reals[L.NOISE_END])
-        last = t0
-        for serial, end in enumerate(ends):
-            intervals[serial] = (last, end) if last < end else (end, last)
-            last = end
+        if not count:
+            forward = part.reals[L.DIRECTION] > 0
+            times, pieces = [t0, *ends], range(serial)
+            path.remember(
+                *((times, pieces) if forward else (times[::-1], pieces[::-1])), [], serial
+            )
+            return
+    intervals: dict[int, tuple[float, float]] = {}
+    for piece, (last, end) in enumerate(pairwise([t0, *ends])):
+        intervals[piece] = (last, end) if last < end else (end, last)
     divisions = []
-    for (parent, counter), (left, middle, right) in zip(log, times, strict=True):
+    log, log_times = part.held[L.LOG][:count].tolist(), part.held[L.LOG_TIMES][:count].tolist()
+    for (parent, counter), (left, middle, right) in zip(log, log_times, strict=True):
         if parent == L.FRESH_INTERVAL:
             intervals[counter] = left, right
             continue
@@ -637,7 +644,7 @@ def remember(path: Any, part: Part, t0: float) -> None:
         intervals[~(2 * k)], intervals[~(2 * k + 1)] = (left, middle), (middle, right)
     ordered = sorted((ends, piece) for piece, ends in intervals.items())
     points = [ordered[0][0][0], *(ends[1] for ends, _ in ordered)] if ordered else [t0]
-    path.remember(points, [piece for _, piece in ordered], divisions, integers[L.SERIAL])
+    path.remember(points, [piece for _, piece in ordered], divisions, serial)
 
 
 def _dense(
@@ -648,7 +655,7 @@ def _dense(
         kept = part.held[L.DENSE][: found.naccept, 0]
         states = torch.cat([torch.from_numpy(kept), part.state()[None]])
     dense = DenseOutput(t0, part.reals[L.DIRECTION], u0)
-    dense.ends = [dense.direction * t for t in (*found.step_t.tolist(), found.final_t)]
+    dense.ends = [dense.direction * t for t in (*found.columns.table[0].tolist(), found.final_t)]
     dense.steps = _Interpolants(native, field, found, states)  # type: ignore[assignment]
     return dense
 
@@ -658,7 +665,7 @@ class _Interpolants(Sequence[PathInterpolant]):
 
     def __init__(self, native: NativeSDE, field: SDEField, found: NativeTrajectory, states: Tensor):
         self._view = _CompiledField(native, field)
-        self._states, self._t, self._h = states, found.step_t, found.step_h
+        self._states, (self._t, self._h) = states, found.columns.times()
 
     def __len__(self) -> int:
         return len(self._t)
@@ -736,5 +743,5 @@ def sweep(
     lanes = np.sum([part.held[L.P_BAR] for part in parts], axis=0)
     p_bar = np.zeros(compiled.n_params, parts[0].dtype)
     p_bar[entries] = lanes.reshape(-1, compiled.lanes).sum(1)[: len(entries)]
-    counts = {**parts[0].counts(), "ng": parts[0].integers[L.NG]}
+    counts = (*parts[0].counts(), parts[0].integers[L.NG])
     return Swept(torch.from_numpy(u_bar), torch.from_numpy(p_bar), counts, kernel_s)

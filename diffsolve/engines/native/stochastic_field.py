@@ -178,7 +178,7 @@ class _Rows:
         if self.rows == 2:
             shape = structure.shapes[0]
             blank = torch.empty(2, *[1] * (len(shape) - 2), shape[-1], dtype=field.dtype)
-            structure = StateStructure(blank)
+            structure = StateStructure.of(blank)
         self.structure = structure
         # what g returns for these rows is judged as the field judges it
         self.field = SDEField(
@@ -228,7 +228,10 @@ def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> 
     except Declined as reason:
         return refused(str(reason))
     except Exception as error:  # f's or g's own, which the torch engine reports as it is
-        return refused(f"f or g raised {type(error).__name__}: {error}")
+        raised = f"{type(error).__name__}: {error}"
+        if one.rows < field.rows:
+            return refused(_COUPLED.format(why=f"for two paths alone they raise {raised}"))
+        return refused(f"f or g raised {raised}")
     fingerprint.settle(around)
     blocks = tuple((x.offset, x.count) for x in found.inputs)
     single, several = dtype is torch.float32, one.rows > 1

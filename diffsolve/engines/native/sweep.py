@@ -109,6 +109,7 @@ def sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse
         if not step(I, R, t, h, like):
             I[L.LOST] = 1
         I[L.NF] = before  # counted when they are differentiated
+    I[L.WHOLE] = marks[L.MARK_WHOLE]
 
     new_bar, total = bar_row(I, NEW, like), bar_row(I, TOTAL, like)
     state_bar, slope_bar = I[L.STATE_BAR], I[L.STATE_BAR] + n * size

@@ -68,6 +68,7 @@ HAS_JAC = _integer("HAS_JAC")
 FRESH = _integer("FRESH")  # whether it is the Jacobian at the start of the step
 STALE = _integer("STALE")  # whether Newton was slow with it
 FACTORED = _integer("FACTORED")
+WHOLE = _integer("WHOLE")  # whether one function took the whole step at hand
 FORGOT = _integer("FORGOT")  # whether the step at hand began without all that
 NJAC = _integer("NJAC")
 NLU = _integer("NLU")
@@ -265,7 +266,8 @@ MARK_FIRST_SAVE = 1
 MARK_INSIDE = 2  # saves strictly inside the step
 MARK_END_SAVE = 3  # the save at its end, or -1
 MARK_FORGOT = 4  # whether Newton's iteration began without what it had learnt before
-N_MARKS = 5
+MARK_WHOLE = 5  # whether one function took the whole step of a Rosenbrock method
+N_MARKS = 6
 
 # kinds of controllers
 INTEGRAL = 0

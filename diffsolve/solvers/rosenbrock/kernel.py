@@ -55,17 +55,24 @@ def fused_step(I, t, h, like):
     if not float(view(check, like)[0]) < limit:
         I[L.FRESH] = 0  # its time terms are not there
         return False
+    count_step(I)
+    I[L.HAS_JAC], I[L.FRESH], I[L.FACTORED], I[L.WHOLE] = 1, 1, 0, 1
+    return True
+
+
+@inlined
+def count_step(I):
+    """The work of a step that one function takes, or goes back through."""
     I[L.NF] += I[L.STAGES] - 2
     I[L.NSOLVE] += I[L.STAGES] - 2
     I[L.NLU] += 1
     I[L.NJAC] += 1 - I[L.FRESH]
-    I[L.HAS_JAC], I[L.FRESH], I[L.FACTORED] = 1, 1, 0
-    return True
 
 
 @inlined
 def take_step(I, R, t, h, like):
     """Stages, new state and error row of a step from ``W_U, W_DU``; whether it could be taken."""
+    I[L.WHOLE] = 0
     copy(I[L.N], row(I, L.W_DU, like), stage(I, 0, like), like)
     if I[L.FUSED] != 0 and fused_step(I, t, h, like):
         return True
@@ -108,6 +115,7 @@ def solve_stages(I, R, t, h, like):
 
 @inlined
 def reverse_fused_step(I, t, h, like):
+    count_step(I)
     total = bar_row(I, TOTAL, like)
     call_step_reverse(
         I[L.FUSED_VJP],
@@ -142,11 +150,9 @@ def reverse_step(I, R, t, h, like):
     n, stages = I[L.N], I[L.STAGES]
     nodes, coupling, weights = reals(I[L.C]), reals(I[L.COUPLING]), reals(I[L.TIME_WEIGHTS])
     total, g, bar = bar_row(I, TOTAL, like), row(I, L.W_TEMP, like), row(I, L.W_DU, like)
-    if I[L.FUSED_VJP] != 0:
-        if fused_step(I, t, h, like):
-            reverse_fused_step(I, t, h, like)
-            return
-        solve_stages(I, R, t, h, like)  # that one left its own in their place
+    if I[L.FUSED_VJP] != 0 and I[L.WHOLE] != 0:
+        reverse_fused_step(I, t, h, like)
+        return
     last = stages - 1
     vjp_at(I, t + h, t, t + h, row(I, L.W_NEW, like), stage_bar(I, last, like), bar, like)
     add_scaled(n, 1.0, bar_row(I, NEW, like), bar, like)

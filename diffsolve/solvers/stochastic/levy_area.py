@@ -56,6 +56,11 @@ def pieces_of(h: Any, time_scale: float) -> int:
     return max(1, math.ceil(time_scale / (12 * abs(float(h))) - 1e-9))
 
 
+def _halves_first(pieces: int) -> list[int]:
+    """1, ..., pieces - 1 in an order that divides long intervals before short ones."""
+    return sorted(range(1, pieces), key=lambda i: -(i & -i))
+
+
 def _cut(field: SDEField, t: float, h: float, pieces: int) -> tuple[Tensor, Tensor]:
     """``W`` and ``H`` of equal pieces of a step, ``(pieces, R, m)``."""
     path = field.path
@@ -64,6 +69,8 @@ def _cut(field: SDEField, t: float, h: float, pieces: int) -> tuple[Tensor, Tens
     found = [whole]
     if pieces > 1:
         ends = [t, *(t + h * (i / pieces) for i in range(1, pieces)), t + h]
-        path.at(ends[1:-1], since=t)  # a read: it changes nothing that later steps draw
+        # a read: it changes nothing that later steps draw. Halves first, then quarters, ...: a path
+        # that remembers how it was divided finds each piece in a few steps
+        path.at([ends[i] for i in _halves_first(pieces)], since=t)
         found = [path.increment(a, b) for a, b in pairwise(ends)]
     return torch.stack([x.W for x in found]), torch.stack([x.H for x in found if x.H is not None])
