@@ -27,6 +27,7 @@ from diffsolve import (
     RKMilCommute,
     SDEProblem,
 )
+from diffsolve.solvers.stochastic.noise import VirtualBrownianTree
 
 solve = functools.partial(diffsolve.solve, engine="torch")
 DOUBLE = torch.float64
@@ -341,11 +342,15 @@ def test_a_drift_and_a_noise_that_jump(sensealg):
 
 
 @each
-def test_a_path_that_is_given(sensealg):
+@pytest.mark.parametrize("tree", [False, True], ids=["path", "tree"])
+def test_a_path_that_is_given(tree, sensealg):
     prob = linear("diagonal", "ito", rows=8)
-    first = solve(prob, SRIW1(), rtol=1e-2, atol=1e-2, seed=6)
-    again = solve(prob, SOSRI(), sensealg=sensealg, saveat=[1.0], noise=first.noise, rtol=5e-3)
-    W = first.noise.at([1.0])
+    if tree:
+        noise: Any = VirtualBrownianTree(6, 0.0, 1.0, rows=8, m=2)
+    else:
+        noise = solve(prob, SRIW1(), rtol=1e-2, atol=1e-2, seed=6).noise
+    again = solve(prob, SOSRI(), sensealg=sensealg, saveat=[1.0], noise=noise, rtol=5e-3)
+    W = noise.at([1.0])
     expected = gradients(prob, closed_form(prob, W, torch.ones(1, dtype=DOUBLE)))
     assert distance(gradients(prob, again.u), expected) < 1e-2
 

@@ -205,6 +205,7 @@ def test_a_good_reconstruction_is_not():
     assert_near(*found, 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::diffsolve.BacksolveWarning")
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_function_that_changed_is_refused(which):
     scale = [1.0, 1.0]

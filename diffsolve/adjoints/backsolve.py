@@ -32,6 +32,14 @@ class BacksolveAdjoint(ContinuousAdjoint):
     always wrong, or the reverse solve fails: it takes at most 50 times the steps of the forward one
     (and at least 10,000).
 
+    Of an SDE, the adjoint is a Stratonovich equation along the same Brownian path, also for Ito
+    equations, whose drift is corrected by vector-Jacobian products of ``g`` with itself (one for
+    diagonal and scalar noise, ``d`` where a component of diagonal noise depends on other
+    components, ``m`` for general noise; ``g`` needs second derivatives). It is solved with
+    Euler-Heun steps: adaptive where the forward ones are, else of the forward sizes. The gradient
+    is that of the equation: it differs from the one of the steps by their strong error, and by the
+    strong error of the reverse steps, of order 1 (1/2 where the noise is not commutative).
+
     Parameters
     ----------
     alg, rtol, atol
@@ -47,7 +55,8 @@ class BacksolveAdjoint(ContinuousAdjoint):
     References
     ----------
     Chen, Rubanova, Bettencourt, Duvenaud, NeurIPS 2018, algorithm 1; its instability: Gholami,
-    Keutzer, Biros, IJCAI 2019.
+    Keutzer, Biros, IJCAI 2019. SDEs: Li, Wong, Chen, Duvenaud, Scalable gradients for stochastic
+    differential equations, AISTATS 2020.
     """
 
     checkpointing: bool = True

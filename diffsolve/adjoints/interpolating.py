@@ -41,6 +41,11 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     ``checkpoints`` a few states; those then need the stages of two segments during backward, and a
     second forward solve. The gradient's error follows the tolerances and the interpolant's order.
 
+    Of an SDE, the adjoint is a Stratonovich equation along the same Brownian path, as for
+    ``BacksolveAdjoint``. Reverse steps end where forward steps did, and are shorter where the
+    tolerance asks for it: so the states at the ends are all that is kept, and the strong order is
+    that of the reverse steps, 1 (1/2 where the noise is not commutative).
+
     Parameters
     ----------
     alg, rtol, atol

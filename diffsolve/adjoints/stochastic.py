@@ -214,10 +214,9 @@ class StochasticReverse(ReverseField):
         total: Any = 0.0
         for g, weight, along in parts:
             (v,) = torch.autograd.grad(g, u, weight, create_graph=True, allow_unused=True)
-            if v is None:  # g does not depend on u
-                return None
-            total = total + 0.5 * (v * along.reshape(-1)).sum()
-        return total if total.requires_grad else None
+            if v is not None:  # else this part of g does not depend on u
+                total = total + 0.5 * (v * along.reshape(-1)).sum()
+        return total if isinstance(total, Tensor) and total.requires_grad else None
 
     def count_in(self, stats: Any) -> None:
         super().count_in(stats)

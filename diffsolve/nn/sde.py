@@ -200,7 +200,7 @@ def _solve_with_kl(kl: PathKL, options: dict[str, Any]) -> Solution:
     except SolveError as error:
         if error.retcode is not ReturnCode.UNSTABLE:
             raise
-        hint = _INFINITE.format(where=" perhaps")
+        hint = _INFINITE.format(where="")
         raise SolveError(
-            f"{error} Or {hint}", error.retcode, error.t, error.h, error.solution
+            f"{error} Perhaps {hint}", error.retcode, error.t, error.h, error.solution
         ) from error
