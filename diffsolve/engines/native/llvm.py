@@ -107,6 +107,8 @@ _ORDERED = {"lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge", "eq": "oeq", "ne
 class Emitter:
     """Text of one function."""
 
+    longest = 2 * _BLOCK  # lines that are left in one block
+
     def __init__(self, kind: str, signature: Signature):
         self.kind = kind  # LLVM's name of the number type
         self.type, self.truth = kind, "i1"  # of values: a number, or a vector of them
@@ -213,7 +215,7 @@ class Emitter:
         What keeps it from joining them again is a branch that is never taken.
         """
         lines = self.lines
-        if len(lines) <= 2 * _BLOCK:
+        if len(lines) <= self.longest:
             return "\n".join(lines)
         parts = [NEVER, *lines[:_BLOCK]]
         for i, begin in enumerate(range(_BLOCK, len(lines), _BLOCK)):

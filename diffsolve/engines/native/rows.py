@@ -130,6 +130,8 @@ def lanes_of(single: bool) -> int:
 class _RoutineEmitter(Emitter):
     """Text of a routine."""
 
+    longest = 1_000
+
     def __init__(self, routine: Routine, kind: str, lanes: int):
         super().__init__(kind, Signature(routine.scalars, tuple(a.name for a in routine.arrays)))
         self.routine, self.lanes = routine, lanes

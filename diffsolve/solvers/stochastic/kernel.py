@@ -68,14 +68,14 @@ def next_normals(I):
     """Address of the normals of the next serial; those of ``H`` lie behind all those of ``W``."""
     i = I[L.SERIAL] - I[L.AHEAD_FIRST]
     if i < 0 or i >= I[L.AHEAD_COUNT]:
+        i = I[L.SERIAL] % I[L.AHEAD_COUNT]  # blocks begin where they do for a reverse pass, too
         with_ = integers(I[L.DRAW_WITH])
-        with_[2], with_[3] = I[L.SERIAL], I[L.AHEAD_COUNT]
+        with_[2], with_[3] = I[L.SERIAL] - i, I[L.AHEAD_COUNT]
         place = I[L.AHEAD]
         with_[7] = place
         with_[8] = place + 8 * I[L.AHEAD_COUNT] * I[L.NOISE_SIZE] if draws_both(I) else 0
         call_kernel(I[L.DRAW], I[L.DRAW_WITH], I[L.DRAW_WITH])
-        I[L.AHEAD_FIRST] = I[L.SERIAL]
-        i = 0
+        I[L.AHEAD_FIRST] = I[L.SERIAL] - i
     I[L.SERIAL] += 1
     return I[L.AHEAD] + 8 * i * I[L.NOISE_SIZE]
 
@@ -216,10 +216,13 @@ def nearness(I, R, t):
 
 
 @inlined
-def write_union(I, R, count, t, end, like):
+def write_union(I, R, count, like):
     """``W`` and ``H`` of the step over the first ``count`` known intervals."""
     n, direction, size = I[L.NOISE_SIZE], R[L.DIRECTION], size_of(like)
     W, H = I[L.NOISE], I[L.NOISE] + n * size
+    if count == 0:
+        fill_zero(2 * n, W, like)
+        return
     if count == 1:
         values = values_of(I, 0)
         scale_into(n, direction, values, W, like)
@@ -244,9 +247,12 @@ def write_union(I, R, count, t, end, like):
 
 @inlined
 def pass_known(I, R, t):
-    """Drop the intervals that lie before the time at hand."""
-    near, ends = nearness(I, R, t), reals(I[L.KNOWN_END])
-    while I[L.KNOWN] > 0 and R[L.DIRECTION] * (ends[0] - t) <= near:
+    """Drop the intervals before the time at hand, which is the known point that it is close to."""
+    direction, near, ends = R[L.DIRECTION], nearness(I, R, t), reals(I[L.KNOWN_END])
+    while I[L.KNOWN] > 0 and direction * (ends[0] - t) <= 0.0:
+        drop_first(I, R)
+    beside = I[L.KNOWN] > 0 and direction * (ends[0] - t) <= near
+    if beside and direction * (t - R[L.KNOWN_FROM]) > near:
         drop_first(I, R)
 
 
@@ -257,15 +263,17 @@ def known_noise(I, R, t, end, like):
     pass_known(I, R, t)
     near = nearness(I, R, end)
     i = 0
-    while i < I[L.KNOWN] and direction * (end - ends[i]) > near:
+    while i < I[L.KNOWN] and direction * (end - ends[i]) > 0.0:
         i += 1
-    if i == I[L.KNOWN]:
+    if direction * (end - near_end(I, R, i)) <= near:
+        i -= 1
+    elif i == I[L.KNOWN]:
         append_fresh(I, R, end)
     elif direction * (ends[i] - end) > near:
         serial = I[L.SERIAL]
         normals = next_normals(I)
         divide(I, R, i, end, serial, normals, normals + 8 * I[L.AHEAD_COUNT] * n)
-    write_union(I, R, i + 1, t, end, like)
+    write_union(I, R, i + 1, like)
 
 
 @inlined
@@ -477,7 +485,10 @@ def load_step(I, R, index, like):
     n, size, stride = I[L.N], size_of(like), I[L.STRIDE]
     if stride == 1:
         place = I[L.STATES] + index * I[L.STATE_SIZE] * size
-        return place, place + n * size
+        if I[L.STATE_SIZE] > n:
+            return place, place + n * size
+        draw_again(I, R, index, like)
+        return place, I[L.NOISE]
     begin = index // stride * stride
     if index == I[L.SWEEP_LAST] or (index + 1) % stride == 0:
         remake_segment(I, R, begin, index, like)
@@ -487,22 +498,26 @@ def load_step(I, R, index, like):
 
 
 @inlined
-def remake_segment(I, R, begin, last, like):
-    """Repeat the steps from a state that was kept, and note where each starts and its noise.
+def draw_again(I, R, index, like):
+    """Noise of a recorded step of a fixed size: its number is its serial."""
+    starts, sizes = reals(I[L.STEP_T]), reals(I[L.STEP_H])
+    I[L.SERIAL] = index
+    R[L.NOISE_END] = R[L.NOISE_START]
+    if index > 0:
+        R[L.NOISE_END] = starts[index - 1] + sizes[index - 1]
+    draw_noise(I, R, starts[index], sizes[index], like)
 
-    With checkpoints steps are fixed, and the serial of a step is its number.
-    """
+
+@inlined
+def remake_segment(I, R, begin, last, like):
+    """Repeat the steps from a state that was kept, and note where each starts and its noise."""
     n, size, noise = I[L.N], size_of(like), 2 * I[L.NOISE_SIZE]
     starts, sizes = reals(I[L.STEP_T]), reals(I[L.STEP_H])
     u = row(I, L.W_U, like)
     copy(n, I[L.STATES] + (begin // I[L.STRIDE]) * I[L.STATE_SIZE] * size, u, like)
-    I[L.SERIAL] = begin
-    R[L.NOISE_END] = R[L.NOISE_START]
-    if begin > 0:
-        R[L.NOISE_END] = starts[begin - 1] + sizes[begin - 1]
     for i in range(begin, last + 1):
         place = I[L.SEGMENT] + (i - begin) * (n + noise) * size
-        draw_noise(I, R, starts[i], sizes[i], like)
+        draw_again(I, R, i, like)
         copy(n, u, place, like)
         copy(noise, I[L.NOISE], place + n * size, like)
         if i < last:
