@@ -123,6 +123,27 @@ def test_single_precision(sensealg):
     compare(lambda: _with(make(), "ito"), sensealg, EM(), rtol=0.06)
 
 
+@each
+def test_autocast(sensealg):
+    torch.manual_seed(2)
+    body, g = (nn.Linear(3, 3) for _ in range(2))
+    u0 = torch.randn(8, 3)
+    prob = SDEProblem(
+        lambda t, u: torch.tanh(body(u)).float(),
+        lambda t, u: 0.3 * torch.tanh(g(u)).float(),
+        u0,
+        (0.0, 1.0),
+    )
+    tensors = [*body.parameters(), *g.parameters()]
+    found = []
+    for x in (sensealg, DiscreteAdjoint()):
+        with torch.autocast("cpu", torch.bfloat16):
+            sol = solve(prob, EM(), sensealg=x, dt=1 / 64, saveat=[1.0], seed=7)
+        found.append(torch.autograd.grad((sol.u**2).mean(), tensors))
+    for got, expected in zip(*found, strict=True):
+        assert_near(got, expected, 0.1)
+
+
 def _with(made: tuple[SDEProblem, list[Tensor]], interpretation: str) -> Any:
     prob, tensors = made
     return prob.remake(interpretation=interpretation), tensors
