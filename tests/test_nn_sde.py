@@ -508,3 +508,18 @@ def test_logqp_needs_a_prior_and_goes_forward():
         layer()(U0, logqp=True)
     with pytest.raises(ValueError, match="forward in time"):
         layer(prior=prior).solve(U0, logqp=True, tspan=(1.0, 0.0))
+
+
+@pytest.mark.parametrize("takes_time", [False, True])
+def test_what_was_compiled_for_logqp_serves_the_next_solve(takes_time):
+    drift = net()
+    f = (lambda t, u: drift(u)) if takes_time else drift
+    h = (lambda t, u: prior(u)) if takes_time else prior
+    g = (lambda t, u: 0.3 + 0 * u) if takes_time else lambda u: 0.3 + 0 * u
+    module = NeuralSDE(f, g, alg=EM(), prior=h, takes_time=takes_time, **FIXED)
+    module.solve(U0, logqp=True, engine="native")
+    again = module.solve(U0, logqp=True, engine="native")
+    assert again.stats.compile_s == 0
+    first = module.split(again.u)[1][-1]
+    module.prior = f  # another function is seen: then nothing diverges
+    assert module.split(module.solve(U0, logqp=True).u)[1][-1].abs().max() == 0 < first.min()

@@ -20,24 +20,20 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.problems.sde import SDEProblem
-
 
 class PathKL:
     """An SDE with the divergence from a prior so far as one more component, without noise.
 
+    A state ``(..., d)`` gets a component more, ``(..., d + 1)``; any other state becomes the pair
+    of it and a tensor ``(1,)``.
+
     Parameters
     ----------
-    prob
-        The SDE whose paths are drawn, the posterior.
+    f, g, noise
+        Of the SDE whose paths are drawn, the posterior, as in ``SDEProblem``; called as
+        ``f(t, u)``.
     prior
-        Drift ``h`` of the other one, called as ``prob.f`` is.
-
-    Attributes
-    ----------
-    prob
-        The larger problem. A state ``(..., d)`` gets a component more, ``(..., d + 1)``; any other
-        state becomes the pair of it and a tensor ``(1,)``.
+        Drift ``h(t, u)`` of the other one.
 
     Notes
     -----
@@ -47,62 +43,67 @@ class PathKL:
     infinite. Where ``f - h`` and ``g`` are both zero, nothing is added.
     """
 
-    def __init__(self, prob: SDEProblem, prior: Callable[..., Any]):
-        self.posterior, self.prior = prob, prior
-        u0 = prob.u0
-        self.in_rows = isinstance(u0, Tensor) and u0.ndim > 0
-        self.prob = prob.remake(f=self._drift, g=self._diffusion, u0=self._extended(u0))
+    def __init__(
+        self, f: Callable[..., Any], g: Callable[..., Any], noise: str, prior: Callable[..., Any]
+    ):
+        self.f, self.g, self.noise, self.prior = f, g, noise, prior
 
-    def rate(self, t: Tensor, u: Any, *args: Any) -> Tensor:
-        """``1/2 |v|^2`` of each path at a state of ``posterior``."""
-        return self._rate(self.posterior.f(t, u, *args), t, u, *args)
+    def start(self, u0: Any) -> Any:
+        """The larger state at the start."""
+        if _in_rows(u0):
+            return torch.cat([u0, u0.new_zeros(*u0.shape[:-1], 1)], -1)
+        return u0, pytree.tree_leaves(u0)[0].new_zeros(1)
 
-    def _rate(self, f: Any, t: Tensor, u: Any, *args: Any) -> Tensor:
-        h, g = self.prior(t, u, *args), self.posterior.g(t, u, *args)
-        if self.in_rows:
+    def drift(self, t: Tensor, u: Any) -> Any:
+        """Drift of the larger state."""
+        inner = split(u)[0]
+        f = self.f(t, inner)
+        rate = self._rate(f, t, inner)[..., None]
+        return torch.cat([f, rate], -1) if isinstance(u, Tensor) else (f, rate)
+
+    def diffusion(self, t: Tensor, u: Any) -> Any:
+        """Diffusion of the larger state."""
+        inner = split(u)[0]
+        g = self.g(t, inner)
+        first: Tensor = pytree.tree_leaves(g)[0]
+        if isinstance(u, Tensor):
+            along = -1 if self._is_vector(first, inner) else -2
+            return torch.cat([g, torch.zeros_like(g.narrow(along, 0, 1))], along)
+        shape = (1,) if self._is_vector(first, inner) else (1, first.shape[-1])
+        return g, first.new_zeros(shape)
+
+    def rate(self, t: Tensor, u: Any) -> Tensor:
+        """``1/2 |v|^2`` of each path at a state of the posterior."""
+        return self._rate(self.f(t, u), t, u)
+
+    def _rate(self, f: Any, t: Tensor, u: Any) -> Tensor:
+        h, g = self.prior(t, u), self.g(t, u)
+        if _in_rows(u):
             apart = f - h
         else:
             f, h, g = pytree.tree_leaves(f), pytree.tree_leaves(h), pytree.tree_leaves(g)
             apart = torch.cat([(x - y).reshape(-1) for x, y in zip(f, h, strict=True)])
             columns = [x.reshape(-1) if self._is_vector(g[0], u) else x.flatten(0, -2) for x in g]
             g = torch.cat(columns)
-        noise = self.posterior.noise
         if g.shape != apart.shape:
             v = _least_squares(g, apart)
-        elif noise == "scalar":
+        elif self.noise == "scalar":
             v = _least_squares(g[..., None], apart)
         else:
             v = _quotient(apart, g)
         return 0.5 * (v * v).sum(-1)
 
-    def _drift(self, t: Tensor, u: Any, *args: Any) -> Any:
-        inner = split(u)[0]
-        f = self.posterior.f(t, inner, *args)
-        rate = self._rate(f, t, inner, *args)[..., None]
-        return torch.cat([f, rate], -1) if self.in_rows else (f, rate)
-
-    def _diffusion(self, t: Tensor, u: Any, *args: Any) -> Any:
-        inner = split(u)[0]
-        g = self.posterior.g(t, inner, *args)
-        first: Tensor = pytree.tree_leaves(g)[0]
-        if self.in_rows:
-            along = -1 if self._is_vector(first, inner) else -2
-            return torch.cat([g, torch.zeros_like(g.narrow(along, 0, 1))], along)
-        shape = (1,) if self._is_vector(first, inner) else (1, first.shape[-1])
-        return g, first.new_zeros(shape)
-
-    def _extended(self, u0: Any) -> Any:
-        if self.in_rows:
-            return torch.cat([u0, u0.new_zeros(*u0.shape[:-1], 1)], -1)
-        return u0, pytree.tree_leaves(u0)[0].new_zeros(1)
-
     def _is_vector(self, g: Tensor, u: Any) -> bool:
         """Whether ``g``, or its first leaf, has the shape of the state."""
-        return g.shape == pytree.tree_leaves(u)[0].shape and self.posterior.noise != "general"
+        return g.shape == pytree.tree_leaves(u)[0].shape and self.noise != "general"
+
+
+def _in_rows(u: Any) -> bool:
+    return isinstance(u, Tensor) and u.ndim > 0
 
 
 def split(u: Any) -> tuple[Any, Tensor]:
-    """States of the posterior, and the divergence of each path, from states of ``PathKL.prob``."""
+    """States of the posterior, and the divergence of each path, from the larger states."""
     if isinstance(u, Tensor):
         return u[..., :-1], u[..., -1]
     return u[0], u[1][..., 0]

@@ -142,24 +142,27 @@ class NeuralSDE(nn.Module):
             **self.options,
             **overrides,
         }
+        if logqp and self.prior is None:
+            raise ValueError("logqp needs the drift of the prior: NeuralSDE(..., prior=...)")
         prob = SDEProblem(
-            self._drift if not self.takes_time else self.drift,
-            self._diffusion if not self.takes_time else self.diffusion,
+            *self._functions(),
             u0,
             options.pop("tspan"),
             noise=self.noise,
             interpretation=self.interpretation,
         )
-        if not logqp:
-            return solve(prob, **options)
-        if self.prior is None:
-            raise ValueError("logqp needs the drift of the prior: NeuralSDE(..., prior=...)")
-        return _solve_with_kl(PathKL(prob, self.prior if self.takes_time else self._prior), options)
+        return self._solve_with_kl(prob, options) if logqp else solve(prob, **options)
 
     @staticmethod
     def split(u: Any) -> tuple[Any, Tensor]:
         """States, and the divergence so far of each path, from those of ``solve(logqp=True)``."""
         return split(u)
+
+    def _functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Drift and diffusion of ``(t, u)``."""
+        if self.takes_time:
+            return self.drift, self.diffusion
+        return self._drift, self._diffusion
 
     def _drift(self, t: Tensor, u: Any) -> Any:
         return self.drift(u)
@@ -170,6 +173,40 @@ class NeuralSDE(nn.Module):
     def _prior(self, t: Tensor, u: Any) -> Any:
         assert self.prior is not None
         return self.prior(u)
+
+    def _path_kl(self) -> PathKL:
+        prior = self.prior if self.takes_time else self._prior
+        assert prior is not None
+        f, g = self._functions()
+        return PathKL(f, g, self.noise, prior)
+
+    # methods of the layer: code that was compiled for them is found again in the next solve
+    def _drift_with_kl(self, t: Tensor, u: Any) -> Any:
+        return self._path_kl().drift(t, u)
+
+    def _diffusion_with_kl(self, t: Tensor, u: Any) -> Any:
+        return self._path_kl().diffusion(t, u)
+
+    def _solve_with_kl(self, prob: SDEProblem, options: dict[str, Any]) -> Solution:
+        t0, t1 = (float(detached(t)) for t in prob.tspan)
+        if t1 < t0:
+            raise ValueError(f"logqp is an integral forward in time, got tspan = ({t0}, {t1})")
+        kl, u0 = self._path_kl(), prob.u0
+        first: Tensor = pytree.tree_leaves(u0)[0]
+        with torch.no_grad():
+            rate = kl.rate(first.new_tensor(t0), u0)
+        if not bool(torch.isfinite(rate).all()):
+            raise ValueError(_INFINITE.format(where=f" at t0 = {t0:g}"))
+        larger = prob.remake(f=self._drift_with_kl, g=self._diffusion_with_kl, u0=kl.start(u0))
+        try:
+            return solve(larger, **options)
+        except SolveError as error:
+            if error.retcode is not ReturnCode.UNSTABLE:
+                raise
+            hint = _INFINITE.format(where="")
+            raise SolveError(
+                f"{error} Perhaps {hint}", error.retcode, error.t, error.h, error.solution
+            ) from error
 
     def extra_repr(self) -> str:
         shown = [f"tspan={self.tspan}", f"alg={self.alg}", f"sensealg={self.sensealg}"]
@@ -183,24 +220,3 @@ _INFINITE = (
     "rank, and drift differs from prior. Make the diffusion positive (softplus), or let drift be "
     "prior plus the diffusion times a function."
 )
-
-
-def _solve_with_kl(kl: PathKL, options: dict[str, Any]) -> Solution:
-    t0, t1 = (float(detached(t)) for t in kl.prob.tspan)
-    if t1 < t0:
-        raise ValueError(f"logqp is an integral forward in time, got tspan = ({t0}, {t1})")
-    u0 = kl.posterior.u0
-    first: Tensor = pytree.tree_leaves(u0)[0]
-    with torch.no_grad():
-        rate = kl.rate(first.new_tensor(t0), u0)
-    if not bool(torch.isfinite(rate).all()):
-        raise ValueError(_INFINITE.format(where=f" at t0 = {t0:g}"))
-    try:
-        return solve(kl.prob, **options)
-    except SolveError as error:
-        if error.retcode is not ReturnCode.UNSTABLE:
-            raise
-        hint = _INFINITE.format(where="")
-        raise SolveError(
-            f"{error} Perhaps {hint}", error.retcode, error.t, error.h, error.solution
-        ) from error
