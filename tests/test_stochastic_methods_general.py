@@ -150,6 +150,20 @@ def test_strong_order_on_a_path_of_the_solver(alg: Any) -> None:
     assert rms(fine.u[-1, :, 2] - exact) < 0.4 * errors[-1]
 
 
+def test_backward_along_the_path() -> None:
+    """A Stratonovich equation goes back where it came from, with the areas of the same path."""
+    prob = twisted(150, "stratonovich")
+    alg = GENERAL[1]
+    fine = solve(prob, alg, dt=1 / 256, adaptive=False, seed=1)
+    errors = []
+    for n in (16, 64):
+        back = prob.remake(u0=fine.u[-1], tspan=(1.0, 0.0))
+        sol = solve(back, alg, dt=1 / n, adaptive=False, noise=fine.noise, save_everystep=False)
+        errors.append(rms(sol.u[-1, :, 2]))
+    assert errors[1] < 0.35 * errors[0]
+    assert errors[1] < 0.04
+
+
 # -- special noise -------------------------------------------------------------------------------
 
 

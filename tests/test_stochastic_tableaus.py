@@ -260,6 +260,37 @@ def test_matrices_of_diffusion_give_what_their_entries_give(recorded: bool) -> N
     torch.testing.assert_close(matrix.error, diagonal.error, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_one_motion_of_additive_noise_is_a_column_of_many(recorded: bool) -> None:
+    u = torch.linspace(-1, 2, 6, dtype=DOUBLE).reshape(3, 2)
+    W, H = 0.2 * torch.randn(2, 3, 2, dtype=DOUBLE)
+    found = []
+    for columns in (1, 2):
+        weights = torch.tensor([1.0, 0.0], dtype=DOUBLE)[:columns]
+        prob = SDEProblem(
+            f,
+            lambda t, u: g_additive(t, u)[..., None] * weights,  # noqa: B023
+            u,
+            (0.0, 1.0),
+            noise="additive",
+        )
+        field = SDEField.of(prob)
+        field.discover(0.0, u.reshape(-1), 1.0, False)
+        field.given = GivenNoise(torch.empty(0, 3, columns), W[:, :columns], H[:, :columns])
+        with torch.set_grad_enabled(recorded):
+            found.append(SRA1().step(field, 0.3, 0.1, (u.reshape(-1),)))
+    torch.testing.assert_close(found[0].state[0], found[1].state[0], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(found[0].error, found[1].error, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("SRIW1", -0.25), ("SOSRI", 2.84)])
+def test_what_keeps_the_weak_order_at_three_halves(name: str, expected: float) -> None:
+    """See the notes of ``SRI``; the order itself is measured elsewhere."""
+    tableau = of(name)
+    weights = tableau.beta[0] + tableau.beta[2] / 2
+    assert weights @ tableau.b1.sum(1) ** 3 == pytest.approx(expected, abs=0.005)
+
+
 def test_a_step_that_is_not_finite_leaves_nothing_behind() -> None:
     """Buffers are used again: NaN in one step must not reach the next."""
     bad = [False]

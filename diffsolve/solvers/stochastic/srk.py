@@ -91,7 +91,7 @@ class SRA(_SRK):
 
 
 class SRI(_SRK):
-    """Method for diagonal or scalar noise of any tableau, adaptive, of strong order 1.5.
+    """Method for diagonal or scalar noise of any tableau, adaptive, of strong and weak order 1.5.
 
     Diagonal noise is that of a ``g`` whose component ``i`` depends on component ``i`` of ``u``;
     with another ``g`` the methods of this family have strong order 1/2. The error estimate is the
@@ -110,6 +110,12 @@ class SRI(_SRK):
     References
     ----------
     Rößler, SIAM J. Numer. Anal. 48 (2010) 922.
+
+    Notes
+    -----
+    The documentation of StochasticDiffEq.jl says weak order 2. But the third derivative of ``g``,
+    for one, enters ``E[(u_new - u)^2]`` with ``h^2.5``, by ``(beta1 + beta3/2) (B1 e)^3``, which no
+    condition of strong order 1.5 makes vanish: it is -1/4 for SRIW1 and 2.84 for SOSRI.
     """
 
     noise_types = frozenset({"diagonal", "scalar"})
