@@ -29,7 +29,7 @@ from diffsolve import (
     SDEProblem,
 )
 from diffsolve.problems.sde_field import GivenNoise
-from diffsolve.solvers.stochastic.levy_area import levy_area, pieces_of
+from diffsolve.solvers.stochastic.levy_area import area_of_pieces, pieces_of
 from diffsolve.solvers.stochastic.noise.path import BrownianPath
 from diffsolve.solvers.stochastic.noise.tree import VirtualBrownianTree
 
@@ -139,7 +139,7 @@ def test_strong_order_on_a_path_of_the_solver(alg: Any) -> None:
     prob = twisted(150, integral_of(alg))
     fine = solve(prob, alg, dt=1 / 512, adaptive=False, seed=1)
     field = field_of(prob, fine.noise)
-    area = levy_area(field, 0.0, 1.0, 12 * 8192)[:, 0, 1]
+    area = area_of_pieces(field, 0.0, 1.0, 8192)[:, 0, 1]
     W = fine.noise.at([1.0])[0]
     exact = area + W[:, 0] * W[:, 1]
     errors = []
@@ -232,7 +232,7 @@ def test_rejected_steps_leave_the_areas_as_they_are() -> None:
     sol = solve(prob, RKMilGeneral(), rtol=2e-2, atol=2e-2, seed=5, dt=0.5)
     assert sol.stats.nreject > 2
     field = field_of(prob, sol.noise)
-    area = levy_area(field, 0.0, 1.0, 12 * 2048)[:, 0, 1]
+    area = area_of_pieces(field, 0.0, 1.0, 2048)[:, 0, 1]
     expected = math.sqrt(sum(h * h / (12 * pieces_of(h, 1.0)) for h in sol.steps.h.tolist()))
     assert rms(sol.u[-1, :, 2] - area) == pytest.approx(expected, rel=0.2)
     torch.testing.assert_close(sol.u[-1, :, :2], sol.noise.at([1.0])[0])
@@ -254,7 +254,7 @@ def test_less_work_than_without_areas() -> None:
 def test_the_area_converges_as_more_of_the_path_is_seen(h: float) -> None:
     field = field_of(heisenberg(4000), BrownianPath(1, 4000, 2, levy_area=True))
     start, length = max(0.0, -h), abs(h)
-    areas = [levy_area(field, start, h, 12 * n * length)[:, 0, 1] for n in (1, 4, 16, 256)]
+    areas = [area_of_pieces(field, start, h, n)[:, 0, 1] for n in (1, 4, 16, 256)]
     # of a step: h**2 / 4, a part 1 / (3 n) of which is not seen in n pieces
     assert areas[-1].square().mean() == pytest.approx(length**2 / 4, rel=0.1)
     for n, area in zip((1, 4, 16), areas, strict=False):
@@ -266,12 +266,12 @@ def test_areas_are_antisymmetric_and_add_up() -> None:
     prob = turning(3, "ito")
     field = field_of(prob, BrownianPath(1, 3, 3, levy_area=True))
     first, second, whole = (
-        levy_area(field, *step, 12.0) for step in ((0.0, 0.001), (0.001, 0.002), (0.0, 0.003))
+        area_of_pieces(field, *step, 500) for step in ((0.0, 0.001), (0.001, 0.002), (0.0, 0.003))
     )
     torch.testing.assert_close(whole, -whole.mT, rtol=0, atol=1e-15)
     a, b = (field.increment(*step).W for step in ((0.0, 0.001), (0.001, 0.002)))
     cross = 0.5 * (a[:, :, None] * b[:, None, :] - b[:, :, None] * a[:, None, :])
-    assert rms(first + second + cross - whole) < 0.1 * rms(whole)
+    assert rms(first + second + cross - whole) < 0.08 * rms(whole)
 
 
 def test_areas_of_a_path_with_memory_change_nothing_else() -> None:
@@ -280,6 +280,16 @@ def test_areas_of_a_path_with_memory_change_nothing_else() -> None:
     sols = [solve(prob, alg, dt=1 / 64, adaptive=False, seed=4) for alg in (GENERAL[0], EM())]
     times = [i / 64 for i in range(65)]
     torch.testing.assert_close(sols[0].noise.at(times), sols[1].noise.at(times))
+
+
+@pytest.mark.slow
+def test_a_solve_that_fails_ends() -> None:
+    """Steps become ever shorter then, and ask for ever more of the path."""
+    prob = heisenberg(2)
+    g = prob.g
+    bad = prob.remake(g=lambda t, u: g(t, u) / (t < 0.25))
+    sol = solve(bad, RKMilGeneral(), rtol=1e-1, atol=1e-1, seed=0, throw=False)
+    assert not sol.success
 
 
 def test_solves_repeat_and_replay() -> None:
@@ -308,7 +318,7 @@ def test_along_a_virtual_brownian_tree() -> None:
 
 @pytest.mark.parametrize(
     ("h", "scale", "pieces"), [(1.0, 1.0, 1), (1 / 12, 1.0, 1), (1 / 24, 1.0, 2), (-0.01, 1.0, 9),
-                               (0.01, 10.0, 84), (1e-3, 1e-2, 1)]
+                               (0.01, 10.0, 84), (1e-3, 1e-2, 1), (1e-12, 1.0, 4096)]
 )  # fmt: skip
 def test_pieces_of_a_step(h: float, scale: float, pieces: int) -> None:
     assert pieces_of(h, scale) == pieces

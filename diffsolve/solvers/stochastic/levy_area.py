@@ -12,6 +12,9 @@ from torch import Tensor
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import outside_transforms
 
+#: Pieces of a step at most: shorter steps than about 1e-5 are those of a solve that fails.
+MOST_PIECES = 4096
+
 
 def levy_area(field: SDEField, t: Any, h: Any, time_scale: float = 1.0) -> Tensor:
     """``(I_(j,k) - I_(k,j)) / 2`` over a step, ``(R, m, m)``, with ``j`` the inner integral.
@@ -19,7 +22,8 @@ def levy_area(field: SDEField, t: Any, h: Any, time_scale: float = 1.0) -> Tenso
     The step is cut into equal pieces. Of each the path tells ``W`` and ``H``, and
     ``H_j W_k - W_j H_k`` is then the mean of its area; what is unknown has the variance
     ``length^2 / 12``. With ``n`` pieces that adds up to ``h^2 / (12 n)``, and strong order 1 of a
-    method asks for an error ``O(h^1.5)``: so ``n`` is ``time_scale / (12 h)``, rounded up.
+    method asks for an error ``O(h^1.5)``: so ``n`` is ``time_scale / (12 h)``, rounded up, and at
+    most ``MOST_PIECES``.
 
     Parameters
     ----------
@@ -41,19 +45,23 @@ def levy_area(field: SDEField, t: Any, h: Any, time_scale: float = 1.0) -> Tenso
     only the law of the area matters. Theirs are independent of what a path draws when it is looked
     at more closely, so that solves with different steps would follow different paths.
     """
-    pieces = pieces_of(h, time_scale)
-    with outside_transforms():
-        W, H = _cut(field, float(t), float(h), pieces)
-    before = W.cumsum(0) - W
-    # of the path through the ends of the pieces, and of the pieces
-    inner = 0.5 * before + H
-    half = torch.einsum("nrj,nrk->rjk", inner, W)
-    return half - half.mT
+    return area_of_pieces(field, t, h, pieces_of(h, time_scale))
 
 
 def pieces_of(h: Any, time_scale: float) -> int:
     """Number of pieces of a step."""
-    return max(1, math.ceil(time_scale / (12 * abs(float(h))) - 1e-9))
+    wanted = time_scale / (12 * abs(float(h)))
+    return max(1, math.ceil(min(wanted, MOST_PIECES) - 1e-9))
+
+
+def area_of_pieces(field: SDEField, t: Any, h: Any, pieces: int) -> Tensor:
+    """``levy_area`` with this number of pieces."""
+    with outside_transforms():
+        W, H = _cut(field, float(t), float(h), pieces)
+    before = W.cumsum(0) - W
+    # of the path through the ends of the pieces, and of the pieces
+    half = torch.einsum("nrj,nrk->rjk", 0.5 * before + H, W)
+    return half - half.mT
 
 
 def _halves_first(pieces: int) -> list[int]:
