@@ -189,8 +189,9 @@ class SDEField(VectorField):
         with outside_transforms():
             whole = self.path.increment(t, t + h).W
             theta = torch.tensor([(x - t) / h for x in times], dtype=torch.float64).to(whole)
-            # what is drawn between known points depends on the order in which they are made known
-            self.path.at(sorted(times), since=t)
+            # what is drawn between known points depends on the order in which they are made known:
+            # that of the step, as in the compiled loop
+            self.path.at(sorted(times, reverse=h < 0), since=t)
             return self.path.at(times, since=t) - theta[:, None, None] * whole
 
     def noise_of(

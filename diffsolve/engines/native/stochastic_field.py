@@ -342,14 +342,16 @@ def _eager(
 def _agrees(
     field: SDEField, native: NativeSDE, t: Tensor, u: Tensor, eager: tuple[Tensor, Tensor]
 ) -> bool:
-    """Whether the compiled functions give what ``f`` and ``g`` give now."""
+    """Whether the compiled functions give what ``f`` and ``g`` give now; NaN where they do."""
     for kind, theirs in zip(("drift", "diffusion"), eager, strict=True):
         ours = native.evaluate(kind, float(t), u, field.rows)
         if ours.shape != theirs.shape or ours.dtype is not theirs.dtype:
             return False
         if torch.equal(ours, theirs):
             continue
-        if not bool(field.rounding_error(ours, theirs) <= 1):
+        if not torch.equal(ours.isnan(), theirs.isnan()):
+            return False
+        if not bool(field.rounding_error(ours.nan_to_num(), theirs.nan_to_num()) <= 1):
             return False
     return True
 
@@ -361,8 +363,7 @@ def _why_not_itself(
     eager, _ = _eager(field, t, u0)
     if not _agrees(field, native, t, u0, eager):
         again, _ = _eager(field, t, u0)
-        pairs = list(zip(eager, again, strict=True))
-        if not all(torch.equal(a, b) or bool((a.isnan() & b.isnan()).any()) for a, b in pairs):
+        if not all(map(torch.equal, map(_plain, eager), map(_plain, again))):
             return fields._NOT_ITSELF
         if field.rows > 1:
             return _COUPLED.format(why="the first paths alone give other values")
@@ -377,18 +378,25 @@ def _why_not_itself(
             eager, _ = _eager(field, beside, state)
         except Exception:  # outside of where they are defined
             continue
-        if all(bool(x.isfinite().all()) for x in eager):
-            return _frozen(field, native, beside, state, eager)
+        return _why_not_beside(field, native, beside, state, eager)
     return "it could not be compared with torch beside the start" if field.rows > 1 else ""
 
 
-def _frozen(
+def _plain(x: Tensor) -> Tensor:
+    """With numbers for NaN, so that it is equal to itself."""
+    return x.nan_to_num()
+
+
+def _why_not_beside(
     field: SDEField, native: NativeSDE, t: Tensor, u: Tensor, eager: tuple[Tensor, Tensor]
 ) -> str:
     roughly = 1e-3 if native.compiled.single else 1e-6
     for kind, theirs in zip(("drift", "diffusion"), eager, strict=True):
-        off = (native.evaluate(kind, float(t), u, field.rows) - theirs).abs().max()
-        if not float(off) <= roughly * max(float(theirs.abs().max()), 1e-3):
+        ours = native.evaluate(kind, float(t), u, field.rows)
+        there = theirs.isfinite()
+        off = torch.where(there, ours - theirs, 0.0).abs().max()
+        size = torch.where(there, theirs, 0.0).abs().max()
+        if not float(off) <= roughly * max(float(size), 1e-3):
             if field.rows > 1:
                 return _COUPLED.format(why="they differ where each path has a state of its own")
             return fields._FROZEN
