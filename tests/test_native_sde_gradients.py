@@ -86,6 +86,20 @@ def test_single_precision(alg):
     assert_like_torch(prob, alg, 3e-6, **options)
 
 
+LONG = [(EM(), "diagonal"), (SOSRI(), "diagonal"), (SOSRI(), "scalar"), (RKMil(), "column"),
+        (LambaEM(), "diagonal"), (SOSRA(), "additive"), (EM(), "matrix")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("alg", "noise"), LONG, ids=label)
+@pytest.mark.parametrize("rows", [1, 13])
+def test_rows_with_many_entries(alg, noise, rows):
+    """Whose steps loop over the entries."""
+    prob = problem(noise, alg, u0=batch(rows, 12))
+    assert_like_torch(prob, alg, dt=0.1, adaptive=False, saveat=INSIDE)
+    if alg.adaptive:
+        assert_like_torch(prob, alg, 1e-9, **LOOSE)
+
+
 def test_tolerances_of_their_own():
     """The scaled error is differentiated by the states that scale it."""
     options = {"rtol": torch.tensor([1e-2, 5e-2]), "atol": 1e-3 * (1 + torch.rand(13, 2))}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from diffsolve.engines.native.expression import Node, needed
 from diffsolve.engines.native.llvm import (
@@ -31,8 +32,10 @@ from diffsolve.engines.native.vector_math import definitions, function_name
 
 _SHORT = 60  # lines of a routine that is put in wherever it is called
 _MOST_SHUFFLED = 8  # entries of a row that are taken apart in registers
-_MOST_STACK = 400_000  # bytes
+_MOST_STACK = 1_000_000  # bytes
 _FEW = 32  # sums of lanes that are kept in registers over the rows
+#: Index of the entry at hand in a loop over the entries of a row.
+ENTRY: Any = "c"
 _NATIVE_VECTORS = {"abs", "floor", "ceil", "trunc", "round", "sqrt"}
 
 ATTRIBUTES = (
@@ -91,6 +94,17 @@ class Call:
 
 
 @dataclass
+class Each:
+    """A statement: outputs for each entry of a row, in a loop over them.
+
+    In its nodes, and where its outputs go, the index `ENTRY` stands for the entry.
+    """
+
+    count: int
+    outputs: list[Output]
+
+
+@dataclass
 class Routine:
     """What is done with a vector of rows.
 
@@ -101,7 +115,7 @@ class Routine:
     scalars, arrays
         Arguments. The first array is called ``u``.
     statements
-        In order; ``Output`` writes to an array of rows, or adds to one of lanes.
+        In order; ``Output`` writes to an array of rows, or adds to one.
     locals
         Arrays of its own, vectors as those of its arguments, and how many they hold.
     """
@@ -109,7 +123,7 @@ class Routine:
     name: str
     scalars: tuple[str, ...]
     arrays: tuple[Array, ...]
-    statements: list[Output | Call] = field(default_factory=list)
+    statements: list[Output | Call | Each] = field(default_factory=list)
     locals: dict[str, int] = field(default_factory=dict)
 
     def routines(self) -> list[Routine]:
@@ -141,7 +155,7 @@ class _RoutineEmitter(Emitter):
         self.splats: dict[int, str] = {}
         self.head: list[str] = []
         self.functions: dict[str, tuple[str, int, str]] = {}  # of vectors, from the library
-        self.buffers = 0
+        self.buffers = self.loops = 0
 
     def _use(self, vectors: bool) -> None:
         """Emit vectors, or single numbers, from now on."""
@@ -192,8 +206,9 @@ class _RoutineEmitter(Emitter):
             return self.operation(node, [self._narrow(a) for a in node.args])
         return super().emit(node)
 
-    def _vector_place(self, block: str, i: int) -> str:
-        return self.fresh(f"getelementptr inbounds {self.vector}, ptr %{block}, i64 {i}")
+    def _vector_place(self, block: str, i: Any) -> str:
+        index = f"%entry{self.loops}" if i == ENTRY else i
+        return self.fresh(f"getelementptr inbounds {self.vector}, ptr %{block}, i64 {index}")
 
     def _narrow(self, node: Node) -> str:
         """The value of a node that no row moves."""
@@ -232,17 +247,48 @@ class _RoutineEmitter(Emitter):
 
     # -- statements ------------------------------------------------------------------------------
 
+    def body(self) -> str:
+        return "\n".join(self.lines) if self.loops else super().body()
+
     def write(self, out: Output) -> None:
         self.make([out.node])
         self._use(True)
         value = self._wide(out.node)
         place = self._vector_place(out.block, out.index)
-        if self.kinds[out.block] == "lanes":  # the caller's memory
+        if self.kinds.get(out.block) == "lanes":  # the caller's memory
             place += ", align 8" if self.kind == "double" else ", align 4"
         if out.add:
             before = self.fresh(f"load {self.vector}, ptr {place}")
             value = self.fresh(f"fadd {self.vector} {before}, {value}")
         self.lines.append(f"store {self.vector} {value}, ptr {place}")
+
+    def loop(self, each: Each) -> None:
+        nodes = needed([x.node for x in each.outputs])
+        moving = {x.index for x in nodes if x.op == "input" and x.data[1] == ENTRY}
+        for node in nodes:  # what is the same for all entries comes before the loop
+            if any(a.index in moving for a in node.args):
+                moving.add(node.index)
+        still = [x for x in nodes if x.index not in moving]
+        self.make(still)
+        for node in still:
+            if node.index in self.vectors or not (node.is_const or self.names[node.index] == ""):
+                self._use(True)
+                self._wide(node)
+        self.loops += 1
+        k = self.loops
+        label, before = f"each{k}", f"before{k}"
+        self.lines += [f"br label %{before}", f"{before}:", f"br label %{label}", f"{label}:"]
+        self.lines.append(f"%entry{k} = phi i64 [0, %{before}], [%following{k}, %{label}]")
+        outside = self.names.copy(), self.vectors.copy(), self.splats.copy()
+        for out in each.outputs:
+            self.write(out)
+        self.names, self.vectors, self.splats = outside
+        self.lines += [
+            f"%following{k} = add i64 %entry{k}, 1",
+            f"%some{k} = icmp ult i64 %following{k}, {each.count}",
+            f"br i1 %some{k}, label %{label}, label %done{k}",
+            f"done{k}:",
+        ]
 
     def call_routine(self, call: Call) -> None:
         self.make(call.scalars)
@@ -279,6 +325,8 @@ class _RoutineEmitter(Emitter):
         for statement in routine.statements:
             if isinstance(statement, Call):
                 self.call_routine(statement)
+            elif isinstance(statement, Each):
+                self.loop(statement)
             else:
                 self.write(statement)
         scalars = [f"{self.kind} %{s}" for s in routine.scalars]
@@ -394,19 +442,33 @@ class _Loop:
                     x = self.fresh(x)
                 self.add(f"store {self.vector} {x}, ptr %{a.name}.v")
             if a in self.rows and a.kind != "out":
-                for c, x in enumerate(self.apart(places[a.name], a.width)):
-                    place = self.at(f"%{a.name}.v", c, self.vector)
-                    self.add(f"store {self.vector} {x}, ptr {place}")
+                self.take_apart(a, places[a.name])
         self.add(f"call void @{self.routine.name}({', '.join(passed)})")
         for a in self.routine.arrays:
             if a in self.rows and a.kind == "out":
-                self.together(self.loaded(f"%{a.name}.v", a.width), places[a.name])
+                if self.is_wide(a):
+                    to = places[a.name]
+                    self.add(f"call void @together(ptr {to}, ptr %{a.name}.v, i64 {a.width})")
+                else:
+                    self.together(self.loaded(f"%{a.name}.v", a.width), places[a.name])
             elif a.kind == "sums":
                 self.sum_up(a, there)
 
     def loaded(self, base: str, count: int) -> list[str]:
         places = [self.at(base, c, self.vector) for c in range(count)]
         return [self.fresh(f"load {self.vector}, ptr {place}") for place in places]
+
+    def is_wide(self, a: Array) -> bool:
+        """Whether rows are taken apart and put together by a loop."""
+        return a.width > _MOST_SHUFFLED
+
+    def take_apart(self, a: Array, place: str) -> None:
+        if self.is_wide(a):
+            self.add(f"call void @apart(ptr %{a.name}.v, ptr {place}, i64 {a.width})")
+            return
+        for c, x in enumerate(self.apart(place, a.width)):
+            to = self.at(f"%{a.name}.v", c, self.vector)
+            self.add(f"store {self.vector} {x}, ptr {to}")
 
     def there(self) -> str:
         """Which of the rows of the vector at hand there are."""
@@ -445,24 +507,15 @@ class _Loop:
                 self.fresh(f"load {self.vector}, ptr {self.at(place, c)}, {align}")
                 for c in range(width)
             ]
-        if width <= _MOST_SHUFFLED:
-            wide = f"<{lanes * width} x {kind}>"
-            x = self.fresh(f"load {wide}, ptr {place}, {align}")
-            return [
-                self.fresh(
-                    f"shufflevector {wide} {x}, {wide} poison, <{lanes} x i32> "
-                    f"<{', '.join(f'i32 {i * width + c}' for i in range(lanes))}>"
-                )
-                for c in range(width)
-            ]
-        found = []
-        for c in range(width):
-            x = "poison"
-            for i in range(lanes):
-                one = self.fresh(f"load {kind}, ptr {self.at(place, i * width + c)}, {align}")
-                x = self.fresh(f"insertelement {self.vector} {x}, {kind} {one}, i32 {i}")
-            found.append(x)
-        return found
+        wide = f"<{lanes * width} x {kind}>"
+        x = self.fresh(f"load {wide}, ptr {place}, {align}")
+        return [
+            self.fresh(
+                f"shufflevector {wide} {x}, {wide} poison, <{lanes} x i32> "
+                f"<{', '.join(f'i32 {i * width + c}' for i in range(lanes))}>"
+            )
+            for c in range(width)
+        ]
 
     def together(self, values: list[str], place: str) -> None:
         """The reverse of ``apart``."""
@@ -471,29 +524,23 @@ class _Loop:
             for c, x in enumerate(values):
                 self.add(f"store {self.vector} {x}, ptr {self.at(place, c)}, {align}")
             return
-        if width <= _MOST_SHUFFLED:
-            joined, length = list(values), lanes
-            while len(joined) > 1:
-                if len(joined) % 2:
-                    joined.append("poison")
-                vector, twice = f"<{length} x {kind}>", f"<{2 * length} x i32>"
-                indices = ", ".join(f"i32 {i}" for i in range(2 * length))
-                joined = [
-                    self.fresh(f"shufflevector {vector} {a}, {vector} {b}, {twice} <{indices}>")
-                    for a, b in zip(joined[::2], joined[1::2], strict=True)
-                ]
-                length *= 2
-            order = [c * lanes + i for i in range(lanes) for c in range(width)]
-            x = self.fresh(
-                f"shufflevector <{length} x {kind}> {joined[0]}, <{length} x {kind}> poison, "
-                f"<{lanes * width} x i32> <{', '.join(f'i32 {i}' for i in order)}>"
-            )
-            self.add(f"store <{lanes * width} x {kind}> {x}, ptr {place}, {align}")
-            return
-        for c, x in enumerate(values):
-            for i in range(lanes):
-                one = self.fresh(f"extractelement {self.vector} {x}, i32 {i}")
-                self.add(f"store {kind} {one}, ptr {self.at(place, i * width + c)}, {align}")
+        joined, length = list(values), lanes
+        while len(joined) > 1:
+            if len(joined) % 2:
+                joined.append("poison")
+            vector, twice = f"<{length} x {kind}>", f"<{2 * length} x i32>"
+            indices = ", ".join(f"i32 {i}" for i in range(2 * length))
+            joined = [
+                self.fresh(f"shufflevector {vector} {a}, {vector} {b}, {twice} <{indices}>")
+                for a, b in zip(joined[::2], joined[1::2], strict=True)
+            ]
+            length *= 2
+        order = [c * lanes + i for i in range(lanes) for c in range(width)]
+        x = self.fresh(
+            f"shufflevector <{length} x {kind}> {joined[0]}, <{length} x {kind}> poison, "
+            f"<{lanes * width} x i32> <{', '.join(f'i32 {i}' for i in order)}>"
+        )
+        self.add(f"store <{lanes * width} x {kind}> {x}, ptr {place}, {align}")
 
     def finish(self) -> None:
         """Rows behind the last full vector to their places; sums."""
@@ -572,6 +619,41 @@ ret void
 """
 
 
+def _transpositions(lanes: int, kind: str) -> str:
+    """Take wide rows apart, and put them together: a loop over their entries."""
+    size, vector = 8 if kind == "double" else 4, kind if lanes == 1 else f"<{lanes} x {kind}>"
+
+    def looped(name: str, lines: list[str]) -> str:
+        body = "\n".join(lines)
+        return (
+            f"define internal void @{name}(ptr noalias %to, ptr noalias %from, i64 %width) #0 {{\n"
+            "entry:\nbr label %loop\nloop:\n%c = phi i64 [0, %entry], [%next, %loop]\n"
+            f"{body}\n%next = add i64 %c, 1\n%more = icmp ult i64 %next, %width\n"
+            "br i1 %more, label %loop, label %end\nend:\nret void\n}"
+        )
+
+    def place(i: int, base: str) -> list[str]:
+        before = "%c" if i == 0 else f"%k{i - 1}"
+        index = [f"%k{i} = add i64 {before}, {0 if i == 0 else '%width'}"]
+        return [*index, f"%at{i} = getelementptr inbounds {kind}, ptr {base}, i64 %k{i}"]
+
+    x, apart, together = "poison", [], [f"%v = getelementptr inbounds {vector}, ptr %from, i64 %c"]
+    together.append(f"%x = load {vector}, ptr %v")
+    for i in range(lanes):
+        apart += [*place(i, "%from"), f"%one{i} = load {kind}, ptr %at{i}, align {size}"]
+        together += place(i, "%to")
+        one = "%x"
+        if lanes > 1:
+            apart.append(f"%x{i} = insertelement {vector} {x}, {kind} %one{i}, i32 {i}")
+            together.append(f"%one{i} = extractelement {vector} %x, i32 {i}")
+            x, one = f"%x{i}", f"%one{i}"
+        together.append(f"store {kind} {one}, ptr %at{i}, align {size}")
+    x = x if lanes > 1 else "%one0"
+    apart.append(f"%v = getelementptr inbounds {vector}, ptr %to, i64 %c")
+    apart.append(f"store {vector} {x}, ptr %v")
+    return looped("apart", apart) + "\n" + looped("together", together)
+
+
 def row_function_ir(routine: Routine, lanes: int, single: bool) -> str:
     """IR of the row function of a routine; its name stands as ``{name}``.
 
@@ -589,6 +671,8 @@ def row_function_ir(routine: Routine, lanes: int, single: bool) -> str:
         parts.append(emitter.text())
         declared += emitter.declarations()
         functions |= emitter.functions
+    if any(a.width > _MOST_SHUFFLED for a in routine.arrays):
+        parts.append(_transpositions(lanes, kind))
     if lanes > 1:
         parts.append(_pads(lanes))
         for op, arguments, library in functions.values():

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.expression import Node
-from diffsolve.engines.native.stochastic import Nodes, Step
+from diffsolve.engines.native.stochastic_step import Nodes, Step
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.stochastic.low_order import EM, EulerHeun, LambaEM, LambaEulerHeun
 from diffsolve.solvers.stochastic.milstein import RKMil, RKMilCommute, RKMilGeneral
@@ -214,7 +214,7 @@ class RungeKutta(Formulas):
     def _weighed(step: Step, matrices: dict[int, Nodes], beta: np.ndarray, x: Nodes) -> Nodes:
         """A combination of the diffusions, applied to noise."""
         used = [(float(b), matrices[row]) for row, b in enumerate(beta) if b]
-        width = step.functions.width
+        width = len(used[0][1])
         G = [step.pool.sum([b * g[i] for b, g in used]) for i in range(width)]
         return step.product(G, x)
 
