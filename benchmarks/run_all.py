@@ -29,6 +29,9 @@ ALL = (
     "stiff",
     "stiff_work_precision",
     "stiff_batch",
+    "sde",
+    "sde_noise",
+    "sde_regularization",
 )
 
 

@@ -118,16 +118,41 @@ def study(
     Returns
     -------
     dict
-        ``runs``: for ``"vanilla"`` and each regularizer, what ``run`` gave for each seed.
-        ``ratios``: for each regularizer, each of ``QUANTITIES`` averaged over the seeds, divided
-        by vanilla's average.
+        As ``compare``.
     """
     data = spiral_data()
+    return compare(
+        lambda name, seed: run(name, seed, data, iterations), seeds, regularizers, report
+    )
+
+
+def compare(
+    run: Callable[[str, int], dict[str, Any]],
+    seeds: Sequence[int],
+    regularizers: Sequence[str],
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train a vanilla and regularized models from each seed, and average what they cost.
+
+    Parameters
+    ----------
+    run
+        Trains from ``(name, seed)``, and returns what it measured: among it ``QUANTITIES``.
+    seeds, regularizers, report
+        As for ``study``.
+
+    Returns
+    -------
+    dict
+        ``runs``: for ``"vanilla"`` and each regularizer, what ``run`` gave for each seed.
+        ``means``: each of ``QUANTITIES`` averaged over the seeds.
+        ``ratios``: for each regularizer, these averages divided by vanilla's.
+    """
     names = ("vanilla", *regularizers)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in seeds:
         for name in names:
-            runs[name].append(run(name, seed, data, iterations))
+            runs[name].append(run(name, seed))
             report(line(f"seed {seed}", name, runs[name][-1], runs["vanilla"][-1]))
     means = {name: {q: fmean(r[q] for r in runs[name]) for q in QUANTITIES} for name in names}
     for name in names:

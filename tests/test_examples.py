@@ -80,3 +80,54 @@ def test_the_stiff_neural_ode_learns_and_is_stiff(examples_path: None, tmp_path:
     assert (sol.steps.stiffness * sol.steps.h).sum() > 1e6
     stiff_neural_ode.draw(tmp_path / "stiff.png", data, data, model)
     assert (tmp_path / "stiff.png").stat().st_size > 10_000
+
+
+def test_methods_for_sdes_converge_with_their_orders(examples_path: None, tmp_path: Path) -> None:
+    import gbm
+
+    prob = gbm.gbm()
+    noise = gbm.solve(prob, gbm.EM(), dt=1 / gbm.FINEST, save_everystep=False, seed=0).noise
+    fixed, adaptive = gbm.fixed_steps(prob, noise), gbm.adaptive(prob, noise)
+    assert {c.name: c.order for c in fixed} == {"EM": 0.5, "RKMil": 1, "SRIW1": 1.5, "SOSRI": 1.5}
+    for c in fixed:
+        assert abs(c.slope - c.order) < 0.15, c
+    for c in adaptive:
+        assert abs(c.slope - c.order) < 0.15, c
+    solver, closed = gbm.gradients(prob, noise)
+    assert (solver - closed).abs().max() < 1e-3
+    gbm.draw(tmp_path / "gbm.png", prob, noise, [*fixed, *adaptive])
+    assert (tmp_path / "gbm.png").stat().st_size > 10_000
+
+
+def test_regularized_neural_sdes_need_fewer_evaluations(
+    examples_path: None, tmp_path: Path
+) -> None:
+    import spiral_neural_sde
+
+    results = spiral_neural_sde.study(seeds=(0,), iterations=40)
+    assert set(results["ratios"]) == {"error", "stiffness"}
+    runs = {name: found[0] for name, found in results["runs"].items()}
+    assert len({run["history"].loss[0] for run in runs.values()}) == 1  # the same noise
+    for name, run in runs.items():
+        assert run["loss"] < 0.2 * run["history"].loss[0]
+        assert name == "vanilla" or results["ratios"][name]["evaluations"] < 0.95
+    data = spiral_neural_sde.spiral_data()
+    spiral_neural_sde.draw(tmp_path / "sde.png", data, results["runs"])
+    assert (tmp_path / "sde.png").stat().st_size > 10_000
+
+
+def test_the_latent_sde_is_nearer_to_the_truth_than_its_data(
+    examples_path: None, tmp_path: Path
+) -> None:
+    import latent_sde
+
+    data, model = latent_sde.measure(), latent_sde.LatentSDE(seed=0)
+    bounds = latent_sde.train(model, data, iterations=300)
+    assert bounds[-1] > 0.1 * bounds[0]  # both are negative
+    found = latent_sde.judge(model, data)
+    assert found.best < found.posterior < 0.5 * found.measurements
+    assert found.covered > 0.85
+    period, _ = latent_sde.oscillation(latent_sde.A)
+    assert abs(found.period / period - 1) < 0.15
+    latent_sde.draw(tmp_path / "latent.png", model, data)
+    assert (tmp_path / "latent.png").stat().st_size > 10_000
