@@ -227,7 +227,7 @@ class Part(Memory):
         integers, size, dtype = self.integers, self.integers[L.NOISE_SIZE], self.dtype
         compiled = self.functions
         self.hold_new(L.SUMS, np.zeros(4, dtype))
-        self.hold_new(L.NOISE, np.zeros(2 * size, dtype))
+        self.hold_new(L.NOISE, np.zeros(2 * size + self.n, dtype))  # and the error of the step
         self.hold_new(L.AHEAD, np.empty(2 * ahead * size))
         integers[L.AHEAD_COUNT], integers[L.AHEAD_FIRST] = ahead, -ahead
         draw = np.zeros(9, np.int64)
@@ -525,6 +525,8 @@ def _solved(
         if wanted.checkpoints is not None or room * noises * field.rows * field.m > _MOST_NOISE:
             noises = 0  # drawn again
     sizes = [part.n + noises * part.integers[L.NOISE_SIZE] for part in parts]
+    if settings.adaptive:  # errors as well: a regularizer of them needs no step again
+        sizes = [2 * (part.n + part.integers[L.NOISE_SIZE]) for part in parts]
     saves = room + 1 if wanted.times is None else len(wanted.times)
     out = np.empty((saves, n), dtype)
     kept = room if wanted.checkpoints is None else min(wanted.checkpoints, room)

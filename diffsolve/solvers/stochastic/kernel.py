@@ -443,8 +443,22 @@ def measure(I, R, t, h, like):
         noted = reals(I[L.STEP_SUMS] + 32 * I[L.ACCEPTED])
         noted[0], noted[1] = error * error * n, float(sums[2])
         noted[2], noted[3] = float(sums[0]), float(sums[1])
+    if keeps_errors(I):
+        copy(n, row(I, L.W_ERROR, like), kept_error(I, I[L.NOISE], like), like)
     R[L.LAST_ERROR], R[L.LAST_STIFFNESS] = error, stiffness
     return error, norm, stiffness
+
+
+@inlined
+def keeps_errors(I):
+    """Whether the errors of steps are recorded, behind their states and noise."""
+    return I[L.STATE_SIZE] > I[L.N] + 2 * I[L.NOISE_SIZE]
+
+
+@inlined
+def kept_error(I, noise, like):
+    """Address of the error of a step whose noise is there."""
+    return noise + 2 * I[L.NOISE_SIZE] * size_of(like)
 
 
 @inlined
@@ -565,10 +579,7 @@ def through_estimates(I, R, t, h, index, u, noise, like):
 
     ``STEP_SUMS`` holds the sums over the paths of all threads.
     """
-    n, nf, ng = I[L.N], I[L.NF], I[L.NG]
-    copy(n, u, row(I, L.W_U, like), like)
-    step_on(I, R, t, h, u, noise, like)
-    I[L.NF], I[L.NG] = nf, ng
+    n = I[L.N]
     sums, sums_bar = reals(I[L.STEP_SUMS] + 32 * index), view(I[L.SUMS_BAR], like)
     sums_bar[0] = sums_bar[1] = like
     if I[L.STIFFNESS_BARS] != 0 and sums[2] > 0.0 and sums[3] > 0.0:
@@ -578,19 +589,29 @@ def through_estimates(I, R, t, h, index, u, noise, like):
     if I[L.B_ERROR] == 0:
         return
     fill_zero(n, bar_row(I, ERROR, like), like)
+    if I[L.ERROR_NORM_BARS] == 0 and I[L.ERROR_BARS] == 0:
+        return
+    error, new = row(I, L.W_ERROR, like), row(I, L.W_NEW, like)
+    if keeps_errors(I) and index < I[L.SWEEP_LAST]:
+        error = kept_error(I, noise, like)
+        new = I[L.STATES] + (index + 1) * I[L.STATE_SIZE] * size_of(like)
+    else:
+        nf, ng = I[L.NF], I[L.NG]
+        step_on(I, R, t, h, u, noise, like)
+        I[L.NF], I[L.NG] = nf, ng
     if I[L.ERROR_NORM_BARS] != 0 and sums[1] > 0.0:
         bar = float(view(I[L.ERROR_NORM_BARS], like)[index]) / math.sqrt(I[L.N_ALL] * sums[1])
-        add_scaled(n, bar, row(I, L.W_ERROR, like), bar_row(I, ERROR, like), like)
+        add_scaled(n, bar, error, bar_row(I, ERROR, like), like)
     if I[L.ERROR_BARS] != 0 and sums[0] > 0.0:
         bar = float(view(I[L.ERROR_BARS], like)[index]) / math.sqrt(I[L.N_ALL] * sums[0])
-        through_scaled_error(I, bar, like)
+        through_scaled_error(I, bar, u, new, error, like)
 
 
 @inlined
-def through_scaled_error(I, factor, like):
-    """Cotangents of the scaled error; ``factor`` is that of half the sum of its squares."""
-    x, x_bar = view(row(I, L.W_ERROR, like), like), view(bar_row(I, ERROR, like), like)
-    u, v = view(row(I, L.W_U, like), like), view(row(I, L.W_NEW, like), like)
+def through_scaled_error(I, factor, u, new, error, like):
+    """Cotangents of a step's scaled error; ``factor`` is that of half the sum of its squares."""
+    x, x_bar = view(error, like), view(bar_row(I, ERROR, like), like)
+    u, v = view(u, like), view(new, like)
     u_bar, v_bar = view(bar_row(I, TOTAL, like), like), view(I[L.STATE_BAR], like)
     rtol = reals(I[L.RTOL])
     for m in range(I[L.N]):
