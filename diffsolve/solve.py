@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -430,13 +431,12 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
 def _steps_of(
     trajectory: Trajectory | NativeTrajectory, outputs: Outputs
 ) -> Steps | Callable[[], Steps]:
-    if not isinstance(trajectory, NativeTrajectory):
-        times = _as_column(trajectory.step_t), _as_column(trajectory.step_h)
-    elif outputs.error is None:
-        return trajectory.columns.steps  # most users never look
-    else:
-        times = trajectory.columns.times()
+    """The steps, or what makes them: most users never look."""
     estimates: Any = outputs.error, outputs.error_norm, outputs.stiffness
+    if isinstance(trajectory, NativeTrajectory):
+        columns = trajectory.columns
+        return columns.steps if outputs.error is None else partial(columns.steps, *estimates)
+    times = _as_column(trajectory.step_t), _as_column(trajectory.step_h)
     return Steps(*times, *estimates)
 
 

@@ -512,8 +512,9 @@ class StepColumns:
         e, norm, stiffness = self.table[2:].view(self.dtype)[:, : self.table.shape[1]]
         return torch.from_numpy(e), torch.from_numpy(norm), torch.from_numpy(stiffness)
 
-    def steps(self) -> Steps:
-        return Steps(*self.times(), *self.estimates())
+    def steps(self, *estimates: Tensor) -> Steps:
+        """The columns of all, or the times with estimates that are differentiated."""
+        return Steps(*self.times(), *(estimates or self.estimates()))
 
 
 @dataclass

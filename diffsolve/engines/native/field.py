@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class NativeField:
         """Seconds spent on tracing and compiling since this was made."""
         return self._trace_s + self.compiled.compile_s
 
-    @property
+    @cached_property
     def active(self) -> tuple[bool, ...]:
         """Which of the tensors require a gradient, and have one that is not zero."""
         pairs = zip(self.tensors, self._entry.used, strict=True)

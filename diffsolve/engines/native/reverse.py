@@ -96,8 +96,10 @@ def sweep(
     if integers[L.STRIDE] > 1:
         memory.hold_new(L.SEGMENT, np.empty((integers[L.STRIDE], 2, n), dtype))
     kernel_s = 0.0
-    for run in reversed(runs_of(memory)):
-        use(memory, run)
+    runs = runs_of(memory)
+    for run in reversed(runs):
+        if len(memory.runs) > 1:
+            use(memory, run)
         addresses = run.template.reverse(compiled, active)
         integers[L.VJP], integers[L.FUSED_VJP], integers[L.JAC_VJP], function = addresses
         if memory.method.is_implicit:
