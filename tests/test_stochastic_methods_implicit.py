@@ -200,6 +200,58 @@ def test_an_equation_without_solution_fails(alg: Any) -> None:
     assert failed.value.retcode is ReturnCode.NEWTON_FAILED
 
 
+@pytest.mark.parametrize("n", [10, 2])
+@pytest.mark.parametrize("alg", METHODS, ids=repr)
+def test_noise_may_lead_far_from_where_the_matrix_was_taken(alg: Any, n: int) -> None:
+    """A double well: the equation of a step has one solution for ``h < 1``, and it is found."""
+    u0 = torch.ones(1000, 1, dtype=DOUBLE)
+    prob = SDEProblem(
+        lambda t, u: u - u**3, lambda t, u: torch.full_like(u, 0.7), u0, (0.0, 1.0),
+        interpretation=integral_of(alg),
+    )  # fmt: skip
+    for seed in range(8):
+        sol = solve(prob, alg, dt=1 / n, adaptive=False, seed=seed)
+        starts, W = sol.u[:-1], sol.noise.at(sol.t.tolist()).diff(dim=0)
+        new = sol.u[1:]
+        # iterations leave a hundredth of the tolerance, 1e-3 |u|, of the solution
+        assert rms(starts + 0.7 * W + (new - new**3) / n - new) < 5e-5
+
+
+def test_gradients_and_estimates_of_steps_that_were_hard_to_solve() -> None:
+    """The estimate is made with the matrix at the start of the step, on the tape and off it."""
+    u0 = torch.ones(300, 1, dtype=DOUBLE)
+    prob = SDEProblem(
+        lambda t, u, p: p[0] * u - u**3, lambda t, u, p: p[1] * torch.ones_like(u), u0, (0.0, 1.0),
+        torch.tensor([1.0, 0.7], dtype=DOUBLE), noise="additive",
+    )  # fmt: skip
+    options = {"dt": 0.5, "adaptive": False, "seed": 0, "rtol": 1e-9, "atol": 1e-9}
+    plain = solve(prob, ImplicitEM(), **options)
+    assert plain.stats.njac > len(plain.steps)  # the matrix was made anew
+    grads = []
+    for sensealg in SENSEALGS:
+        p = prob.p.clone().requires_grad_()
+        sol = solve(prob.remake(p=p), ImplicitEM(), sensealg=sensealg, **options)
+        torch.testing.assert_close(sol.steps.error, plain.steps.error, rtol=1e-7, atol=0)
+        torch.testing.assert_close(sol.steps.stiffness, plain.steps.stiffness, rtol=1e-7, atol=0)
+        loss = sol.u[-1].square().mean() + sol.steps.error.sum()
+        grads.append(torch.autograd.grad(loss, p)[0])
+    for found in grads[1:]:
+        assert_near(found, grads[0], 1e-6)
+
+
+def test_what_a_failure_says() -> None:
+    """One size was tried, and there is no Rosenbrock method for SDEs."""
+    prob = SDEProblem(
+        lambda t, u: 100 * (1 + u * u), lambda t, u: 0.1 * u, torch.ones(1, 1, dtype=DOUBLE),
+        (0.0, 1.0),
+    )  # fmt: skip
+    with pytest.raises(SolveError) as failed:
+        solve(prob, ImplicitEM(), dt=0.5, adaptive=False, seed=0)
+    message = str(failed.value)
+    assert "any step size" not in message and "Rosenbrock" not in message
+    assert "smaller dt" in message
+
+
 def test_nothing_of_a_failed_step_stays() -> None:
     """A step that Newton's iteration could not solve is tried again, half as long."""
     prob = SDEProblem(

@@ -65,13 +65,12 @@ def explain(
             )
     elif code is ReturnCode.NEWTON_FAILED:
         if trouble is Trouble.SINGULAR:
-            what = f"the matrix I - h gamma J of {alg} is singular {where}, at every step size"
+            what = f"the matrix I - h gamma J of {alg} is singular {where}"
             why = "f, or its Jacobian, is too large there for the precision; try float64"
         else:
-            what = f"Newton's iteration of {alg} did not converge {where}, at any step size"
-            why = (
-                "f may jump there, or have a kink; list jumps in tstops, or try a Rosenbrock method"
-            )
+            what = f"Newton's iteration of {alg} did not converge {where}"
+            instead = "adaptive steps or a smaller dt" if noisy else "a Rosenbrock method"
+            why = f"f may jump there, or have a kink; list jumps in tstops, or try {instead}"
     elif trouble is Trouble.JACOBIAN:
         what = f"the Jacobian that {alg} needs holds NaN or Inf {where}"
         why = (

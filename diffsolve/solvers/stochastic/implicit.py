@@ -37,6 +37,9 @@ from diffsolve.solvers.stochastic.milstein import (
     stratonovich_correction,
 )
 
+#: Matrices that are tried for a step, beyond that of its start.
+_MATRICES = 4
+
 
 class DriftImplicit(StochasticMethod):
     """Base of both: ``u_new = u + h f(t + h, u_new) + G W + C``, ``G = g(t, u)``.
@@ -79,27 +82,25 @@ class DriftImplicit(StochasticMethod):
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
         base, left_out = self.noise(field, h, (now, then), u, G, W)
-        ready, found = newton.begin(t, h, u, True), None
-        if ready:
-            found = newton.solve(then, base, h, f)
-            if found is None and not newton.is_here(t, u):  # the Jacobian may be to blame
-                ready = newton.renew(t, h, u)
-                found = newton.solve(then, base, h, f) if ready else None
+        if not newton.begin(t, h, u, True):
+            return _failed(field, t, h, u, G, newton.trouble)
+        jacobian, lu = newton.jacobian, newton.lu  # those of the estimates
+        found = newton.solve(then, base, h, f)
+        if found is None:
+            found = _solved_afresh(newton, t, h, then, base)
         if found is None:
             return _failed(field, t, h, u, G, newton.trouble)
         k, new = found
         newton.end()
-        assert newton.lu is not None
-        error = newton.lu.solve((k - f) * (0.5 * h)).abs()
+        error = lu.solve((k - f) * (0.5 * h)).abs()
         if left_out is not None:
             if self.is_signed(field):
-                left_out = newton.lu.solve(left_out)
+                left_out = lu.solve(left_out)
             error = error + left_out.abs()
-        here = newton.jacobian if newton.is_here(t, u) else None
         return Step(
             (new,),
             error,
-            functools.partial(radius_off_tape, field, t, h, u, here, newton.jacobian),
+            functools.partial(radius_off_tape, field, t, h, u, jacobian, jacobian),
             PathInterpolant(field, t, h, u, new, G),
             solved=(k,),
         )
@@ -253,6 +254,29 @@ def _newton(field: SDEField) -> Newton:
     if found is None:
         found = field.scratch["newton"] = Newton(field, 1.0)
     return found
+
+
+def _solved_afresh(
+    newton: Newton, t: float, h: float, then: Tensor, base: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """A step's equation once more, with matrices of states that are nearer to its solution.
+
+    Noise may lead far from the start of the step, where the matrix was taken: here it is taken
+    behind the noise, and then at the states to which Newton's iteration leads from there.
+    """
+    trouble = newton.trouble
+    k, x = torch.zeros_like(base), base
+    for _ in range(_MATRICES):
+        if not newton.renew(t, h, x):
+            newton.trouble = trouble  # of the step; what there is at x belongs to its size
+            return None
+        found = newton.solve(then, base, h, k)
+        if found is not None:
+            return found
+        k = k + newton.lu.solve(newton.field(then, x) - k)
+        x = torch.add(base, k, alpha=h)
+    newton.trouble = trouble
+    return None
 
 
 def _failed(field: SDEField, t: Any, h: Any, u: Tensor, G: Tensor, trouble: Trouble) -> Step:
