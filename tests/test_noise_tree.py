@@ -14,6 +14,7 @@ import torch
 from noise_basis import Basis, covariance
 from scipy import stats
 
+from diffsolve import EM, SDEProblem, solve
 from diffsolve.solvers.stochastic.noise import VirtualBrownianTree, draws
 
 LEVEL = 1e-3  # of each Kolmogorov-Smirnov test
@@ -46,6 +47,10 @@ def steps(noise, points):
 
 def tree(seed=5, rows=4, m=2, t0=0.0, t1=1.0, **options):
     return VirtualBrownianTree(seed, t0, t1, rows, m, levy_area=True, **options)
+
+
+def inside(noise, points):
+    return [noise.inside(a, b) for a, b in itertools.pairwise(points)]
 
 
 def by_torch(monkeypatch, *args, **options):
@@ -84,7 +89,9 @@ def test_increments_are_independent_and_of_their_variances(points):
 
 def test_in_one_leaf_there_is_one_bridge():
     """The law that is promised ends there: the covariance of what follows is another."""
-    found = covariance(with_basis(5), [0.1, 0.105, 0.11, 0.2])
+    anywhere = with_basis(5)
+    anywhere.increment = anywhere.inside
+    found = covariance(anywhere, [0.1, 0.105, 0.11, 0.2])
     assert (found - torch.eye(6).double()).abs().max() > 0.1
     # but from any point before to any in the leaf it holds
     for t in (0.1, 0.105, 0.11):
@@ -123,7 +130,7 @@ def test_kernel_and_torch_agree(monkeypatch, seed, m, tol):
     assert kernel._kernel is not None
     assert plain._kernel is None
     for a, b in [*INTERVALS, (0.33, 0.33 + 1e-7), (0.6, 0.6 + 1e-12)]:
-        x, y = kernel.increment(a, b), plain.increment(a, b)
+        x, y = kernel.inside(a, b), plain.inside(a, b)
         h = abs(b - a)
         atol = 1e-14 * math.sqrt(max(h, kernel.tol if h < kernel.tol else 0))
         torch.testing.assert_close(x.W, y.W, rtol=1e-13, atol=atol)
@@ -156,7 +163,7 @@ def test_short_steps_add_up():
     """Within leaves too, where the path is resolved no further."""
     noise = tree(tol=0.1)
     points = np.linspace(0.2, 0.5, 200).tolist()
-    found = steps(noise, points)
+    found = inside(noise, points)
     torch.testing.assert_close(
         sum(x.W for x in found), noise.increment(0.2, points[-1]).W, rtol=1e-12, atol=1e-13
     )
@@ -211,6 +218,52 @@ def test_times_beside_the_ends_by_rounding():
     torch.testing.assert_close(x.W, noise.increment(0.0, 0.5).W, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7, 8])
+def test_between_times_that_are_one_end_of_a_leaf_there_is_nothing(kernel, k, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(draws, "compiled", lambda name: None)
+    noise = tree(tol=1 / 8)
+    t = k / 8
+    ends = [math.nextafter(t, 0), t, min(math.nextafter(t, 2), 1.0)]
+    for a, b in itertools.permutations(ends, 2):
+        for found in (noise.increment(a, b), noise.inside(a, b)):
+            assert torch.equal(found.W, torch.zeros(4, 2))
+            assert torch.equal(found.H, torch.zeros(4, 2))
+    assert torch.equal(noise.at([ends[2]], since=ends[0])[0], torch.zeros(4, 2))
+
+
+def test_a_save_at_a_step_s_end_but_for_rounding():
+    """Its value is that of the step's end, though both are the end of a leaf."""
+    noise = VirtualBrownianTree(3, 0.0, 1.2)
+    prob = SDEProblem(lambda t, u: -u, lambda t, u: u, torch.ones(1).double(), (0.0, 1.2))
+    fixed = {"dt": 0.3, "adaptive": False, "noise": noise}
+    saved = solve(prob, EM(), saveat=[0.1 + 0.2, 0.6, 1.2], **fixed)
+    steps_ = solve(prob, EM(), **fixed)
+    torch.testing.assert_close(saved.u[0], steps_.u[1], rtol=1e-7, atol=0)
+
+
+def test_steps_below_the_resolution_are_refused():
+    """Their law is another: a bridge of a single pair of normals has no quadratic variation."""
+    noise = tree(tol=1 / 16)
+    noise.increment(0.1, 0.1 + 1 / 16)
+    noise.increment(0.3, 0.3)
+    with pytest.raises(ValueError, match=r"0.0624 .* 0.0625, .* tol"):
+        noise.increment(0.1, 0.1624)
+    with pytest.raises(ValueError, match="tol"):
+        noise.increment(0.1624, 0.1)
+    at = noise.at([0.1, 0.11], since=0.1)  # to look is allowed
+    assert torch.equal(at[1], noise.inside(0.1, 0.11).W)
+    prob = SDEProblem(
+        lambda t, u: 0 * u, lambda t, u: u, torch.ones(1).double(), (0.0, 1.0), noise="scalar"
+    )
+    noise = VirtualBrownianTree(1, 0.0, 1.0, tol=1e-2)
+    with pytest.raises(ValueError, match="a smaller tol"):
+        solve(prob, EM(), dt=1e-3, adaptive=False, noise=noise)
+    # values inside of steps, however close
+    solve(prob, EM(), dt=0.1, adaptive=False, noise=noise, saveat=[0.5, 0.501, 0.502])
+
+
 def test_at():
     noise = tree()
     W = noise.at([0.3, 0.0, 1.0])
@@ -227,7 +280,7 @@ def test_at():
 def test_copies(copied, kernel, monkeypatch):
     if not kernel:
         monkeypatch.setattr(draws, "compiled", lambda name: None)
-    noise = tree(seed=torch.arange(4), tol=1e-4)
+    noise = tree(seed=torch.arange(4), tol=1e-6)
     other = copied(noise)
     assert other.tol == noise.tol
     assert all(equal(other.increment(a, b), noise.increment(a, b)) for a, b in INTERVALS)

@@ -16,6 +16,7 @@ from diffsolve.solvers.stochastic.noise.descent import Descent
 
 #: Least tolerance, in units of the length of the tree: below, a place in a leaf is mostly rounding.
 _DEEPEST = 40
+_ROUNDING = 1 - 1e-6  # of a step that is as long as a leaf
 _ROWS, _TILE = 12, 256  # of the kernel's work space
 
 
@@ -29,7 +30,7 @@ class VirtualBrownianTree(Noise):
 
     That path is resolved down to ``tol``. The increments between times that are in different leaves
     have their exact law, jointly, as long as no two of these times lie within one leaf. Steps must
-    be longer than that.
+    be longer than that: ``increment`` refuses others. ``at`` looks anywhere.
 
     Parameters
     ----------
@@ -105,16 +106,28 @@ class VirtualBrownianTree(Noise):
         Raises
         ------
         ValueError
-            If a time is not covered.
+            If a time is not covered, or the interval is shorter than a leaf: what a step sees there
+            would not be Brownian motion. ``at`` and ``inside`` look closer.
         """
+        leaf = math.ldexp(self.t1 - self.t0, -self._depth)
+        if 0 < abs(t - s) < leaf * _ROUNDING and self._leaf(s) != self._leaf(t):
+            raise ValueError(
+                f"a step of {abs(t - s):.3g} is shorter than what the virtual Brownian tree "
+                f"resolves, {leaf:.3g}, and would not see Brownian motion: make the tree with a "
+                "smaller tol, or take larger steps"
+            )
+        return self.inside(s, t)
+
+    def inside(self, s: float, t: float) -> Increment:
+        """As ``increment``, for a look inside of a step: however short the interval is."""
         if t < s:
-            W, H = self.increment(t, s)
+            W, H = self.inside(t, s)
             return Increment(-W, H)
         s, t = self._inside(s), self._inside(t)
-        if s == t:
-            return self._zeros()
         leaf_s, part_s = self._leaf(s)
         leaf_t, part_t = self._leaf(t)
+        if (leaf_s, part_s) == (leaf_t, part_t):  # one time, but for rounding
+            return self._zeros()
         if part_t == 0.0:  # the end of a leaf rather than the start of the next
             leaf_t, part_t = leaf_t - 1, 1.0
         if self._kernel is None:
@@ -132,7 +145,7 @@ class VirtualBrownianTree(Noise):
 
     def at(self, times: Sequence[float], since: float | None = None) -> Tensor:
         start = self.t0 if since is None else float(since)
-        found = [self.increment(start, float(t)).W for t in times]
+        found = [self.inside(start, float(t)).W for t in times]
         return torch.stack(found) if found else self._zeros().W[None][:0]
 
     def fork(
