@@ -247,6 +247,14 @@ FIXED = [
     (1e3, 1e3 + 1, 1e-3, 1000),
     (1e5, 1e5 + 1, 1e-2, 100),
     (0.0, 1.0, 1e-5, 100_000),
+    # and of t alone to more than 1e-8 of a step
+    (1.7e9, 1.7e9 + 1, 0.2, 5),
+    (1.7e9 + 1, 1.7e9, 0.2, 5),
+    (1e4, 1e4 + 0.1, 1e-4, 1000),
+    (1e4 + 0.1, 1e4, 1e-4, 1000),
+    (-1e9, 1e9, 2e9 / 7, 7),
+    # where a step is a few units of rounding, each is still taken
+    (2.0**32, 2.0**32 + 16 * 2.0**-20, 8 * 2.0**-20, 2),
 ]
 
 

@@ -114,6 +114,24 @@ def test_fixed_steps(alg, name):
     assert bool(((got.steps.stiffness - stiffness).abs() <= of_ratio).all())
 
 
+@pytest.mark.parametrize("alg", [RK4(), Tsit5()], ids=label)
+@pytest.mark.parametrize(
+    ("span", "dt", "steps"),
+    [
+        ((1.7e9, 1.7e9 + 1), 0.2, 5),
+        ((1.7e9 + 1, 1.7e9), 0.2, 5),
+        ((1e4, 1e4 + 0.1), 1e-4, 1000),
+        ((2.0**32, 2.0**32 + 16 * 2.0**-20), 8 * 2.0**-20, 2),
+    ],
+)
+def test_fixed_steps_at_large_times(alg, span, dt, steps):
+    prob = ODEProblem(lambda t, u: -u, torch.ones(1, dtype=DOUBLE), span)
+    reference, got = both(prob, alg, adaptive=False, dt=dt)
+    assert got.stats.naccept == reference.stats.naccept == steps
+    assert torch.equal(got.steps.h, reference.steps.h)
+    assert bool((got.steps.h != 0).all())
+
+
 ORDER_TOLERANCE = {2: 1e-3, 3: 1e-4}
 
 

@@ -25,6 +25,7 @@ from diffsolve.solvers.switching import FACTOR, AutoSwitch, Switch
 
 _STRETCH = 1.01  # a step may grow by this much to land on a stop (Hairer's dopri5)
 _ROUNDING = 1 + 1e-8  # the same where sizes differ by rounding alone
+_ULPS = 8  # units of rounding by which the time of a fixed step may be off
 _AFTER_FAILURE = 0.5  # factor of the size after a step whose equations were not solved
 
 
@@ -397,7 +398,10 @@ class _Loop:
         if remaining > 2 * size:
             return size, False
         if not settings.adaptive:
-            return (remaining, True) if remaining <= size * _ROUNDING else (size, False)
+            largest = max(abs(_plain(self.anchor)), abs(_plain(self.stops[self.stop])))
+            rounding = min(_ULPS * math.ulp(largest), _plain(size) / 2)  # that of the time at hand
+            lands = remaining <= size * _ROUNDING + rounding
+            return (remaining, True) if lands else (size, False)
         if remaining <= size * _STRETCH and remaining <= settings.dtmax * _ROUNDING:
             return remaining, True
         if remaining >= 2 * settings.dtmin:

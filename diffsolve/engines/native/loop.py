@@ -28,6 +28,7 @@ from diffsolve.solvers.kernels.rows import (
 
 _STRETCH = 1.01  # as in the torch engine
 _ROUNDING = 1 + 1e-8
+_ULPS = 8  # as in the torch engine
 _AFTER_NEWTON = 0.5  # factor of the step size where the stages could not be solved for
 _LEAST_MEMORY = math.log(1e-4)
 
@@ -175,7 +176,10 @@ def fit(I, R):
     if remaining > 2 * size:
         return size, False
     if I[L.ADAPTIVE] == 0:
-        lands = remaining <= size * _ROUNDING
+        largest = abs(R[L.ANCHOR]) if abs(R[L.ANCHOR]) > abs(stop) else abs(stop)
+        rounding = _ULPS * ulp(largest)  # that of the time at hand
+        rounding = 0.5 * size if 0.5 * size < rounding else rounding
+        lands = remaining <= size * _ROUNDING + rounding
         return remaining if lands else size, lands
     if remaining <= size * _STRETCH and remaining <= R[L.DTMAX] * _ROUNDING:
         return remaining, True
