@@ -93,6 +93,41 @@ def test_stops_within_the_span():
         assert_same(got, reference, 1e-10)
 
 
+@pytest.mark.parametrize("alg", [EM(), SRIW1(), RKMil()], ids=label)
+@pytest.mark.parametrize(
+    ("span", "dt", "steps"), [((1.7e9, 1.7e9 + 1), 0.2, 5), ((1e4, 1e4 + 0.1), 1e-4, 1000)]
+)
+def test_fixed_steps_at_large_times(alg, span, dt, steps):
+    prob = problem(f=lambda t, u, p: -u, g=lambda t, u, p: p[1] * u, tspan=span, rows=2)
+    reference, got = both(prob, alg, dt=dt, adaptive=False)
+    assert got.stats.naccept == reference.stats.naccept == steps
+    assert_same(got, reference)
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forward", "backward"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_no_stage_reaches_beyond_a_stop(span, adaptive):
+    """SOSRI's nodes are at 3.75 and -0.042: no step may see the other side of a stop."""
+
+    def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        return torch.where(t < 0.5, 0.0, 100.0) + p[0] * u
+
+    saveat = [0.25, 0.5, 1.0] if span[1] > span[0] else [0.75, 0.5, 0.0]
+    options = {"dt": 0.1, "adaptive": adaptive, "tstops": [0.3, 0.5, 0.51, 0.9], "saveat": saveat}
+    prob = problem(f=f, g=lambda t, u, p: 0.1 + 0 * u, tspan=span, rows=2)
+    assert_same(*reversed(both(prob, SOSRI(), **options)))
+
+    # without a slope every stage is exact, and nothing is rejected
+    flat, still = (torch.tensor(x, dtype=DOUBLE) for x in ((0.0, 0.3), (0.0, 0.0)))
+    for sol in both(prob.remake(p=flat), SOSRI(), **options):
+        without = solve(prob.remake(f=lambda t, u, p: 0 * u, p=still), SOSRI(), noise=sol.noise,
+                        dt=0.1, adaptive=False, saveat=saveat)  # fmt: skip
+        exact = 100 * ((torch.tensor(saveat) - 0.5).clamp(min=0) - max(span[0] - 0.5, 0.0))
+        drift = (sol.u - without.u)[1:]  # the value inside of a step depends on its noise alone
+        assert float((drift - exact[1:, None, None]).abs().max()) <= 1e-10
+        assert sol.stats.nreject == 0
+
+
 def test_a_drift_that_jumps_at_a_stop():
     def jumping(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
         return torch.where(t < 0.5, p[0], -3.0) * u
@@ -295,8 +330,9 @@ def threads(monkeypatch):
 def test_paths_are_shared_among_threads(threads, alg):
     noise = "additive" if alg.noise_types == {"additive"} else "diagonal"
     prob = problem(noise, alg, rows=70)
-    for saveat in (None, INSIDE):
-        options = {"dt": 0.02, "adaptive": False, "seed": 4, "engine": "native", "saveat": saveat}
+    for saveat, seed in ((None, 4), (INSIDE, 4), (INSIDE, torch.arange(70) + 9)):
+        options = {"dt": 0.02, "adaptive": False, "engine": "native"}
+        options |= {"saveat": saveat, "seed": seed}
         threads(1)
         one = solve(prob, alg, **options)
         for count in (2, 3):

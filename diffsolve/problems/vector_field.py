@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -190,15 +190,17 @@ class VectorField:
         return self.times(t, math.copysign(1.0, direction), _START)[0]
 
     def _beside_breaks(self, values: list[float], start: float, end: float) -> list[float]:
-        """Move times at a break at either end of a step, or beyond it, just inside."""
-        near = 8 * math.ulp(max(abs(start), abs(end)))
-        for edge, other in ((start, end), (end, start)):
-            i = bisect_left(self.breaks, edge - near)
-            if i < len(self.breaks) and self.breaks[i] <= edge + near:
-                inside = self._next(self.breaks[i], math.copysign(math.inf, other - edge))
-                at, inward = self.breaks[i], other - edge
-                outside = (abs(x - at) <= near or (x - at) * inward < 0 for x in values)
-                values = [inside if out else x for x, out in zip(values, outside, strict=True)]
+        """Move times at a break that bounds a step, or beyond it, just inside."""
+        low, high = min(start, end), max(start, end)
+        near = min(8 * math.ulp(max(abs(low), abs(high))), 0.25 * (high - low))
+        breaks, i = self.breaks, bisect_right(self.breaks, low + near)
+        if i > 0:
+            at, inside = breaks[i - 1] + near, self._next(breaks[i - 1], math.inf)
+            values = [inside if x <= at else x for x in values]
+        i = bisect_left(breaks, high - near, i)
+        if i < len(breaks):
+            at, inside = breaks[i] - near, self._next(breaks[i], -math.inf)
+            values = [inside if x >= at else x for x in values]
         return values
 
     def _next(self, t: float, towards: float) -> float:

@@ -179,21 +179,23 @@ def _next(t, towards, like):
 
 @inlined
 def beside_breaks(I, value, start, end, like):
-    """A time of a step; at a break at either end, or beyond it, it is moved just inside."""
+    """A time of a step; at a break that bounds the step, or beyond it, it is moved just inside."""
     count = I[L.N_BREAKS]
     if count == 0:
         return value
+    low, high = (start, end) if start < end else (end, start)
+    near = 8 * ulp(abs(low) if abs(low) > abs(high) else abs(high))
+    near = 0.25 * (high - low) if 0.25 * (high - low) < near else near
+    if low + near < value < high - near:
+        return value
     breaks = reals(I[L.BREAKS])
-    near = 8 * ulp(abs(start) if abs(start) > abs(end) else abs(end))
-    for side in range(2):
-        edge = start if side == 0 else end
-        other = end if side == 0 else start
-        i = 0
-        while i < count and breaks[i] < edge - near:
-            i += 1
-        if i == count or breaks[i] > edge + near:
-            continue
-        if abs(value - breaks[i]) <= near or (value - breaks[i]) * (other - edge) < 0.0:
-            inward = np.inf if other > edge else -np.inf
-            value = _next(breaks[i], inward, like)
+    i = 0
+    while i < count and breaks[i] <= low + near:
+        i += 1
+    if i > 0 and value <= breaks[i - 1] + near:
+        value = _next(breaks[i - 1], np.inf, like)
+    while i < count and breaks[i] < high - near:
+        i += 1
+    if i < count and value >= breaks[i] - near:
+        value = _next(breaks[i], -np.inf, like)
     return value

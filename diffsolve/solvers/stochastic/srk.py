@@ -166,8 +166,9 @@ class SRIW1(SRI):
 class SOSRI(SRI):
     """Stability-optimised method for diagonal noise: four evaluations of ``f`` and ``g`` a step.
 
-    Its last evaluation of ``f`` is at ``t + 3.75 h``, beyond the step and, at the end, beyond
-    ``tspan``: where ``f`` must not be evaluated there, use ``SRIW1()``.
+    Two of its evaluations of ``f`` are outside of the step, at ``t - 0.042 h`` and ``t + 3.75 h``,
+    and so before the start and beyond the end of ``tspan``; none is beyond a time of ``tstops``
+    that bounds the step. Where ``f`` must not be evaluated outside, use ``SRIW1()``.
 
     References
     ----------
