@@ -282,6 +282,37 @@ def test_areas_of_a_path_with_memory_change_nothing_else() -> None:
     torch.testing.assert_close(sols[0].noise.at(times), sols[1].noise.at(times))
 
 
+@pytest.mark.parametrize("span", [2.0**-20, 2.0**10])
+def test_the_unit_of_time_does_not_matter(span: float) -> None:
+    """By default a step is cut as in the unit of time: the work is the same, and the order 1."""
+    errors, prob = [], heisenberg(400)
+    for n in (16, 64):
+        unit, other = (
+            solve(x, RKMilGeneral(), dt=x.tspan[1] / n, adaptive=False, seed=1)
+            for x in (prob, prob.remake(tspan=(0.0, span)))
+        )
+        assert len(other.noise.times) == len(unit.noise.times) > 1.2 * n
+        area = area_of_pieces(field_of(prob, other.noise), 0.0, span, 4096)[:, 0, 1]
+        errors.append(rms(other.u[-1, :, 2] - area) / span)
+        # areas that are left out are as large as the variance says
+        expected = math.sqrt(1 / (12 * n * pieces_of(1 / n, 1.0)))
+        assert errors[-1] == pytest.approx(expected, rel=0.2)
+    assert slope([16, 64], errors) == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_time_scale_that_is_given() -> None:
+    prob = heisenberg(1).remake(tspan=(0.0, 8.0))
+    points = [
+        len(solve(prob, alg, dt=0.25, adaptive=False, seed=1).noise.times)
+        for alg in (RKMilGeneral(), RKMilGeneral(time_scale=8), RKMilGeneral(time_scale=1.0))
+    ]
+    assert points[0] == points[1] > points[2] == 33
+    assert repr(RKMilGeneral()) == "RKMilGeneral()"
+    assert repr(RKMilGeneral(time_scale=8)) == "RKMilGeneral(time_scale=8.0)"
+    alg = RKMilGeneral("stratonovich", 0.5)
+    assert repr(alg) == "RKMilGeneral('stratonovich', time_scale=0.5)"
+
+
 @pytest.mark.slow
 def test_a_solve_that_fails_ends() -> None:
     """Steps become ever shorter then, and ask for ever more of the path."""
@@ -328,6 +359,8 @@ def test_the_number_of_pieces_keeps_the_error_below_the_order() -> None:
     for h in (0.3, 0.1, 0.01, 0.003):
         for scale in (0.5, 1.0, 4.0):
             assert h * h / (12 * pieces_of(h, scale)) <= h**3 / scale * (1 + 1e-6)
+    for h in (1e-6, 1e-9):  # where the number of pieces is bounded
+        assert math.sqrt(h * h / (12 * pieces_of(h, 1.0))) <= h / 221
 
 
 def test_steps_that_are_run_at_once_have_no_path_to_look_at() -> None:

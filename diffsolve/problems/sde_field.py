@@ -18,7 +18,12 @@ from torch import Tensor
 
 from diffsolve.problems.autocast import under_current_autocast
 from diffsolve.problems.sde import SDEProblem
-from diffsolve.problems.structure import StateStructure, outside_transforms, under_transform
+from diffsolve.problems.structure import (
+    StateStructure,
+    detached,
+    outside_transforms,
+    under_transform,
+)
 from diffsolve.problems.vector_field import VectorField, no_buffer, root, unchanged
 
 _ENDS = np.array([0.0, 1.0])
@@ -92,6 +97,8 @@ class SDEField(VectorField):
         Evaluations of ``g`` so far.
     path
         The Brownian path; set before a step is taken.
+    span
+        Length of the problem's time span.
     """
 
     path: Path | None
@@ -115,6 +122,7 @@ class SDEField(VectorField):
         self.is_diagonal = False
         self.ng = 0
         self.path = None
+        self.span = 1.0
         #: What takes the place of the path's noise while steps are run at once.
         self.given: GivenNoise | None = None
         self._g_shapes: list[Any] = []
@@ -126,7 +134,10 @@ class SDEField(VectorField):
         f, g = (
             under_current_autocast(x, structure.device, structure.dtype) for x in (prob.f, prob.g)
         )
-        return cls(f, g, prob.p, structure, prob.noise, prob.interpretation)
+        field = cls(f, g, prob.p, structure, prob.noise, prob.interpretation)
+        t0, t1 = (float(detached(x)) for x in prob.tspan)
+        field.span = abs(t1 - t0)
+        return field
 
     # -- what a step asks for ------------------------------------------------------------------
 
@@ -340,6 +351,7 @@ class SDEField(VectorField):
     def _share(self, field: Any) -> Any:
         super()._share(field)
         field.m, field.is_diagonal, field.path = self.m, self.is_diagonal, self.path
+        field.span = self.span
         field._g_shapes, field._g_buffer = self._g_shapes, self._g_buffer
         return field
 

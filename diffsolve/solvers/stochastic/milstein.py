@@ -219,13 +219,15 @@ class RKMilGeneral(Milstein):
     interpretation
         ``"ito"`` (default) or ``"stratonovich"``.
     time_scale
-        Time in which the noise changes the solution by as much as it is. The error of an area,
-        root mean square, is at most ``h^1.5 / sqrt(time_scale)``. Default 1.
+        Time in which the noise changes the solution by as much as it is; default None: the length
+        of the problem's time span. The error of an area, root mean square, is at most
+        ``h^1.5 / sqrt(time_scale)``, in steps shorter than ``time_scale / 49,152`` at most
+        ``h / 221``: there the pieces of a step are ``MOST_PIECES``.
 
     Raises
     ------
     ValueError
-        If ``interpretation`` is neither, or ``time_scale`` is not positive and finite.
+        If ``interpretation`` is neither, or ``time_scale`` is given and not positive and finite.
 
     References
     ----------
@@ -238,11 +240,19 @@ class RKMilGeneral(Milstein):
     needs_levy_area = True
     is_one_step = False  # it asks for more of a path than steps that are run at once are given
 
-    def __init__(self, interpretation: str = "ito", time_scale: float = 1.0):
+    def __init__(self, interpretation: str = "ito", time_scale: float | None = None):
         super().__init__(interpretation)
-        if not 0 < time_scale < float("inf"):
-            raise ValueError(f"time_scale must be positive and finite, got {time_scale!r}")
-        self.time_scale = float(time_scale)
+        if time_scale is not None:
+            if not 0 < time_scale < float("inf"):
+                raise ValueError(f"time_scale must be positive and finite, got {time_scale!r}")
+            time_scale = float(time_scale)
+        self.time_scale = time_scale
+
+    def __repr__(self) -> str:
+        given = [] if self.integral == "ito" else [repr(self.integral)]
+        if self.time_scale is not None:
+            given.append(f"time_scale={self.time_scale!r}")
+        return f"{self.name}({', '.join(given)})"
 
     def correction(
         self,
@@ -261,7 +271,8 @@ class RKMilGeneral(Milstein):
             if ito:
                 return ito_correction(field, now, h, K, G, W)
             return stratonovich_correction(field, then, K, G, W)
-        area = levy_area(field, t, h, self.time_scale)
+        scale = field.span if self.time_scale is None else self.time_scale
+        area = levy_area(field, t, h, scale)
         if ito:
             return _double_integrals(field, now, h, u, G, _symmetric_part(W, h) + area)
         symmetric = stratonovich_correction(field, then, K, G, W)
