@@ -13,7 +13,13 @@ import torch
 from noise_basis import Basis, covariance
 from scipy import stats
 
-from diffsolve.solvers.stochastic.noise import BrownianPath, draw_seed, draws
+from diffsolve import EM, LambaEM, SDEProblem, solve
+from diffsolve.solvers.stochastic.noise import (
+    BrownianPath,
+    VirtualBrownianTree,
+    draw_seed,
+    draws,
+)
 from diffsolve.solvers.stochastic.noise import path as path_module
 from diffsolve.solvers.stochastic.noise.bridge import divide, weights
 
@@ -547,6 +553,74 @@ def test_manual_seed_decides_the_seed():
     torch.manual_seed(1)
     assert draw_seed() == first
     assert draw_seed() != first
+
+
+# -- to be followed by another solve -------------------------------------------------------------
+
+
+def test_a_path_is_followed_where_it_is_known():
+    """Beyond, two solves would draw two paths that share some of their numbers."""
+    path = BrownianPath(0)
+    with pytest.raises(ValueError, match="knows nothing yet.*seed=.*VirtualBrownianTree"):
+        path.check(1, 1, 0.0, 1.0)
+    path.increment(0.0, 0.4)
+    path.increment(0.4, 1.0)
+    for a, b in [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (0.0, 0.0), (0.0, math.nextafter(1.0, 2.0))]:
+        path.check(1, 1, a, b)
+    for a, b in [(0.0, 1.1), (1.1, 0.0), (-0.1, 0.5), (2.0, 3.0), (0.0, 1.0 + 1e-12)]:
+        with pytest.raises(ValueError, match="known from t = 0 to t = 1.* longest .*finest"):
+            path.check(1, 1, a, b)
+
+
+def test_solves_follow_a_path_where_it_is_known():
+    prob = SDEProblem(lambda t, u: -u, lambda t, u: u, torch.ones(1).double(), (0.0, 1.0))
+    with pytest.raises(ValueError, match="knows nothing yet"):
+        solve(prob, EM(), dt=0.5, noise=BrownianPath(0))
+    sol = solve(prob, EM(), dt=1 / 8, seed=0)
+    with pytest.raises(ValueError, match="known from t = 0 to t = 1"):
+        solve(prob.remake(tspan=(0.0, 2.0)), EM(), dt=1 / 8, noise=sol.noise)
+    ends = [
+        solve(prob, EM(), dt=dt, noise=sol.noise).noise.increment(0.0, 1.0).W for dt in (0.5, 0.03)
+    ]
+    for end in ends:
+        same(end, sol.noise.increment(0.0, 1.0).W)
+
+
+def test_fixed_steps_see_one_path_whatever_the_batch():
+    def run(rows, **options):
+        u0 = torch.ones(rows, 1).double()
+        prob = SDEProblem(lambda t, u: -u, lambda t, u: u, u0, (0.0, 1.0))
+        return solve(prob, EM(), dt=0.1, adaptive=False, **options)
+
+    few, many = run(2, seed=3), run(50, seed=3)
+    assert torch.equal(few.u, many.u[:, :2])
+    assert torch.equal(few.noise.at([0.5, 1.0]), many.noise.at([0.5, 1.0])[:, :2])
+
+
+def test_adaptive_steps_see_one_path_where_that_is_a_tree():
+    """The numbers of a ``BrownianPath`` go with the steps, and those with the batch."""
+
+    def run(starts, noise=None, **options):
+        u0 = torch.tensor(starts, dtype=torch.float64)[:, None]
+        prob = SDEProblem(lambda t, u: -u, lambda t, u: 1 + u, u0, (0.0, 1.0))
+        seed = 3 if noise is None else None
+        return solve(prob, LambaEM(), seed=seed, noise=noise, **options)
+
+    rough, fine = {"rtol": 0.1, "atol": 0.1}, {"rtol": 0.03, "atol": 0.03}
+
+    def end(*starts, tree=True, options=rough):
+        noise = VirtualBrownianTree(3, 0.0, 1.0, rows=len(starts)) if tree else None
+        sol = run(starts, noise, **options)
+        return sol.noise.at([1.0])[0, 0], sol.stats.naccept
+
+    alone, count = end(1.0)
+    for other, steps_ in (end(1.0, 60.0), end(1.0, options=fine)):
+        assert steps_ != count
+        same(other, alone)
+    alone, count = end(1.0, tree=False)
+    for other, steps_ in (end(1.0, 60.0, tree=False), end(1.0, tree=False, options=fine)):
+        assert steps_ != count
+        assert (other - alone).abs() > 1e-3
 
 
 # -- refusals ------------------------------------------------------------------------------------

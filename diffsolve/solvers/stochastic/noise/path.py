@@ -17,6 +17,7 @@ from diffsolve.solvers.stochastic.noise.philox import READS, STEPS, counter_of
 
 #: Times that are closer than this many units in the last place of the largest are one.
 _ULPS = 16
+_LANDING = 8  # in those units, by how much a step to the end of a span may miss it
 _AHEAD = {"cpu": 1 << 15}  # numbers drawn ahead at most: what a processor's cache holds
 _AHEAD_ELSEWHERE = 1 << 22  # where a draw costs a hundred launches
 _ROWS_AHEAD = 256
@@ -173,6 +174,26 @@ class BrownianPath(Noise):
         )
         copy.remember(self.times, self.pieces, self.divisions, self.serial)
         return copy
+
+    def check(self, rows: int, m: int, t0: float, t1: float) -> None:
+        """As in ``Noise``: only where the path is known, it is the same to every solve."""
+        super().check(rows, m, t0, t1)
+        first, last = self.times[0], self.times[-1]
+        near = _LANDING * math.ulp(max(map(abs, (first, last, t0, t1))))
+        if min(t0, t1) >= first - near and max(t0, t1) <= last + near and first < last:
+            return
+        known = (
+            f"is known from t = {first:.8g} to t = {last:.8g}"
+            if first < last
+            else "knows nothing yet"
+        )
+        raise ValueError(
+            f"the Brownian path {known}, and cannot be followed from t = {t0:.8g} to {t1:.8g}: "
+            "what it draws beyond depends on the steps, and would be another path in every solve. "
+            "Give seed=... for a new path; or solve the longest span first, with the finest "
+            "steps, and follow its sol.noise; or give VirtualBrownianTree(seed, t0, t1, ...), "
+            "which is the same whatever the steps"
+        )
 
     def expect(self, count: int) -> None:
         self._expected = self.serial + count
