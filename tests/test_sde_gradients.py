@@ -17,9 +17,11 @@ from diffsolve import (
     SOSRA,
     SOSRI,
     DiscreteAdjoint,
+    Euler,
     EulerHeun,
     LambaEM,
     LambaEulerHeun,
+    ODEProblem,
     RKMil,
     SDEProblem,
     VirtualBrownianTree,
@@ -174,6 +176,39 @@ def test_sensealgs_agree_on_adaptive_steps(alg, batched, monkeypatch) -> None:
         *found, sol = gradients(prob, alg, sensealg, **options)
         torch.testing.assert_close(sol.u, tape.u, rtol=1e-13, atol=1e-13)
         for got, wanted in zip(found, expected, strict=True):
+            assert_near(got, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("noisy", [True, False], ids=["SDE", "ODE"])
+def test_many_values_in_one_step_do_not_fill_the_memory(noisy, monkeypatch) -> None:
+    """Steps that are run at once have as many values inside as the one that has the most."""
+    prob: Any = nonlinear("diagonal")
+    alg: Any = EM()
+    if not noisy:
+        prob, alg = ODEProblem(prob.f, prob.u0, prob.tspan, prob.p), Euler()
+    # in the fifth of 64 steps, and one in every fourth
+    many = [4 / 64 + (i + 0.5) / 64 / 101 for i in range(100)]
+    options = {"dt": 1 / 64, "adaptive": False, "engine": "torch"} | ({"seed": 1} if noisy else {})
+    options["saveat"] = sorted([*many, *((4 * i + 2.5) / 64 for i in range(16))])
+    expected = gradients(prob, alg, DiscreteAdjoint(tape=True), **options)
+    run_again, sizes = parallel.ParallelSweep._run_again, []
+
+    def counted(self: Any, records: list[Any], u: Tensor) -> Any:
+        found = run_again(self, records, u)
+        sizes.append((len(records), found[3].numel()))
+        return found
+
+    monkeypatch.setattr(parallel.ParallelSweep, "_run_again", counted)
+    whole = gradients(prob, alg, DiscreteAdjoint(), **options)
+    assert sizes == [(64, 64 * 100 * 6)]
+    sizes.clear()
+    monkeypatch.setattr(parallel, "_MOST_WORK", 8000)
+    parts = gradients(prob, alg, DiscreteAdjoint(), **options)
+    assert sum(steps for steps, _ in sizes) == 64
+    assert max(entries for _, entries in sizes) <= 8000
+    assert len(sizes) <= 4  # the other steps are run at once as ever
+    for found in (whole, parts):
+        for got, wanted in zip(found[:2], expected[:2], strict=True):
             assert_near(got, wanted, 1e-12)
 
 

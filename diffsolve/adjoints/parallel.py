@@ -42,7 +42,7 @@ _WORK_WORTH_A_CALL = 100_000
 _LARGEST_BLOCK = 32  # rows of a step's matrix, a reverse pass each
 _FEWEST_STEPS = 6
 _MOST_STEPS = 256  # in one batch
-_MOST_WORK = 4_000_000  # entries of a batch: bounds the memory
+_MOST_WORK = 4_000_000  # entries of a batch, the values inside of its steps too: bounds the memory
 
 _log = logging.getLogger(__name__)
 _coupled: weakref.WeakSet[Any] = weakref.WeakSet()  # functions whose rows are not independent
@@ -69,7 +69,7 @@ class ParallelSweep:
         self.job, self.field, self.params = job, field, params
         self.alg = job.alg.nonstiff if isinstance(job.alg, AutoSwitch) else job.alg
         self.of_saved, *self.of_estimates = cotangents
-        self.batch = max(1, min(_MOST_STEPS, _MOST_WORK // max(job.field.work, 1)))
+        self.value = self._entries_of_a_value()
         self.rows, self.size = self._blocks()
         self.enabled = (
             self.size <= _LARGEST_BLOCK
@@ -88,6 +88,29 @@ class ParallelSweep:
         if has_rows and not self.field.low_eps and not _is_coupled(self.job.field.f):
             return math.prod(shape[:-1]), shape[-1]
         return 1, structure.size
+
+    def _entries_of_a_value(self) -> int:
+        """Entries of a value inside of a step, and of the noise that leads to it."""
+        field = self.field
+        noise = field.rows * field.m if isinstance(field, SDEField) else 0
+        return field.structure.size + noise
+
+    def _batches(self, records: list[Record]) -> list[tuple[int, int]]:
+        """Ranges of steps that are run at once, the last ones first.
+
+        Each step of a batch has as many values inside as the one that has the most.
+        """
+        found: list[tuple[int, int]] = []
+        high, most = len(records), 0
+        for i in reversed(range(len(records))):
+            inside = 0 if self.of_saved is None else len(records[i].thetas)
+            work = self.job.field.work + max(most, inside) * self.value
+            count = high - i
+            if count > 1 and (count > _MOST_STEPS or count * work > _MOST_WORK):
+                found.append((i + 1, high))
+                high, most = i + 1, 0
+            most = max(most, inside)
+        return [*found, (0, high)]
 
     def suits(self, records: list[Record]) -> bool:
         enough = len(records) >= _FEWEST_STEPS + self.size // 2
@@ -119,8 +142,8 @@ class ParallelSweep:
         """
         bar = torch.zeros_like(states[0]) if bar is None else bar
         total: list[Tensor | None] = [None] * len(self.params)
-        for low in reversed(range(0, len(records), self.batch)):
-            part = slice(low, low + self.batch)
+        for low, high in self._batches(records):
+            part = slice(low, high)
             pulled = self._through_batch(begin + low, records[part], states[part], end, bar)
             if pulled is None:
                 return None
