@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from diffsolve import (
     SDEProblem,
     Tsit5,
 )
+from diffsolve.solvers.stochastic.method import registered
 
 SRI_METHODS = [SOSRI(), SRIW1()]
 SRA_METHODS = [SOSRA(), SRA1()]
@@ -283,6 +286,18 @@ def test_what_is_declared() -> None:
     assert [x.interpretation for x in RKMIL] == [{"ito"}, {"stratonovich"}]
     assert repr(RKMil("stratonovich")) == "RKMil('stratonovich')"
     assert SOSRA().interpretation == {"ito", "stratonovich"}
+
+
+def test_what_the_table_in_the_docs_declares() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "sde.md").read_text()
+    by_name = {alg.name: alg for alg in registered()}
+    for row in text.splitlines():
+        cells = [cell.strip() for cell in row.split("|")]
+        names = re.findall(r"`(\w+)\(", cells[1]) if len(cells) == 8 else []
+        for alg in map(by_name.pop, dict.fromkeys(names)):
+            assert (cells[5] == "adaptive") == alg.adaptive, row
+            assert str(alg.strong_order).removesuffix(".0") in re.split("[,; ]+", cells[4]), row
+    assert not by_name  # all of them are there
 
 
 @pytest.mark.parametrize("kind", [RKMil, RKMilCommute, RKMilGeneral, ImplicitRKMil])

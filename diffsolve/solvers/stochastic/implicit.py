@@ -7,7 +7,6 @@ and the implicit function theorem differentiates it.
 from __future__ import annotations
 
 import functools
-import math
 from abc import abstractmethod
 from typing import Any
 
@@ -23,16 +22,15 @@ from diffsolve.solvers.jacobian import Push, linearise, push_forward
 from diffsolve.solvers.newton import Newton
 from diffsolve.solvers.spectral_radius import spectral_radius
 from diffsolve.solvers.stage_rows import as_scale
+from diffsolve.solvers.stochastic.low_order import left_out
 from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
     register,
-    root,
-    scaled,
 )
 from diffsolve.solvers.stochastic.milstein import (
-    checked_integral,
+    OfOneIntegral,
     ito_correction,
     stratonovich_correction,
 )
@@ -81,7 +79,7 @@ class DriftImplicit(StochasticMethod):
         now, then = field.both_ends(t, h)
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
-        base, left_out = self.noise(field, h, (now, then), u, G, W)
+        base, rest = self.noise(field, h, (now, then), u, G, W)
         if not newton.begin(t, h, u, True):
             return _failed(field, t, h, u, G, newton.trouble)
         jacobian, lu = newton.jacobian, newton.lu  # those of the estimates
@@ -93,10 +91,10 @@ class DriftImplicit(StochasticMethod):
         k, new = found
         newton.end()
         error = lu.solve((k - f) * (0.5 * h)).abs()
-        if left_out is not None:
+        if rest is not None:
             if self.is_signed(field):
-                left_out = lu.solve(left_out)
-            error = error + left_out.abs()
+                rest = lu.solve(rest)
+            error = error + rest.abs()
         return Step(
             (new,),
             error,
@@ -109,7 +107,7 @@ class DriftImplicit(StochasticMethod):
         now, then = field.both_ends(t, h)
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
-        base, left_out = self.noise(field, h, (now, then), u, G, W)
+        base, rest = self.noise(field, h, (now, then), u, G, W)
         scale = as_scale(field, h)
         k, new = stage_on_tape(field, then, base, scale, 1.0, known)
         lu = linearise(field, t, h, u, exact=True).factor(float(detached(h)), 1.0)
@@ -121,8 +119,8 @@ class DriftImplicit(StochasticMethod):
             return linear_on_tape(lu, lu.solve(x.detach()), x, push, scale, 1.0, 0.0)
 
         error = damped((k - f) * (0.5 * scale)).abs()
-        if left_out is not None:
-            error = error + (damped(left_out) if self.is_signed(field) else left_out).abs()
+        if rest is not None:
+            error = error + (damped(rest) if self.is_signed(field) else rest).abs()
         return Step(
             (new,),
             error,
@@ -189,15 +187,10 @@ class ImplicitEM(DriftImplicit):
         base = field.add_noise(u, G, W)
         if field.noise == "additive":
             return base, None
-        if self.is_signed(field):
-            return base, ito_correction(field, times[0], h, u, G, W)
-        # general noise: as in LambaEM, the mean square of double integrals that W does not tell
-        change = field.diffusion(times[0], base) - G
-        size = torch.linalg.vector_norm(change, dim=-1).reshape(-1)
-        return base, scaled(size, math.sqrt(0.5) * root(h))
+        return base, left_out(field, times[0], h, u, G, W)
 
 
-class ImplicitRKMil(DriftImplicit):
+class ImplicitRKMil(OfOneIntegral, DriftImplicit):
     """The Milstein method with the implicit Euler method for the drift, for diagonal noise.
 
     ``u_new = u + h f(t + h, u_new) + g(t, u) W + C`` with the correction ``C`` of ``RKMil``, for
@@ -224,13 +217,6 @@ class ImplicitRKMil(DriftImplicit):
     noise_types = frozenset({"diagonal", "scalar"})
     strong_order = 1.0
     weak_order = 1.0
-
-    def __init__(self, interpretation: str = "ito"):
-        self.integral = checked_integral(type(self).__name__, interpretation)
-        self.interpretation = frozenset({interpretation})
-
-    def __repr__(self) -> str:
-        return f"{self.name}({'' if self.integral == 'ito' else repr(self.integral)})"
 
     def noise(
         self,

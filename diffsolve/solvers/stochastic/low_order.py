@@ -18,6 +18,7 @@ from diffsolve.solvers.stochastic.method import (
     root,
     scaled,
 )
+from diffsolve.solvers.stochastic.milstein import ito_correction
 
 
 class EM(StochasticMethod):
@@ -116,7 +117,7 @@ class LambaEM(EM):
         f_K = field(then, K)
         error = _half(f_K - f, h).abs()
         if field.noise != "additive":
-            error = error + _ito_error(field, now, h, u, G, W)
+            error = error + left_out(field, now, h, u, G, W).abs()
         return Step((new,), error, (f_K - f, K - u), PathInterpolant(field, t, h, u, new, G))
 
 
@@ -154,23 +155,23 @@ def _heun(field: SDEField, t: Any, h: Any, u: Tensor, estimate: bool) -> Step:
     error = None
     if estimate:
         if not field.is_diagonal and field.m > 1:
-            of_noise = _row_norms(field, dG, h)
+            of_noise = _row_norms(dG, h)
         error = of_drift.abs() + of_noise.abs()
     return Step((new,), error, (df, K - u), PathInterpolant(field, t, h, u, new, G))
 
 
-def _ito_error(field: SDEField, now: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor) -> Tensor:
-    """Magnitude ``(N,)`` of the double integrals that an Euler step leaves out."""
+def left_out(field: SDEField, now: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor) -> Tensor:
+    """What double Ito integrals contribute that an Euler step leaves out: ``(N,)``.
+
+    Of general noise, where the increment does not tell it, the root mean square.
+    """
     if field.is_diagonal or field.m == 1:
-        beside = moved(u, G.reshape(-1), root(h))
-        dG = field.diffusion(now, beside) - G
-        size = root(h, W.dtype)
-        return field.product(dG, 0.5 * (W * W / size - size)).abs()
+        return ito_correction(field, now, h, u, G, W)
     beside = field.add_noise(u, G, W)
-    return _row_norms(field, field.diffusion(now, beside) - G, h)
+    return _row_norms(field.diffusion(now, beside) - G, h)
 
 
-def _row_norms(field: SDEField, dG: Tensor, h: Any) -> Tensor:
+def _row_norms(dG: Tensor, h: Any) -> Tensor:
     return scaled(torch.linalg.vector_norm(dG, dim=-1).reshape(-1), 0.5**0.5 * root(h))
 
 

@@ -31,7 +31,34 @@ from diffsolve.solvers.stochastic.method import (
 _INTEGRALS = ("ito", "stratonovich")
 
 
-class Milstein(StochasticMethod):
+class OfOneIntegral(StochasticMethod):
+    """Base of methods that are made for either of the integrals.
+
+    Parameters
+    ----------
+    interpretation
+        ``"ito"`` (default) or ``"stratonovich"``.
+
+    Raises
+    ------
+    ValueError
+        If ``interpretation`` is neither.
+    """
+
+    def __init__(self, interpretation: str = "ito"):
+        if interpretation not in _INTEGRALS:
+            raise ValueError(
+                f'{self.name}: interpretation must be "ito" or "stratonovich", '
+                f"got {interpretation!r}"
+            )
+        self.integral = interpretation
+        self.interpretation = frozenset({interpretation})
+
+    def __repr__(self) -> str:
+        return f"{self.name}({'' if self.integral == 'ito' else repr(self.integral)})"
+
+
+class Milstein(OfOneIntegral):
     """Base of the explicit ones, whose state is ``(u, f(t, u))``.
 
     With the correction ``C`` of the method the step is ``u_new = u + h f + G W + C``, ``f`` and
@@ -55,13 +82,6 @@ class Milstein(StochasticMethod):
     estimate_order = 0.5
     adaptive = True
     carries_derivative = True
-
-    def __init__(self, interpretation: str = "ito"):
-        self.integral = checked_integral(type(self).__name__, interpretation)
-        self.interpretation = frozenset({interpretation})
-
-    def __repr__(self) -> str:
-        return f"{self.name}({'' if self.integral == 'ito' else repr(self.integral)})"
 
     def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
         return RKState(u, field(field.time(t), u) if du is None else du)
@@ -277,21 +297,6 @@ class RKMilGeneral(Milstein):
             return _double_integrals(field, now, h, u, G, _symmetric_part(W, h) + area)
         symmetric = stratonovich_correction(field, then, K, G, W)
         return symmetric + _double_integrals(field, now, h, u, G, area)
-
-
-def checked_integral(name: str, interpretation: Any) -> str:
-    """``interpretation``, if it is one.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
-    if interpretation not in _INTEGRALS:
-        raise ValueError(
-            f'{name}: interpretation must be "ito" or "stratonovich", got {interpretation!r}'
-        )
-    return interpretation
 
 
 def ito_correction(
