@@ -29,7 +29,7 @@ from diffsolve import (
     SDEProblem,
 )
 from diffsolve.problems.sde_field import GivenNoise
-from diffsolve.solvers.stochastic.levy_area import area_of_pieces, pieces_of
+from diffsolve.solvers.stochastic.levy_area import area_of_pieces, levy_area, pieces_of
 from diffsolve.solvers.stochastic.noise.path import BrownianPath
 from diffsolve.solvers.stochastic.noise.tree import VirtualBrownianTree
 
@@ -345,6 +345,27 @@ def test_along_a_virtual_brownian_tree() -> None:
     assert second < 0.4 * first
     lamba = solve(prob, LambaEM(), dt=1 / 128, adaptive=False, noise=tree)
     assert rms(lamba.u[-1] - ends[2]) > 2 * second / 3
+
+
+@pytest.mark.parametrize("tol", [1e-3, 2.0**-10])
+def test_a_tree_is_cut_no_finer_than_it_resolves(tol: float) -> None:
+    """Areas within its leaves are not known, and steps as short as a leaf are allowed."""
+    prob = heisenberg(400)
+    tree = VirtualBrownianTree(1, 0.0, 1.0, rows=400, m=2, levy_area=True, tol=tol)
+    area = area_of_pieces(field_of(prob, tree), 0.0, 1.0, 1000)[:, 0, 1]
+    for n in (300, 900):  # which ask for pieces of 1/7,500 and 1/67,500
+        sol = solve(
+            prob, RKMilGeneral(), dt=1 / n, adaptive=False, noise=tree, save_everystep=False
+        )
+        assert rms(sol.u[-1, :, 2] - area) < 1.3 * math.sqrt(tol / 12)
+
+
+def test_pieces_are_longer_than_rounding_of_the_times() -> None:
+    prob = heisenberg(2)
+    h = 128 * math.ulp(1.0)
+    field = field_of(prob, BrownianPath(1, 2, 2, 1.0, levy_area=True))
+    assert bool(levy_area(field, 1.0, h, 1.0).isfinite().all())
+    assert len(field.path.times) == 3  # two pieces
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from diffsolve.problems.structure import outside_transforms
 #: Pieces of a step at most. Steps that ask for more are shorter than ``time_scale / 49,152``, those
 #: of a solve that fails in the main; the error of their areas is ``h / sqrt(12 * 4096)``.
 MOST_PIECES = 4096
+_ULPS = 64  # of the times: length of the shortest pieces
 
 
 def levy_area(field: SDEField, t: Any, h: Any, time_scale: float) -> Tensor:
@@ -24,7 +25,8 @@ def levy_area(field: SDEField, t: Any, h: Any, time_scale: float) -> Tensor:
     ``H_j W_k - W_j H_k`` is then the mean of its area; what is unknown has the variance
     ``length^2 / 12``. With ``n`` pieces that adds up to ``h^2 / (12 n)``, and strong order 1 of a
     method asks for an error ``O(h^1.5)``: so ``n`` is ``time_scale / (12 h)``, rounded up, and at
-    most ``MOST_PIECES``, where the error is of order ``h``.
+    most ``MOST_PIECES``, where the error is of order ``h``. No piece is shorter than the ``tol`` of
+    a ``VirtualBrownianTree``, or than rounding of the times allows.
 
     Parameters
     ----------
@@ -46,13 +48,22 @@ def levy_area(field: SDEField, t: Any, h: Any, time_scale: float) -> Tensor:
     only the law of the area matters. Theirs are independent of what a path draws when it is looked
     at more closely, so that solves with different steps would follow different paths.
     """
-    return area_of_pieces(field, t, h, pieces_of(h, time_scale))
+    most = abs(float(h)) / _finest(field, float(t), float(h))
+    return area_of_pieces(field, t, h, pieces_of(h, time_scale, most))
 
 
-def pieces_of(h: Any, time_scale: float) -> int:
-    """Number of pieces of a step."""
+def pieces_of(h: Any, time_scale: float, most: float = math.inf) -> int:
+    """Number of pieces of a step, which can be cut into so many at most."""
     wanted = time_scale / (12 * abs(float(h)))
-    return max(1, math.ceil(min(wanted, MOST_PIECES) - 1e-9))
+    return max(
+        1, min(math.ceil(min(wanted, MOST_PIECES) - 1e-9), math.floor(min(most, MOST_PIECES)))
+    )
+
+
+def _finest(field: SDEField, t: float, h: float) -> float:
+    """Length of the shortest pieces of a step that the path tells apart."""
+    resolved = getattr(field.path, "tol", 0.0)  # of a virtual Brownian tree
+    return max(resolved, _ULPS * math.ulp(max(abs(t), abs(t + h))))
 
 
 def area_of_pieces(field: SDEField, t: Any, h: Any, pieces: int) -> Tensor:

@@ -242,7 +242,8 @@ class RKMilGeneral(Milstein):
         Time in which the noise changes the solution by as much as it is; default None: the length
         of the problem's time span. The error of an area, root mean square, is at most
         ``h^1.5 / sqrt(time_scale)``, in steps shorter than ``time_scale / 49,152`` at most
-        ``h / 221``: there the pieces of a step are ``MOST_PIECES``.
+        ``h / 221``: there the pieces of a step are ``MOST_PIECES``. Along a
+        ``VirtualBrownianTree`` it is at least ``sqrt(h tol / 12)``.
 
     Raises
     ------
