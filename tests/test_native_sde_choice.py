@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from native_sdes import DOUBLE, batch, diagonal, drift, off, problem
+from native_sdes import DOUBLE, assert_same, batch, both, diagonal, drift, off, problem
 from torch import Tensor, nn
 
 from diffsolve import (
     EM,
+    SOSRA,
     SOSRI,
     BacksolveAdjoint,
     DiscreteAdjoint,
@@ -109,6 +110,33 @@ def test_additive_noise_that_is_not_is_refused_as_by_torch():
     prob = problem(noise="additive").remake(g=lambda t, u, p: p[1] * u)
     with pytest.raises(ValueError, match="depends on the state"):
         engine_of(prob)
+
+
+@pytest.mark.parametrize("engine", ["auto", "native", "torch"])
+def test_additive_noise_that_switches_with_the_state_is_refused(engine):
+    for start in (1.0, -1.0, 0.0, 0.3, -0.3):
+        prob = problem(noise="additive").remake(
+            g=lambda t, u, p: torch.where(u < 0, 2.0, 1.0) * torch.ones_like(u),
+            u0=torch.full((3, 2), start, dtype=DOUBLE),
+        )
+        with pytest.raises(ValueError, match=r'noise="additive", but g depends on the state.*say'):
+            engine_of(prob, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_additive_noise_that_does_not_change_at_a_fixed_point_is_refused(engine):
+    # -2 is where 1.5 u + 1 is
+    prob = problem(noise="additive").remake(
+        g=lambda t, u, p: 0.1 * u, u0=torch.full((3, 2), -2.0, dtype=DOUBLE)
+    )
+    with pytest.raises(ValueError, match="depends on the state"):
+        engine_of(prob, engine=engine)
+
+
+def test_zero_times_the_state_is_additive():
+    prob = problem(noise="additive").remake(g=lambda t, u, p: p[1] + 0 * u)
+    reference, got = both(prob, SOSRA(), rtol=1e-2, atol=1e-3)
+    assert_same(got, reference, 1e-10)
 
 
 def test_a_wrong_g_is_refused_as_by_torch():

@@ -49,7 +49,7 @@ def assert_like_torch(prob: SDEProblem, alg: Any, within: float = 1e-11, **optio
     for x, y in zip(got, expected, strict=True):
         assert off(x, y) < within
     if not (options.get("adaptive", True) or alg.carries_derivative):
-        looks = 2 if prob.noise == "additive" else 1
+        looks = 3 if prob.noise == "additive" else 1
         counted = sol.stats.adjoint.nf, sol.stats.adjoint.ng
         assert counted == (sol.stats.nf - 1, sol.stats.ng - looks)
     assert len(sol.steps) == len(reference.steps)

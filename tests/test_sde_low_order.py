@@ -202,7 +202,7 @@ def test_additive_noise_costs_nothing(alg) -> None:
     )
     sol = solve(prob, alg, dt=0.1, adaptive=False, seed=0)
     per_step = 1 if of(alg) == "ito" else 2
-    assert sol.stats.ng == 2 + 10 * per_step  # two at the start, to see that it is additive
+    assert sol.stats.ng == 3 + 10 * per_step  # three at the start, to see that it is additive
     assert float(sol.steps.error_norm.max()) < 0.05
 
 

@@ -8,6 +8,7 @@ numbers, so that a step can be run again.
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -24,7 +25,7 @@ from diffsolve.problems.structure import (
     outside_transforms,
     under_transform,
 )
-from diffsolve.problems.vector_field import VectorField, no_buffer, root, unchanged
+from diffsolve.problems.vector_field import CHANGED, VectorField, no_buffer, root, unchanged
 
 _ENDS = np.array([0.0, 1.0])
 _SHAPES = {
@@ -33,6 +34,11 @@ _SHAPES = {
     "general": "(*u.shape, m), with m Brownian motions a path",
     "additive": "the shape of u, or (*u.shape, m)",
 }
+
+NOT_ADDITIVE = (
+    'noise="additive", but g depends on the state u: say noise="diagonal" where g has the shape '
+    'of u, else noise="general"'
+)
 
 
 class Increment(NamedTuple):
@@ -101,6 +107,7 @@ class SDEField(VectorField):
         Length of the problem's time span.
     """
 
+    changed = re.sub(r"\bf\b", "f or g", CHANGED)
     path: Path | None
 
     def __init__(
@@ -321,13 +328,12 @@ class SDEField(VectorField):
         raise ValueError(f"g({self._signature}) is wrong: it returned {why}")
 
     def _refuse_state_dependence(self, t: Tensor, u: Tensor, known: Tensor) -> None:
-        with torch.no_grad():
-            shifted = self.diffusion(t, 1.5 * u + 1.0)
-        if not torch.equal(torch.nan_to_num(shifted), torch.nan_to_num(known)):
-            raise ValueError(
-                'noise="additive", but g depends on the state u: say noise="diagonal" where g has '
-                'the shape of u, else noise="general"'
-            )
+        # neither leaves a state where it is that the other does, and one changes every sign
+        for factor, shift in ((1.5, 1.0), (-0.7320508, -0.3141593)):
+            with torch.no_grad():
+                shifted = self.diffusion(t, factor * u + shift)
+            if not torch.equal(torch.nan_to_num(shifted), torch.nan_to_num(known)):
+                raise ValueError(NOT_ADDITIVE)
 
     # -- siblings ------------------------------------------------------------------------------
 

@@ -74,6 +74,8 @@ class VectorField:
         Relative rounding inside ``f`` where autocast lowers its precision, else zero.
     """
 
+    #: Why a gradient is refused whose steps are not those of the solve.
+    changed = CHANGED
     #: How implicit methods linearise it, ``(t, h, u, slope)``, where not in the usual way.
     linearise: Callable[..., Any] | None = None
 

@@ -229,14 +229,14 @@ def sparsity(outputs: Sequence[Node], wrt: Sequence[Node]) -> set[tuple[int, int
         found = frozenset([column[node.index]] if node.index in column else [])
         if not (node.is_bool or node.op in _FLAT):
             for i, a in enumerate(node.args):
-                if a.index in reach and not _annuls(node, i):
+                if a.index in reach and not annuls(node, i):
                     found |= reach[a.index]
         if found:
             reach[node.index] = found
     return {(i, j) for i, y in enumerate(outputs) for j in reach.get(y.index, ())}
 
 
-def _annuls(node: Node, i: int) -> bool:
+def annuls(node: Node, i: int) -> bool:
     """Whether the product is by a zero: ``0 * x`` is kept for its NaN, but has no slope."""
     if node.op != "mul":
         return False

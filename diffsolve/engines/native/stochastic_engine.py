@@ -488,7 +488,7 @@ def _shared(
         return [(0, rows)]
     work = made.work(rows) * abs(t1 - t0) / settings.dt
     lanes = 16
-    most = min(torch.get_num_threads(), int(work / _WORK_A_THREAD), rows // lanes)
+    most = int(min(torch.get_num_threads(), work / _WORK_A_THREAD, rows // lanes))
     if most < 2:
         return [(0, rows)]
     each = -(-rows // (most * lanes)) * lanes
@@ -542,7 +542,7 @@ def _solved(
         reals, integers = part.reals, part.integers
         reals[L.NOISE_START] = reals[L.NOISE_END] = reals[L.KNOWN_FROM] = t0
         integers[L.NF] = 1  # the look at the start
-        integers[L.NG] = 2 if field.noise == "additive" else 1
+        integers[L.NG] = 3 if field.noise == "additive" else 1
         share = u0.view(field.rows, compiled.d)[part.first : part.first + part.rows]
         part.start(share.reshape(-1))
         if settings.dt is None:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from diffsolve.engines.native import field as fields
 from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.native.derivative import annuls
 from diffsolve.engines.native.expression import MOST_NODES, Node, content, needed
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.fingerprint import Fingerprint
@@ -29,7 +30,7 @@ from diffsolve.engines.native.trace import Trace, flat_result, trace
 from diffsolve.engines.native.tracer import Tracer
 from diffsolve.problems.autocast import Autocasting
 from diffsolve.problems.capture import Probe, reachable_tensors
-from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.sde_field import NOT_ADDITIVE, SDEField
 from diffsolve.problems.structure import StateStructure
 
 _MOST_KEPT = 64
@@ -121,6 +122,8 @@ def find(field: SDEField, t0: float, u0: Tensor, direction: float, guard: bool) 
     ------
     Declined
         If it cannot be compiled.
+    ValueError
+        If the noise is said to be additive, and ``g`` depends on the state.
     """
     if isinstance(field.f, Autocasting) or isinstance(field.g, Autocasting):
         raise Declined("autocast is active")
@@ -224,6 +227,7 @@ def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> 
     u = one.state(u0, field.d)
     try:
         found = trace(both, one.structure, field.p, t, u, 2 * MOST_NODES, flat)
+        misnamed = field.noise == "additive" and _depends(found.outputs[one.rows * field.d :])
         drift, diffusion = _first_path(found, one, field)
     except Declined as reason:
         return refused(str(reason))
@@ -232,6 +236,8 @@ def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> 
         if one.rows < field.rows:
             return refused(_COUPLED.format(why=f"for two paths alone they raise {raised}"))
         return refused(f"f or g raised {raised}")
+    if misnamed:
+        raise ValueError(NOT_ADDITIVE)
     fingerprint.settle(around)
     blocks = tuple((x.offset, x.count) for x in found.inputs)
     single, several = dtype is torch.float32, one.rows > 1
@@ -288,7 +294,7 @@ def _first_path(found: Trace, one: _Rows, field: SDEField) -> tuple[list[Node], 
     Raises
     ------
     Declined
-        If a path depends on another, or the noise is not what it is said to be.
+        If a path depends on another.
     """
     d, rows = field.d, one.rows
     drift, diffusion = found.outputs[: rows * d], found.outputs[rows * d :]
@@ -300,12 +306,23 @@ def _first_path(found: Trace, one: _Rows, field: SDEField) -> tuple[list[Node], 
                 moved_by = _state_inputs(outputs[i * each : (i + 1) * each])
                 if not moved_by.issubset(own):
                     raise Declined(_COUPLED.format(why="one depends on the state of another"))
-    if field.noise == "additive" and _state_inputs(diffusion):
-        raise Declined("g depends on the state, though the noise is said to be additive")
     drift, diffusion = drift[:d], diffusion[:width]
     if len(needed([*drift, *diffusion])) > MOST_NODES:
         raise Declined(f"it is too large: more than {MOST_NODES:,} scalar operations")
     return drift, diffusion
+
+
+def _depends(outputs: list[Node]) -> bool:
+    """Whether the state has a part in them, other than being multiplied by zero."""
+    stack, seen = list(outputs), set[int]()
+    while stack:
+        node = stack.pop()
+        if node.op == "input" and node.data[0] == "u":
+            return True
+        if node.index not in seen:
+            seen.add(node.index)
+            stack += [x for i, x in enumerate(node.args) if not annuls(node, i)]
+    return False
 
 
 def _state_inputs(outputs: list[Node]) -> set[int]:
