@@ -334,6 +334,17 @@ def test_maxiters_keeps_the_partial_solution(options: dict[str, Any]) -> None:
     assert partial.message == str(error) and partial.message in repr(partial)
 
 
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_fixed_steps_that_are_too_many_name_dt(engine: str) -> None:
+    prob, options = problem(tspan=(0.0, 1000.0)), {"maxiters": 10, "dt": 0.1, "engine": engine}
+    for alg, more in ((RK4(), {}), (Tsit5(), {"adaptive": False})):
+        with pytest.raises(SolveError, match=r"9,990 more.*maxiters.*larger dt") as caught:
+            solve(prob, alg, **options, **more)
+        assert "rtol" not in str(caught.value)
+    with pytest.raises(SolveError, match="loosen rtol and atol"):
+        solve(prob, Tsit5(), maxiters=10, engine=engine)
+
+
 def test_throw_false_returns_the_partial_solution() -> None:
     sol = solve(problem(tspan=(0.0, 1000.0)), Tsit5(), maxiters=10, throw=False, saveat=1.0)
     assert sol.retcode is ReturnCode.MAX_ITERS and not sol.success

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from diffsolve import (
     EM,
+    SOSRA,
     SOSRI,
     EulerHeun,
+    ImplicitEM,
     LambaEM,
     LambaEulerHeun,
     ReturnCode,
@@ -427,6 +429,37 @@ def test_nan_from_g_at_once() -> None:
     with pytest.raises(SolveError) as caught:
         solve(prob, LambaEM(), seed=0)
     assert caught.value.retcode is ReturnCode.UNSTABLE
+
+
+@pytest.mark.parametrize("alg", [LambaEM(), ImplicitEM(), SOSRA()], ids=repr)
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_infinite_noise_is_no_success(alg, engine) -> None:
+    """Not even where the estimate of the error, of the drift alone, is finite."""
+
+    def g(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        return torch.where(t > 0.6, math.inf, 1.0) * torch.ones_like(u)
+
+    prob = linear(2, 2, g=g, noise="additive")
+    sol = solve(prob, alg, dt=0.25, seed=1, throw=False, engine=engine)
+    assert sol.retcode is ReturnCode.UNSTABLE
+    assert bool(sol.u.isfinite().all()) and 0.5 < sol.t[-1] < 1
+
+
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_steps_that_never_arrive(engine) -> None:
+    prob = linear(2, 2)
+    with pytest.raises(SolveError) as caught:
+        solve(prob, EM(), dt=1e-310, adaptive=False, seed=1, engine=engine)
+    assert caught.value.retcode in (ReturnCode.MAX_ITERS, ReturnCode.DT_LESS_THAN_MIN)
+
+
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_a_g_that_draws_is_named_when_the_gradient_is_refused(engine) -> None:
+    p = torch.tensor([0.4, 0.7], dtype=DOUBLE, requires_grad=True)
+    prob = linear(3, 2, p=p, g=lambda t, u, p: p[1] * torch.nn.functional.dropout(u, 0.5))
+    sol = solve(prob, EM(), dt=0.1, seed=1, engine=engine)
+    with pytest.raises(RuntimeError, match=r"^f or g gives other values now.* f or g draws random"):
+        sol.u.sum().backward()
 
 
 def test_a_sum_that_overflows_is_no_failure() -> None:

@@ -13,7 +13,6 @@ from diffsolve.adjoints.sensealg import Job, add_up
 from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
-from diffsolve.problems.vector_field import CHANGED
 from diffsolve.solvers.algorithm import read, summands
 from diffsolve.solvers.norms import measure, rms
 
@@ -63,7 +62,7 @@ class Sweep:
                 self._after = states[low][0]
             self._after = tape.led_to(begin, states[0])
         if not float(self._off) <= 1 and not (self.field.low_eps and self._repeats(tape)):
-            raise RuntimeError(CHANGED)
+            raise RuntimeError(self.field.changed)
         u_bar = state_bar[0] if state_bar else None
         u_bar = torch.zeros_like(job.u0) if u_bar is None else u_bar
         first_time = job.save_times[0] if job.save_times else job.t0

@@ -29,14 +29,16 @@ def explain(
     dtmin: float,
     maxiters: int,
     state: Tensor,
+    adaptive: bool = True,
     trouble: Trouble | None = None,
     own_jacobian: bool = False,
     noisy: bool = False,
 ) -> str:
     """A message for a solve that stopped at ``t`` with a next step of size ``h``.
 
-    ``trouble`` is that of the last attempt, and ``own_jacobian`` tells whether the method used a
-    ``jac`` of the user's; ``noisy``, whether the problem is an SDE.
+    ``adaptive`` tells whether step sizes follow the error, and ``noisy`` whether the problem is an
+    SDE. ``trouble`` is that of the last attempt, and ``own_jacobian`` tells whether the method used
+    a ``jac`` of the user's.
     """
     size = float(torch.linalg.vector_norm(state.detach(), ord=math.inf))
     error = math.nan if estimates is None else float(detached(estimates.error))
@@ -46,13 +48,22 @@ def explain(
     stiff = math.isfinite(stiffness) and stiffness * abs(t1 - t) > 1e4
     if code is ReturnCode.MAX_ITERS:
         what = f"{maxiters} steps were not enough: {alg} stopped {where}"
-        why = (
-            "the stiffness estimate says that stability, not accuracy, limits the step; "
-            "try a looser tolerance or a stiff method"
-            if stiff
-            else "the problem may be long, fast or stiff for these tolerances; raise maxiters, "
-            "loosen rtol and atol, or try a method of another order"
-        )
+        if not adaptive:
+            more = abs(t1 - t) / h
+            count = f"{math.ceil(more):,}" if more < 1e15 else f"{more:.3g}"
+            why = (
+                f"there are {count} more of this size to take; raise maxiters, or give a larger dt"
+            )
+        elif stiff:
+            why = (
+                "the stiffness estimate says that stability, not accuracy, limits the step; "
+                "try a looser tolerance or a stiff method"
+            )
+        else:
+            why = (
+                "the problem may be long, fast or stiff for these tolerances; raise maxiters, "
+                "loosen rtol and atol, or try a method of another order"
+            )
     elif code is ReturnCode.DT_LESS_THAN_MIN:
         floor = f"dtmin = {dtmin:.3g}" if dtmin > 0 and h >= 4 * math.ulp(t) else "rounding of t"
         what = f"{alg} needs a smaller step than {floor} {where}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffsolve.engines.diagnosis import explain
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import detached
-from diffsolve.problems.vector_field import CHANGED, VectorField
+from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import ReturnCode
 from diffsolve.solvers.algorithm import Algorithm, Step, Trouble, read
 from diffsolve.solvers.controllers import Controller
@@ -118,7 +118,9 @@ class Record:
         step = take(field, self.t, self.h, state, **options)
         if step.trouble is not None:
             why = step.trouble.value
-            raise RuntimeError(f"a step from t = {self.t:.8g} cannot be repeated: {why}. {CHANGED}")
+            raise RuntimeError(
+                f"a step from t = {self.t:.8g} cannot be repeated: {why}. {field.changed}"
+            )
         return step
 
 
@@ -498,6 +500,7 @@ class _Loop:
             estimates=estimates,
             dtmin=self.settings.dtmin,
             maxiters=self.settings.maxiters,
+            adaptive=self.settings.adaptive,
             state=self.state[0],
             trouble=self.trouble,
             own_jacobian=self.alg.is_implicit and self.rhs.jac is not None,

@@ -177,6 +177,8 @@ def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
     rows = [step.error] if step.error is not None else [new]  # a norm shows what is not finite
     rows += step.stiffness if isinstance(step.stiffness, tuple) else step.state[1:]
     scaled: list[Tensor] = []
+    if step.error is not None and len(step.state) == 1:
+        rows.append(new)  # an infinite one makes the scaled error zero, and no derivative shows it
     if step.error is not None:
         scale = tolerance.scale(torch.maximum(u.abs(), new.abs()))
         scaled.append(step.error / scale)

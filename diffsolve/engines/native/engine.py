@@ -618,6 +618,7 @@ def message_of(status: int, memory: Memory, alg: Algorithm, settings: Settings, 
         estimates=last,
         dtmin=settings.dtmin,
         maxiters=settings.maxiters,
+        adaptive=settings.adaptive,
         state=memory.state(),
         trouble=_TROUBLES.get(int(memory.integers[L.FAILURE])),
     )

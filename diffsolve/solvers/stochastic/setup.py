@@ -19,6 +19,8 @@ from diffsolve.solvers.stochastic.noise.base import Noise, draw_seed
 from diffsolve.solvers.stochastic.noise.path import BrownianPath
 from diffsolve.solvers.stochastic.srk import SOSRA, SOSRI
 
+_MOST_EXPECTED = 1e9  # steps that a path is told of
+
 
 def stochastic_method(alg: Algorithm | None, prob: SDEProblem) -> StochasticMethod:
     """The method of a solve; None: what suits the noise and the integral."""
@@ -111,7 +113,7 @@ def _brownian_path(
         noise.check(field.rows, field.m, *span)
         path = noise.fork(levy_area=alg.needs_levy_area, dtype=field.dtype, device=field.device)
     if dt is not None:
-        path.expect(math.ceil(abs(span[1] - span[0]) / dt))
+        path.expect(math.ceil(min(abs(span[1] - span[0]) / dt, _MOST_EXPECTED)))
     return path
 
 
