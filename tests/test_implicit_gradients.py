@@ -115,6 +115,23 @@ def test_second_derivatives_on_tape(name: str) -> None:
     assert_near(hessian, differences(gradient, z), 1e-7)
 
 
+@pytest.mark.parametrize("name", ["Rodas4", "Kvaerno3"])
+def test_transforms_of_independent_rows(name: str) -> None:
+    """What finds out whether rows are independent must not be seen by a transform."""
+    u0 = torch.tensor([START, START[::-1]], dtype=F64)
+
+    def loss(p: Tensor, **options: Any) -> Tensor:
+        prob = ODEProblem(lambda t, u, p: p[0] * u.sin() - p[1] * u, u0, (0.0, 0.1), p)
+        return (solve(prob, method(name), saveat=[0.1], **{**FIXED, **options}).u[-1] ** 2).sum()
+
+    p = torch.tensor(RATES, dtype=F64)
+    on_tape = functools.partial(loss, sensealg=TAPE)
+    assert_near(torch.func.jacfwd(loss)(p), torch.func.grad(loss)(p), 1e-9)
+    expected = torch.autograd.functional.hessian(on_tape, p)
+    assert_near(torch.func.jacfwd(torch.func.grad(loss))(p), expected, 1e-7)
+    assert_near(torch.func.hessian(loss)(p), expected, 1e-7)
+
+
 @pytest.mark.parametrize("name", ["Rodas4", "Kvaerno3", "TRBDF2"])
 def test_transforms_and_forward_mode(name: str) -> None:
     def run(p: Tensor, **options: Any) -> Tensor:
@@ -127,6 +144,7 @@ def test_transforms_and_forward_mode(name: str) -> None:
     )
     assert_near(torch.func.jacrev(run)(p), expected, 1e-9)
     assert_near(torch.func.jvp(run, (p,), (v,))[1], expected @ v, 1e-9)
+    assert_near(torch.func.jacfwd(run)(p), expected, 1e-9)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(p, v)
         tangent = torch.autograd.forward_ad.unpack_dual(run(dual)).tangent

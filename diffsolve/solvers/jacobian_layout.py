@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import outside_transforms
 from diffsolve.problems.vector_field import VectorField
 
 
@@ -151,7 +152,8 @@ def checked_pattern(pattern: Any, n: int) -> Tensor:
 def random_signs(field: VectorField) -> Tensor:
     """Signs ``(N,)``, the same each time and from no generator that anyone else uses."""
     generator = torch.Generator().manual_seed(4)
-    bits = torch.randint(2, (field.structure.size,), generator=generator)
+    with outside_transforms():  # they would take it for randomness of the user's
+        bits = torch.randint(2, (field.structure.size,), generator=generator)
     return (2 * bits - 1).to(dtype=field.dtype, device=field.device)
 
 
