@@ -52,7 +52,7 @@ TRAJECTORIES, ITERATIONS = 100, 250
 
 #: Name: the regularizer, and its coefficient at the first and at the last iteration.
 REGULARIZERS: dict[str, tuple[Callable[[Solution], Tensor], float, float]] = {
-    "error": (error_estimate, 7.0, 0.7),
+    "error": (error_estimate, 10.0, 0.1),
     "stiffness": (lambda sol: stiffness_estimate(sol, "mean"), 3.0, 0.1),
 }
 
