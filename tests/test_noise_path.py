@@ -362,9 +362,69 @@ def test_rounded_times_are_known_points():
     path.increment(0.3, 0.9)  # 0.30000000000000004 is the point
     path.increment(1e-17, 0.5)
     assert len(path.times) == 11
-    assert float(path.increment(1.0, t).W) == 0
+    assert float(path.at([1.0], since=t)) == 0
     path.increment(0.0, 1e-9)
     assert len(path.times) == 12
+
+
+@pytest.mark.parametrize("engine", ["torch", "native"])
+@pytest.mark.parametrize("start", [1e9, -1e9 - 1e-3])
+def test_steps_of_a_few_units_in_the_last_place_have_noise(engine, start):
+    prob = SDEProblem(
+        lambda t, u: 0 * u, lambda t, u: u, torch.ones(20, 1).double(), (start, start + 1e-3)
+    )
+    sol = solve(prob, EM(), dt=1e-6, adaptive=False, seed=0, engine=engine)
+    assert sol.noise.serial == 1000
+    W = torch.diff(sol.noise.at(sol.t.tolist()), dim=0)
+    found = W.flatten(1) / torch.diff(sol.t)[:, None] ** 0.5
+    assert (found != 0).all()
+    assert is_normal(found, 1.0)
+    same(sol.u[1:] / sol.u[:-1], 1 + W, rtol=1e-12)
+
+
+def test_short_steps_beside_far_points():
+    """What is close is measured where it is, however far the path is known."""
+    for far in (1e9, -1e9):
+        path = BrownianPath(1, rows=2000)
+        path.increment(0.0, far)
+        points = [0.0, 1e-8, 2e-8, 2.2e-8, 1e-7]
+        assert all(
+            is_normal(x.W, b - a)
+            for x, (a, b) in zip(
+                steps(path, [*points, 1e-3]),
+                itertools.pairwise([*points, 1e-3]),
+                strict=True,
+            )
+        )
+        assert len(path.times) == 7
+
+
+@pytest.mark.parametrize("t", [1.0, -1.0, 2.0, 1e9, 3e-5])
+def test_the_ends_of_a_step_are_two_points(t):
+    path = BrownianPath(1, rows=5)
+    path.increment(t - 1.0, t + 1.0)
+    for count in (4, 2, 3):
+        for sign in (1, -1):
+            end = t + sign * count * math.ulp(t)
+            assert (path.increment(t, end).W != 0).all()
+            assert (path.increment(end, t).W != 0).all()
+    # a step whose ends lie about a known point
+    path = BrownianPath(1, rows=5)
+    path.increment(t - 1.0, t)
+    path.increment(t, t + 1.0)
+    a, b = t - 2 * math.ulp(t), t + 2 * math.ulp(t)
+    assert (path.increment(a, b).W != 0).all()
+    with pytest.raises(ValueError, match="rounding of the times"):
+        path.increment(t, math.nextafter(t, math.inf))
+    assert (path.increment(t, t).W == 0).all()
+
+
+def test_a_step_that_ends_on_a_stop_but_for_rounding():
+    """The next one begins at the stop; no number is drawn for what lies between."""
+    for engine in ("torch", "native"):
+        prob = SDEProblem(lambda t, u: 0 * u, lambda t, u: 1 + u, torch.ones(1), (-1e6, 2e-2))
+        sol = solve(prob, EM(), dt=1e6 + 1.0, adaptive=False, seed=0, tstops=[1e-3], engine=engine)
+        assert sol.noise.serial == 2
 
 
 def test_backward():
@@ -561,14 +621,14 @@ def test_manual_seed_decides_the_seed():
 def test_a_path_is_followed_where_it_is_known():
     """Beyond, two solves would draw two paths that share some of their numbers."""
     path = BrownianPath(0)
-    with pytest.raises(ValueError, match="knows nothing yet.*seed=.*VirtualBrownianTree"):
+    with pytest.raises(ValueError, match=r"knows nothing yet.*seed=.*VirtualBrownianTree"):
         path.check(1, 1, 0.0, 1.0)
     path.increment(0.0, 0.4)
     path.increment(0.4, 1.0)
     for a, b in [(0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (0.0, 0.0), (0.0, math.nextafter(1.0, 2.0))]:
         path.check(1, 1, a, b)
     for a, b in [(0.0, 1.1), (1.1, 0.0), (-0.1, 0.5), (2.0, 3.0), (0.0, 1.0 + 1e-12)]:
-        with pytest.raises(ValueError, match="known from t = 0 to t = 1.* longest .*finest"):
+        with pytest.raises(ValueError, match=r"known from t = 0 to t = 1.* longest .*finest"):
             path.check(1, 1, a, b)
 
 

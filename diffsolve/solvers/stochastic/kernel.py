@@ -40,7 +40,7 @@ from diffsolve.solvers.kernels.norms import (
 )
 from diffsolve.solvers.kernels.rows import bar_row, marks_of, row, stage_times
 
-_ULPS = 16  # as in BrownianPath
+_ULPS, _PART = 4, 3 / 8  # as in BrownianPath
 _READS = 1 << 56  # the domain of counters that are made of a time
 _WORD_56 = (1 << 56) - 1
 
@@ -208,11 +208,19 @@ def divide(I, R, i, at, counter, normals, normals_h):
 
 
 @inlined
-def nearness(I, R, t):
-    """Times that are closer than this are one; ``BrownianPath._find``."""
-    far = abs(near_end(I, R, I[L.KNOWN]))
-    largest = abs(t) if abs(t) > abs(R[L.NOISE_START]) else abs(R[L.NOISE_START])
-    return _ULPS * ulp(far if far > largest else largest)
+def are_one(R, at, known):
+    """Whether a time that is read is a known point; ``BrownianPath._rounding``."""
+    x, start = abs(at), abs(R[L.NOISE_START])
+    return abs(at - known) <= _ULPS * ulp(x if x > start else start)
+
+
+@inlined
+def nearness(R, t, end):
+    """Times of a step that are closer to a known point are that; ``BrownianPath._find``."""
+    largest = abs(t) if abs(t) > abs(end) else abs(end)
+    start = abs(R[L.NOISE_START])
+    near, part = _ULPS * ulp(start if start > largest else largest), _PART * abs(end - t)
+    return near if near < part else part
 
 
 @inlined
@@ -246,9 +254,9 @@ def write_union(I, R, count, like):
 
 
 @inlined
-def pass_known(I, R, t):
+def pass_known(I, R, t, near):
     """Drop the intervals before the time at hand, which is the known point that it is close to."""
-    direction, near, ends = R[L.DIRECTION], nearness(I, R, t), reals(I[L.KNOWN_END])
+    direction, ends = R[L.DIRECTION], reals(I[L.KNOWN_END])
     while I[L.KNOWN] > 0 and direction * (ends[0] - t) <= 0.0:
         drop_first(I, R)
     beside = I[L.KNOWN] > 0 and direction * (ends[0] - t) <= near
@@ -260,8 +268,8 @@ def pass_known(I, R, t):
 def known_noise(I, R, t, end, like):
     """Noise of a step where the path may be known; what is not yet is drawn."""
     direction, ends, n = R[L.DIRECTION], reals(I[L.KNOWN_END]), I[L.NOISE_SIZE]
-    pass_known(I, R, t)
-    near = nearness(I, R, end)
+    near = nearness(R, t, end)
+    pass_known(I, R, t, near)
     i = 0
     while i < I[L.KNOWN] and direction * (end - ends[i]) > 0.0:
         i += 1
@@ -332,11 +340,10 @@ def read_noise(I, R, t, h, at, like):
     """``READ_NOISE``: ``W`` from the start of the step to a time in it, less the straight line."""
     n, direction, ends = I[L.NOISE_SIZE], R[L.DIRECTION], reals(I[L.KNOWN_END])
     begin_reading(I, R, t, h, like)
-    near = nearness(I, R, at)
-    while I[L.KNOWN] > 1 and direction * (at - ends[0]) > near:
+    while I[L.KNOWN] > 1 and direction * (at - ends[0]) > 0.0 and not are_one(R, at, ends[0]):
         pass_in_reading(I, R)
-    if direction * (at - R[L.KNOWN_FROM]) > near:
-        if direction * (ends[0] - at) > near:
+    if direction * (at - R[L.KNOWN_FROM]) > 0.0 and not are_one(R, at, R[L.KNOWN_FROM]):
+        if direction * (ends[0] - at) > 0.0 and not are_one(R, at, ends[0]):
             counter = counter_of_time(at)
             normals = normals_of(I, counter)
             divide(I, R, 0, at, counter, normals, normals + 8 * n)

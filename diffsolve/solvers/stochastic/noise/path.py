@@ -15,8 +15,10 @@ from diffsolve.problems.sde_field import Increment
 from diffsolve.solvers.stochastic.noise.base import Noise
 from diffsolve.solvers.stochastic.noise.philox import READS, STEPS, counter_of
 
-#: Times that are closer than this many units in the last place of the largest are one.
-_ULPS = 16
+#: Times that are closer than this many units in the last place are one, by rounding ...
+_ULPS = 4
+_PART = 3 / 8  # ... and closer than this part of the step that ends there
+_SHORTEST = 2  # units in the last place: no step is shorter
 _LANDING = 8  # in those units, by how much a step to the end of a span may miss it
 _AHEAD = {"cpu": 1 << 15}  # numbers drawn ahead at most: what a processor's cache holds
 _AHEAD_ELSEWHERE = 1 << 22  # where a draw costs a hundred launches
@@ -119,11 +121,30 @@ class BrownianPath(Noise):
     # -- what is asked for ---------------------------------------------------------------------
 
     def increment(self, s: float, t: float) -> Increment:
-        if t < s:
-            W, H = self.increment(t, s)
+        """As in ``Noise``.
+
+        Raises
+        ------
+        ValueError
+            If a time is not finite, or the interval is shorter than rounding of its ends.
+        """
+        length = t - s
+        if abs(length) < _SHORTEST * math.ulp(max(abs(s), abs(t))):
+            if length == 0:
+                return self._zeros()
+            raise ValueError(
+                f"a step of {abs(length):.3g} at t = {t:.17g} is shorter than rounding of the "
+                "times: measure time from a nearer origin, or in a smaller unit"
+            )
+        if length < 0:
+            W, H = self._between(t, s, length)
             return Increment(-W, H)
-        i = self._find(s)
-        j = self._find(t)
+        return self._between(s, t, length)
+
+    def _between(self, s: float, t: float, length: float) -> Increment:
+        """Increment from ``s`` to a later time; a negative length where the step goes backward."""
+        i = self._find(s, length)
+        j = self._find(t, length)
         if j == i + 1:
             return self._whole(self.pieces[i], self.times[j] - self.times[i])
         if i == j:
@@ -138,10 +159,12 @@ class BrownianPath(Noise):
         """
         start = self.t0 if since is None else float(since)
         wanted = [float(x) for x in times]
-        for time in [start, *wanted]:
+        far = max(wanted, key=lambda x: abs(x - start), default=start)
+        self._find(start, far - start, reading=True)
+        for time in wanted:
             self._find(time, reading=True)
-        origin = self._find(start)
-        at = [self._find(time) for time in wanted]
+        origin = self._find(start, far - start, reading=True)
+        at = [self._find(time, reading=True) for time in wanted]
         zero = self._zeros_inside()
         found = {origin: zero}
         for side in (1, -1):  # outward from the origin: a short way loses no digits to a long one
@@ -213,8 +236,11 @@ class BrownianPath(Noise):
 
     # -- points --------------------------------------------------------------------------------
 
-    def _find(self, time: float, reading: bool = False) -> int:
-        """Index of a time among the known points, of which it becomes one."""
+    def _find(self, time: float, length: float = 0.0, reading: bool = False) -> int:
+        """Index of a time among the known points, of which it becomes one.
+
+        It is an end of a step of this length, negative where that goes backward; or it is read.
+        """
         times = self.times
         i = bisect_left(times, time)
         known = len(times)
@@ -223,11 +249,12 @@ class BrownianPath(Noise):
         time = float(time)
         if not math.isfinite(time):
             raise ValueError(f"a Brownian path is asked for at t = {time}")
-        near = _ULPS * math.ulp(max(abs(time), abs(times[0]), abs(times[-1])))
-        if i and time - times[i - 1] <= near:
-            return i - 1
-        if i < known and times[i] - time <= near:
-            return i
+        k = i - 1 if i == known or (i and time - times[i - 1] < times[i] - time) else i
+        near = self._rounding(time, length)
+        if not reading:  # the ends of a step are never one
+            near = min(near, _PART * abs(length))
+        if abs(time - times[k]) <= near:
+            return k
         if reading:
             counter = counter_of(READS, time)
         else:
@@ -244,6 +271,16 @@ class BrownianPath(Noise):
             self.pieces[i - 1 : i] = [k, k - 1]
         times.insert(i, time)
         return i
+
+    def _rounding(self, time: float, length: float) -> float:
+        """How far a known point may be that is this time.
+
+        Solves add up their times from the start, and those of a replay from where that begins.
+        """
+        largest = max(abs(time), abs(length), abs(self.t0))
+        if length:
+            largest = max(largest, abs(self.times[0 if length > 0 else -1]))
+        return _ULPS * math.ulp(largest)
 
     # -- numbers -------------------------------------------------------------------------------
 
