@@ -15,7 +15,8 @@ from diffsolve.engines.native import llvm, vector_math
 from diffsolve.engines.native.derivative import vjp
 from diffsolve.engines.native.expression import Pool
 from diffsolve.engines.native.llvm import Output
-from diffsolve.engines.native.rows import Array, Call, Routine, TooWide, compile_rows
+from diffsolve.engines.native.row_functions import TooWide, compile_rows
+from diffsolve.engines.native.rows import Array, Call, Routine
 
 FUNCTIONS = ["exp", "expm1", "tanh", "log", "log1p", "sin", "cos"]
 LANES = [1, 2, 4, 8]
