@@ -145,13 +145,16 @@ def solve(
         Raise ``SolveError`` when the solve fails; False: return the partial solution, whose
         ``retcode`` and ``message`` tell why.
     seed
-        Of the noise of an SDE: an integer, with which path ``i`` of a batch is the same whatever
-        the size of the batch; an integer tensor of the batch's shape, a seed a path; a
+        Of the noise of an SDE: an integer, with which path ``i`` of a batch has its own numbers
+        whatever the size of the batch; an integer tensor of the batch's shape, a seed a path; a
         ``torch.Generator``, to draw one from. None: one drawn from torch's default generator, so
-        that ``torch.manual_seed`` decides it. ``sol.noise.seed`` tells.
+        that ``torch.manual_seed`` decides it. ``sol.noise.seed`` tells. Steps take the numbers in
+        turn, so paths are equal where the steps are: fixed ones, whatever the batch. Adaptive steps
+        depend on the batch and the tolerance, and the paths with them, unless
+        ``noise=VirtualBrownianTree(seed, ...)``.
     noise
         A Brownian path for an SDE to follow: ``sol.noise`` of another solve, of the same shapes,
-        or a ``VirtualBrownianTree``. It stays as it is.
+        which covers the span; or a ``VirtualBrownianTree``. It stays as it is.
 
     Returns
     -------

@@ -60,6 +60,14 @@ class BrownianPath(Noise):
     Each draw by ``increment`` takes the next serial of a counter-based generator. What is kept is
     the points and the serials, not the numbers: those are drawn again where they are wanted.
 
+    So two paths of one seed are the same where they were asked for the same intervals in the same
+    order: in solves with equal steps, whatever the batch. Adaptive steps are those of a whole
+    batch, with which the path of each row changes; ``VirtualBrownianTree`` does not. Beyond what is
+    known the path depends on what is asked for next, so ``check`` refuses a solve that reaches
+    there. A read by ``at`` takes no serial, so it leaves fresh intervals and the law as they are,
+    but it makes a known point: another time in the same interval is drawn given it, whether that is
+    read or stepped on. Values between known points depend on the order of the questions.
+
     Parameters
     ----------
     seed, rows, m, dtype, device, levy_area
@@ -155,7 +163,8 @@ class BrownianPath(Noise):
         """As in ``Noise``. The times become known points, and take no serials.
 
         Their numbers are drawn by counters that are made of the bits of the time. So reading a path
-        does not change what later steps draw.
+        does not change what the next fresh steps draw, nor the intervals that are known. What is
+        drawn later inside of the interval of a time is drawn given it.
         """
         start = self.t0 if since is None else float(since)
         wanted = [float(x) for x in times]
