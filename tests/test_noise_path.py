@@ -271,6 +271,22 @@ def test_batch_and_neighbours_do_not_matter():
         assert torch.equal(x.W, y.W.flip(0))
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint64"])
+def test_seeds_of_numpy(dtype):
+    seeds = np.arange(3).astype(dtype)
+    expected = BrownianPath(torch.arange(3), rows=3).increment(0.0, 1.0).W
+    assert torch.equal(BrownianPath(seeds, rows=3).increment(0.0, 1.0).W, expected)
+    assert BrownianPath(seeds[2]).seed == BrownianPath(np.array(2)).seed == 2
+    prob = SDEProblem(lambda t, u: -u, lambda t, u: u, torch.ones(3, 1).double(), (0.0, 1.0))
+    end = solve(prob, EM(), dt=0.5, seed=seeds).u[-1]
+    assert torch.equal(end, solve(prob, EM(), dt=0.5, seed=torch.arange(3)).u[-1])
+    with pytest.raises(ValueError, match=r"\(2,\)"):
+        solve(prob, EM(), dt=0.5, seed=seeds[:2])
+    for wrong in (np.ones(3), [0, 1, 2]):
+        with pytest.raises(TypeError, match="tensor of integers"):
+            solve(prob, EM(), dt=0.5, seed=wrong)
+
+
 def test_seeds_differ():
     x, y, z = (BrownianPath(seed, rows=5).increment(0.0, 1.0).W for seed in (1, 2, -1))
     assert len(torch.cat([x, y, z]).unique()) == 15

@@ -15,7 +15,7 @@ from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.stochastic.low_order import LambaEM, LambaEulerHeun
 from diffsolve.solvers.stochastic.method import StochasticMethod, check_method
 from diffsolve.solvers.stochastic.milstein import RKMil
-from diffsolve.solvers.stochastic.noise.base import Noise, draw_seed
+from diffsolve.solvers.stochastic.noise.base import Noise, draw_seed, from_numpy
 from diffsolve.solvers.stochastic.noise.path import BrownianPath
 from diffsolve.solvers.stochastic.srk import SOSRA, SOSRI
 
@@ -122,6 +122,7 @@ def _checked_seed(seed: Any, field: SDEField) -> Any:
         return draw_seed()
     if isinstance(seed, torch.Generator):
         return int(torch.randint(1 << 62, (), generator=seed, device=seed.device))
+    seed = from_numpy(seed)
     if isinstance(seed, Tensor) and seed.ndim:
         shape = field.structure.shapes[0] if field.structure.is_tensor else torch.Size([1])
         if seed.shape != shape[:-1]:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +21,20 @@ def draw_seed() -> int:
     return int(torch.randint(1 << 62, ()))
 
 
+def from_numpy(seed: Any) -> Any:
+    """A seed, a tensor where it is an array of NumPy."""
+    return torch.as_tensor(seed) if isinstance(seed, np.ndarray) else seed
+
+
 class Noise(ABC):
     """Brownian motions of a batch of paths: increments over any interval, the same at each call.
 
     Parameters
     ----------
     seed
-        An integer of 64 bits: path ``i`` is then a function of the seed and ``i``, whatever the
-        size of the batch. Or an integer tensor with ``rows`` entries, of any shape: a seed a path,
-        which is then the same wherever in a batch it stands.
+        An integer of 64 bits: the numbers of path ``i`` are then a function of the seed and ``i``,
+        whatever the size of the batch. Or an integer tensor or array with ``rows`` entries, of any
+        shape: a seed a path, whose numbers are then the same wherever in a batch it stands.
     rows
         Number of paths.
     m
@@ -55,9 +61,10 @@ class Noise(ABC):
         device: torch.device | str = "cpu",
         levy_area: bool = False,
     ):
+        seed = from_numpy(seed)
         if isinstance(seed, Tensor):
             if seed.is_floating_point() or seed.is_complex() or seed.dtype == torch.bool:
-                raise TypeError(f"seed must hold integers, got a tensor of {seed.dtype}")
+                raise TypeError(f"seed must be a tensor of integers, got one of {seed.dtype}")
             if seed.ndim and seed.numel() != rows:
                 raise ValueError(
                     f"seed has {seed.numel()} entries for {rows} paths: give one for each path, "
