@@ -24,8 +24,8 @@ from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, template
 from diffsolve.engines.native.field import find
-from diffsolve.engines.native.stochastic_engine import template as stochastic_template
 from diffsolve.engines.native.stochastic_field import find as find_stochastic
+from diffsolve.engines.native.stochastic_memory import template as stochastic_template
 from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.sde import SDEProblem

@@ -13,10 +13,12 @@ from diffsolve.adjoints.native import run_discrete
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
 from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
-from diffsolve.engines.native import stochastic_engine
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.stochastic_field import NativeSDE
+from diffsolve.engines.native.stochastic_memory import (
+    check_checkpoints as stochastic_checkpoints,
+)
 from diffsolve.engines.torch_engine import Saving, Settings, integrate
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.solution import Stats
@@ -82,7 +84,7 @@ class DiscreteAdjoint(Sensealg):
         if self.tape:
             raise Declined("DiscreteAdjoint(tape=True) records the operations of torch")
         if self.checkpoints is not None and isinstance(native, NativeSDE):
-            stochastic_engine.check_checkpoints(native.template)
+            stochastic_checkpoints(native.template)
         native.template.reverse(native.compiled, native.active)
 
     def run(self, job: Job) -> Outputs:

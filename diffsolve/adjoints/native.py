@@ -15,11 +15,11 @@ from torch import Tensor
 
 from diffsolve.adjoints.reversal import in_tolerances, reverse_failure, reverse_stops
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, first_order
-from diffsolve.engines.native import stochastic_engine
 from diffsolve.engines.native.engine import RETCODES, Memory, Wanted
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.reverse import Path, ReverseProblem, solve_reverse, sweep
 from diffsolve.engines.native.stochastic_field import NativeSDE
+from diffsolve.engines.native.stochastic_reverse import sweep as stochastic_sweep
 from diffsolve.solution import Stats
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Tolerance
@@ -75,7 +75,7 @@ class _NativeDiscrete(torch.autograd.Function):
         started = time.perf_counter()
         job, native = ctx.carrier.job, ctx.native
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
-        pull: Any = stochastic_engine.sweep if isinstance(native, NativeSDE) else sweep
+        pull: Any = stochastic_sweep if isinstance(native, NativeSDE) else sweep
         swept = pull(ctx.memory, saved[ctx.counts], cotangents, native.active)
         u_bar, of_saved, times = None, cotangents[0], job.saves.array
         if ctx.needs_input_grad[1]:
