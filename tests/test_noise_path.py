@@ -13,7 +13,7 @@ import torch
 from noise_basis import Basis, covariance
 from scipy import stats
 
-from diffsolve import EM, LambaEM, SDEProblem, solve
+from diffsolve import EM, LambaEM, SDEProblem, SolveError, solve
 from diffsolve.solvers.stochastic.noise import (
     BrownianPath,
     VirtualBrownianTree,
@@ -430,9 +430,15 @@ def test_the_ends_of_a_step_are_two_points(t):
     path.increment(t, t + 1.0)
     a, b = t - 2 * math.ulp(t), t + 2 * math.ulp(t)
     assert (path.increment(a, b).W != 0).all()
-    with pytest.raises(ValueError, match="rounding of the times"):
-        path.increment(t, math.nextafter(t, math.inf))
-    assert (path.increment(t, t).W == 0).all()
+    for end in (t, math.nextafter(t, math.inf)):
+        assert (path.increment(t, end).W == 0).all()
+    # but no solve takes such steps
+    prob = SDEProblem(
+        lambda t, u: 0 * u, lambda t, u: u, torch.ones(1).double(), (1.0, 1.0 + 1e-12)
+    )
+    for engine in ("torch", "native"):
+        with pytest.raises(SolveError, match="rounding of t"):
+            solve(prob, EM(), dt=2e-16, adaptive=False, seed=0, engine=engine)
 
 
 def test_a_step_that_ends_on_a_stop_but_for_rounding():

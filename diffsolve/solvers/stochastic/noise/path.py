@@ -18,7 +18,7 @@ from diffsolve.solvers.stochastic.noise.philox import READS, STEPS, counter_of
 #: Times that are closer than this many units in the last place are one, by rounding ...
 _ULPS = 4
 _PART = 3 / 8  # ... and closer than this part of the step that ends there
-_SHORTEST = 2  # units in the last place: no step is shorter
+_SHORTEST = 2  # units in the last place: below, both ends are one time
 _LANDING = 8  # in those units, by how much a step to the end of a span may miss it
 _AHEAD = {"cpu": 1 << 15}  # numbers drawn ahead at most: what a processor's cache holds
 _AHEAD_ELSEWHERE = 1 << 22  # where a draw costs a hundred launches
@@ -134,16 +134,11 @@ class BrownianPath(Noise):
         Raises
         ------
         ValueError
-            If a time is not finite, or the interval is shorter than rounding of its ends.
+            If a time is not finite.
         """
         length = t - s
         if abs(length) < _SHORTEST * math.ulp(max(abs(s), abs(t))):
-            if length == 0:
-                return self._zeros()
-            raise ValueError(
-                f"a step of {abs(length):.3g} at t = {t:.17g} is shorter than rounding of the "
-                "times: measure time from a nearer origin, or in a smaller unit"
-            )
+            return self._zeros()  # one time, by rounding: two stops, say, that a solve goes through
         if length < 0:
             W, H = self._between(t, s, length)
             return Increment(-W, H)
