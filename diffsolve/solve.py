@@ -135,7 +135,7 @@ def solve(
         False without ``saveat``: save the two ends only.
     engine
         ``"native"``: ``f`` is traced, differentiated and compiled, and the whole solve and its
-        reverse pass run as machine code; ``f`` itself runs three times, and again when something
+        reverse pass run as machine code; ``f`` itself runs a few times, and again when something
         that it uses was replaced. ``"torch"``: any ``f``, dtype and device. ``"auto"``: native
         where that is possible, after a comparison with one evaluation of ``f``;
         ``sol.stats.engine`` tells.

@@ -418,3 +418,20 @@ def test_networks_with_shared_parameters(sensealg):
         found.append(torch.autograd.grad((sol.u**2).sum(), tensors))
     for got, expected in zip(*found, strict=True):
         assert distance(got, expected) < 0.05
+
+
+@pytest.mark.parametrize("kind", list(LINEAR))
+@each
+def test_ito_gradients_backward_in_time(kind, sensealg):
+    g, noise = LINEAR[kind]
+    p, u0 = leaf([0.2, 0.8]), leaf([[1.0]])
+    alg = RKMilCommute()
+
+    def gradient(method):
+        prob = SDEProblem(drift, g, u0, (1.0, 0.0), p, noise=noise)
+        options = {"dt": 0.0025, "adaptive": False, "seed": 4, "saveat": [0.0]}
+        sol = solve(prob, alg, sensealg=method, **options)
+        return torch.cat([x.reshape(-1) for x in torch.autograd.grad(sol.u.sum(), [u0, p])])
+
+    exact = gradient(DiscreteAdjoint())
+    assert (gradient(sensealg) - exact).abs().max() <= 2e-2 * exact.abs().max()

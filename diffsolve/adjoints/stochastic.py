@@ -184,7 +184,9 @@ class StochasticReverse(ReverseField):
                 correction = self._correction(G, u, bar) if self.correction else None
         outputs, bars = [moved], [bar.detach()]
         if correction is not None:
-            outputs, bars = [moved, correction], [*bars, correction.new_full((), -h)]
+            # an Ito integral looks along the forward solve, whichever way its time goes
+            ahead = -h if self.job.t1 >= self.job.t0 else h
+            outputs, bars = [moved, correction], [*bars, correction.new_full((), ahead)]
         try:
             by_bar, by_u, *by_p = self.pull(outputs, bars, [bar, u, *self.params])
         except RuntimeError as error:

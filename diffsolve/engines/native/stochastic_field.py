@@ -12,6 +12,8 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,13 @@ from torch.utils import _pytree as pytree
 from diffsolve.engines.native import field as fields
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.derivative import annuls
-from diffsolve.engines.native.expression import MOST_NODES, Node, content, needed
+from diffsolve.engines.native.expression import (
+    MOST_NODES,
+    Node,
+    content,
+    needed,
+    substitute,
+)
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.fingerprint import Fingerprint
 from diffsolve.engines.native.stochastic import Functions
@@ -33,6 +41,7 @@ from diffsolve.problems.capture import Probe, reachable_tensors
 from diffsolve.problems.sde_field import NOT_ADDITIVE, SDEField
 from diffsolve.problems.structure import StateStructure
 
+_MOST_BETWEEN = 20  # stops: times between two of them
 _MOST_KEPT = 64
 _lock = threading.RLock()
 _by_content: OrderedDict[Any, Functions] = OrderedDict()
@@ -48,6 +57,8 @@ class _Entry(fields._Entry):
     m: int = 0
     is_diagonal: bool = False
     trailing: tuple[int, ...] = ()
+    #: Why it is not the code of every path, for each shape of a state; empty where it is.
+    judged: dict[torch.Size, str] = dataclass_field(default_factory=dict)
 
     def holds(self, around: Any) -> bool:
         """As ``still_holds``, for all that both functions depend on."""
@@ -138,8 +149,12 @@ def find(field: SDEField, t0: float, u0: Tensor, direction: float, guard: bool) 
         known = fields._known(owner)
         entry = known.get(key)
     t = field.after(t0, direction)
+    shape = field.structure.shapes[0]
     if entry is not None and entry.holds(around):
         native = _ready(entry, field, leaves, 0.0)
+        if entry.compiled is not None and shape not in entry.judged:
+            entry.judged[shape] = _why_not_itself(field, native, t, u0, direction)
+        _refuse_judged(entry, shape)
         if not guard:
             return native
         look = torch.is_grad_enabled() and any(x.requires_grad for x in native.tensors)
@@ -152,14 +167,20 @@ def find(field: SDEField, t0: float, u0: Tensor, direction: float, guard: bool) 
     entry = _traced(field, one, t, u0, around)
     if entry.compiled is not None:
         native = _ready(entry, field, leaves, time.perf_counter() - started)
-        reason = _why_not_itself(field, native, t, u0, direction)
-        if reason:
-            entry.compiled, entry.declined = None, reason
+        entry.judged[shape] = _why_not_itself(field, native, t, u0, direction)
     with _lock:
         while len(known) >= fields._MOST_OF_ONE:
             known.pop(next(iter(known)))
         known[key] = entry
-    return _ready(entry, field, leaves, time.perf_counter() - started)
+    native = _ready(entry, field, leaves, time.perf_counter() - started)
+    _refuse_judged(entry, shape)
+    return native
+
+
+def _refuse_judged(entry: _Entry, shape: torch.Size) -> None:
+    """Refuse a batch of a shape for which the code was found not to be that of every path."""
+    if entry.judged[shape]:
+        raise Declined(entry.judged[shape])
 
 
 class _Rows:
@@ -306,10 +327,23 @@ def _first_path(found: Trace, one: _Rows, field: SDEField) -> tuple[list[Node], 
                 moved_by = _state_inputs(outputs[i * each : (i + 1) * each])
                 if not moved_by.issubset(own):
                     raise Declined(_COUPLED.format(why="one depends on the state of another"))
+        first, second = (
+            [*drift[i * d : (i + 1) * d], *diffusion[i * width : (i + 1) * width]] for i in range(2)
+        )
+        if not _same_functions(first, second, d):
+            raise Declined(_COUPLED.format(why="the first two are functions of their own"))
     drift, diffusion = drift[:d], diffusion[:width]
     if len(needed([*drift, *diffusion])) > MOST_NODES:
         raise Declined(f"it is too large: more than {MOST_NODES:,} scalar operations")
     return drift, diffusion
+
+
+def _same_functions(first: list[Node], second: list[Node], d: int) -> bool:
+    """Whether the second path's state in the place of the first's gives the same expressions."""
+    pool = first[0].pool
+    table = {("u", d + i): pool.input("u", i) for i in range(d)}
+    renamed = substitute(second, table, pool)
+    return all(x is y for x, y in zip(substitute(first, {}, pool), renamed, strict=True))
 
 
 def _depends(outputs: list[Node]) -> bool:
@@ -385,18 +419,38 @@ def _why_not_itself(
         if field.rows > 1:
             return _COUPLED.format(why="the first paths alone give other values")
     # a shift of its own for each path: what they share, they show
-    beside = t + math.copysign(1e-3 * max(1.0, abs(float(t))), direction)
+    beside = float(t) + math.copysign(1e-3 * max(1.0, abs(float(t))), direction)
     numbers = torch.arange(field.rows, dtype=u0.dtype)
-    shift = (1e-3 * (1.0 + (numbers * 0.6180339887).frac()))[:, None]
+    share = (1.0 + (numbers * 0.6180339887).frac())[:, None]
     rows = u0.view(field.rows, field.d)
-    for moved in (rows * (1 + shift) + shift, rows * (1 + shift)):
-        state = moved.reshape(-1)
-        try:
-            eager, _ = _eager(field, beside, state)
-        except Exception:  # outside of where they are defined
-            continue
-        return _why_not_beside(field, native, beside, state, eager)
-    return "it could not be compared with torch beside the start" if field.rows > 1 else ""
+    compared = 0
+    # then what hides behind a threshold of the time or of the state
+    points = [(beside, 1e-3), *zip(_times_within(field, float(t), direction), cycle((0.3, -1.5)))]
+    for value, size in points:
+        at, shift = field.time(value), size * share
+        for moved in (rows * (1 + shift) + shift, rows * (1 + shift)):
+            state = moved.reshape(-1)
+            try:
+                eager, _ = _eager(field, at, state)
+            except Exception:  # outside of where they are defined
+                continue
+            compared += 1
+            why = _why_not_beside(field, native, at, state, eager)
+            if why:
+                return why
+            break
+    alone = field.rows == 1 or compared
+    return "" if alone else "it could not be compared with torch beside the start"
+
+
+def _times_within(field: SDEField, t0: float, direction: float) -> list[float]:
+    """Times of the span at which all paths are compared with torch; none for one path."""
+    if field.rows == 1:
+        return []
+    t1 = t0 + math.copysign(field.span, direction)
+    edges = sorted({t0, t1, *field.breaks})
+    between = [(a + b) / 2 for a, b in pairwise(edges)]
+    return [t0 + (t1 - t0) * share for share in (0.29, 0.53, 0.79, 1.0)] + between[:_MOST_BETWEEN]
 
 
 def _plain(x: Tensor) -> Tensor:
