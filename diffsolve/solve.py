@@ -339,7 +339,8 @@ def _settings(
     structure = field.structure
     numbers = (rtol, atol, *limits)
     key = None
-    if norm is None and not stops and _PLAIN.issuperset(map(type, numbers)):
+    plain = type(rtol) is float and type(atol) is float  # the others are often the defaults
+    if plain and norm is None and not stops and _PLAIN.issuperset(map(type, limits)):
         ids = id(controller), id(stiff)  # the settings that are kept hold on to both
         place = structure.time_dtype, structure.device
         key = (alg.key, *ids, *numbers, adaptive, progress, *place)

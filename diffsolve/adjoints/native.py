@@ -59,7 +59,8 @@ class _NativeDiscrete(torch.autograd.Function):
     def forward(ctx: Any, carrier: Carrier, u0: Tensor, *params: Tensor) -> Any:
         job = carrier.job
         wanted = Wanted(job.saves.array, True, True, carrier.kept, job.dense)
-        found = carrier.trajectory = job.run_native(u0.detach(), wanted)
+        start = u0.detach() if u0.requires_grad else u0
+        found = carrier.trajectory = job.run_native(start, wanted)
         ctx.set_materialize_grads(False)
         ctx.counts = 1 + len(params)
         # autograd frees the states after backward, and sees a parameter changed in place
@@ -79,7 +80,7 @@ class _NativeDiscrete(torch.autograd.Function):
         swept = pull(ctx.memory, saved[ctx.counts], cotangents, native.active)
         u_bar, of_saved, times = None, cotangents[0], job.saves.array
         if ctx.needs_input_grad[1]:
-            u_bar = swept.u_bar
+            u_bar = torch.from_numpy(swept.u_bar)
             first = job.t0 if times is None or not len(times) else times[0]
             if of_saved is not None and len(of_saved) and first == job.t0:
                 u_bar = u_bar + of_saved[0]

@@ -52,7 +52,7 @@ def compile_adjoint(native: NativeField, alg: Algorithm, along_path: bool) -> No
 class Swept:
     """Cotangents of the initial state and of the flat parameters, and the work done."""
 
-    u_bar: Tensor
+    u_bar: np.ndarray
     p_bar: Tensor
     counts: Counts
     kernel_s: float
@@ -108,8 +108,7 @@ def sweep(
         started = time.perf_counter()
         refuse_lost(memory.run(function))
         kernel_s += time.perf_counter() - started
-    u_bar, p_bar = torch.from_numpy(bars[:n]), torch.from_numpy(bars[2 * n :])
-    return Swept(u_bar, p_bar, memory.counts(), kernel_s)
+    return Swept(bars[:n], torch.from_numpy(bars[2 * n :]), memory.counts(), kernel_s)
 
 
 class Path:

@@ -81,4 +81,4 @@ def sweep(
     p_bar = np.zeros(compiled.n_params, parts[0].dtype)
     p_bar[entries] = lanes.reshape(-1, compiled.lanes).sum(1)[: len(entries)]
     counts = (*parts[0].counts(), parts[0].integers[L.NG])
-    return Swept(torch.from_numpy(u_bar), torch.from_numpy(p_bar), counts, kernel_s)
+    return Swept(u_bar, torch.from_numpy(p_bar), counts, kernel_s)
