@@ -281,3 +281,24 @@ def test_another_size_of_a_batch_is_compared_anew():
     assert solve(first, EM(), engine="native", **options).stats.engine == "native"
     with pytest.raises(ValueError, match="paths of a batch"):
         solve(prob(17).remake(g=first.g), EM(), engine="native", **options)
+
+
+class Scale:
+    value = 1.0
+
+
+SCALE = Scale()
+
+
+def scaled(t, u):
+    return SCALE.value * u
+
+
+def test_a_plain_attribute_of_a_global_object_is_seen():
+    u0 = torch.ones(4, 1, dtype=torch.float64)
+    prob = SDEProblem(lambda t, u: -u, scaled, u0, (0.0, 1.0))
+    options = {"dt": 0.1, "adaptive": False, "seed": 1}
+    for value in (0.2, 0.7):
+        SCALE.value = value
+        got = solve(prob, EM(), engine="native", **options)
+        assert off(got.u, solve(prob, EM(), engine="torch", **options).u) < 1e-14

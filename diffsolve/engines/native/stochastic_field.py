@@ -144,7 +144,8 @@ def find(field: SDEField, t0: float, u0: Tensor, direction: float, guard: bool) 
     owner, key = fields._key(one.of_key, leaves)
     g = getattr(field.g, "__func__", field.g)
     key = ((id(g), field.noise), *key)
-    around = fields._around(field.f, field.p), fields._around(field.g, None)
+    # flat: how deep a fingerprint looks is counted from here
+    around = (*fields._around(field.f, field.p), *fields._around(field.g, None))
     with _lock:
         known = fields._known(owner)
         entry = known.get(key)
