@@ -13,6 +13,7 @@ from diffsolve import (
     DiscreteAdjoint,
     ODEProblem,
     PIController,
+    Tsit5,
     solve,
 )
 
@@ -152,3 +153,12 @@ def test_transforms_run_on_torch():
         dual = torch.autograd.forward_ad.make_dual(ones(), ones())
         tangent = torch.autograd.forward_ad.unpack_dual(final(dual)).tangent
     assert float(tangent) == pytest.approx(0.25, rel=1e-6)
+
+
+def test_a_function_of_no_module_is_compiled():
+    names = {}
+    exec("f = lambda t, u: -u", names)
+    names["f"].__module__ = None
+    u0 = torch.ones(1, dtype=torch.float64)
+    sol = solve(ODEProblem(names["f"], u0, (0.0, 1.0)), Tsit5(), saveat=[1.0])
+    assert sol.stats.engine == "native"

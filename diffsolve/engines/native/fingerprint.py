@@ -79,7 +79,11 @@ def _places_of(around: Any) -> _Places | None:
     if not (type(around) is tuple and len(around) == 1):
         return None
     (f,) = around
-    if type(f) is not types.FunctionType or not _is_bare(f) or f.__module__.startswith("torch."):
+    if (
+        type(f) is not types.FunctionType
+        or not _is_bare(f)
+        or (f.__module__ or "").startswith("torch.")
+    ):
         return None
     named = _named(f.__code__)
     outside, inside = [], []
