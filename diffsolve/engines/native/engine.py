@@ -327,7 +327,7 @@ class Memory:
     def copy(self) -> Memory:
         """The same for a pass of its own: several may run at once."""
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
+        copy.__dict__ = self.__dict__.copy()
         copy.integers, copy.reals = self.integers[:], self.reals[:]
         copy.arguments = copy.integers.buffer_info()[0], copy.reals.buffer_info()[0]
         copy.source, copy.held = self, {}
@@ -509,7 +509,10 @@ class StepColumns:
 
     def estimates(self) -> tuple[Tensor, Tensor, Tensor]:
         """``error, error_norm, stiffness``."""
-        e, norm, stiffness = self.table[2:].view(self.dtype)[:, : self.table.shape[1]]
+        if self.dtype is _FLOAT64:
+            _, _, e, norm, stiffness = self.table
+        else:
+            e, norm, stiffness = self.table[2:].view(self.dtype)[:, : self.table.shape[1]]
         return torch.from_numpy(e), torch.from_numpy(norm), torch.from_numpy(stiffness)
 
     def steps(self, *estimates: Tensor) -> Steps:

@@ -9,7 +9,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,6 +77,7 @@ class NativeField:
         self._trace_s = trace_s - entry.compiled.compile_s
         self._entry = entry
         self.template: Any = None
+        self._active: tuple[bool, ...] | None = None
         self.tensors: list[Tensor] = [
             x.tensor if x.tensor is not None else leaves[x.p_position or 0] for x in entry.inputs
         ]
@@ -97,11 +97,14 @@ class NativeField:
         """Seconds spent on tracing and compiling since this was made."""
         return self._trace_s + self.compiled.compile_s
 
-    @cached_property
+    @property
     def active(self) -> tuple[bool, ...]:
         """Which of the tensors require a gradient, and have one that is not zero."""
-        pairs = zip(self.tensors, self._entry.used, strict=True)
-        return tuple([x.requires_grad and used for x, used in pairs])
+        found = self._active
+        if found is None:
+            pairs = zip(self.tensors, self._entry.used, strict=True)
+            found = self._active = tuple([x.requires_grad and used for x, used in pairs])
+        return found
 
     def holds_all(self, used: list[Tensor]) -> bool:
         """Whether the tensors that ``f`` was seen to use are those that get gradients."""
