@@ -485,8 +485,12 @@ class Memory:
                 bar.update(abs(reals[L.T] - before))
             if status == L.NEED_ROOM:
                 self.make_room()
-            elif status != L.GO_ON:
+            elif status != L.GO_ON or self.stopped():
                 return status
+
+    def stopped(self) -> bool:
+        """Whether to end early, at the next return of a kernel."""
+        return False
 
 
 @dataclass(slots=True)

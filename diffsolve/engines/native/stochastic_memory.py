@@ -308,19 +308,9 @@ class Part(Memory):
         if integers[L.LOGGED] + inside + 2 > integers[L.LOG_ROOM]:
             self._log(2 * integers[L.LOG_ROOM] + inside)
 
-    def run(self, function: Any, bar: Any = None) -> int:
-        """As ``Memory.run``; where another thread has failed, it ends as well."""
-        reals = self.reals
-        here, there = self.arguments
-        while True:
-            before = reals[L.T]
-            status = function(here, there)
-            if bar is not None:
-                bar.update(abs(reals[L.T] - before))
-            if status == L.NEED_ROOM:
-                self.make_room()
-            elif status != L.GO_ON or self.stop.is_set():
-                return status
+    def stopped(self) -> bool:
+        """Whether another thread has failed."""
+        return self.stop.is_set()
 
 
 class Crew:

@@ -95,7 +95,7 @@ def runs_of(memory: Memory) -> list[Run]:
     runs = memory.runs
     if len(runs) == 1:
         runs[0].end = memory.integers[L.ACCEPTED]
-        return runs if runs[0].end > runs[0].begin else []
+        return [*runs] if runs[0].end > runs[0].begin else []
     ends = [*(run.begin for run in runs[1:]), memory.integers[L.ACCEPTED]]
     for run, end in zip(runs, ends, strict=True):
         run.end = end
