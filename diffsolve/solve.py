@@ -27,29 +27,21 @@ from diffsolve.engines.native.field import find
 from diffsolve.engines.native.stochastic_field import find as find_stochastic
 from diffsolve.engines.native.stochastic_memory import template as stochastic_template
 from diffsolve.engines.torch_engine import Settings, Trajectory
+from diffsolve.prepared import Options, Prepared
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
-from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Solution, SolveError, Stats, Steps
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.controllers import Controller
-from diffsolve.solvers.explicit_rk.methods import Tsit5, Vern7
 from diffsolve.solvers.given_jacobian import given_jacobian
 from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.jacobian_layout import checked_pattern
-from diffsolve.solvers.norms import Tolerance
 from diffsolve.solvers.stochastic.method import StochasticMethod
-from diffsolve.solvers.stochastic.setup import brownian_path, refuse_noise, stochastic_method
-from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
-from diffsolve.times import SaveTimes, ordered_stops, snapped
+from diffsolve.solvers.stochastic.setup import brownian_path, refuse_noise
+from diffsolve.times import SaveTimes, snapped
 
-_MOST_UNKNOWNS = 500  # up to which alg=None may use dense matrices
-_TSIT5, _VERN7, _AUTO_TSIT5, _AUTO_VERN7 = Tsit5(), Vern7(), AutoTsit5(), AutoVern7()
-_PLAIN = frozenset((float, int, type(None)))
-_MOST_SETTINGS = 100
-_known_settings: dict[Any, Settings] = {}  # nothing changes settings
 _STEPS_NEED_DISCRETE = (
     "sol.steps.{name} has no gradient under {sensealg}: a continuous adjoint differentiates the "
     "equation, not the solver's steps. Use sensealg=DiscreteAdjoint(), or the local regularizer "
@@ -180,24 +172,17 @@ def solve(
         raise TypeError(f"prob must be an ODEProblem or an SDEProblem, got {kind}")
     if engine not in ("auto", "torch", "native"):
         raise ValueError(f'engine must be "auto", "torch" or "native", got {engine!r}')
-    if isinstance(prob, SDEProblem):
-        field = SDEField.of(prob)
-        alg = stochastic_method(alg, prob)
-    else:
+    if not isinstance(prob, SDEProblem):
         refuse_noise(seed, noise)
-        field = VectorField.of(prob)
-        alg = _checked_algorithm(alg, prob, rtol, adaptive, field)
-    t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
-    direction = 1.0 if t1 >= t0 else -1.0
-    saves = SaveTimes.build(saveat, prob.tspan, save_everystep)
-    stops, field.breaks = ordered_stops(tstops, t0, t1)
-    limits = (dt, dtmin, dtmax, maxiters)
-    settings = _settings(
-        alg, field, rtol, atol, norm, controller, adaptive, limits, stops, progress
-    )
-    field.accuracy = settings.tolerance
-
     transformed = transforms_active()
+    options = Options(
+        *(rtol, atol, dt, adaptive, dtmin, dtmax, maxiters, progress), tstops, controller, norm
+    )
+    prepared = Prepared.of(prob, alg, options, transformed)
+    alg, settings, field = prepared.alg, prepared.settings, prepared.field()
+    t0, t1, direction = prepared.t0, prepared.t1, prepared.direction
+    saves = SaveTimes.build(saveat, t0, t1, save_everystep)
+
     recording = torch.is_grad_enabled() and not transformed
     u0 = field.structure.ravel(prob.u0)
     if alg.is_implicit and (field.jac is not None or field.jac_sparsity is not None):
@@ -217,9 +202,8 @@ def solve(
             native = look(field, t0, u0, direction, guard=engine == "auto")
             if recording:
                 field.params = native.differentiable(field, u0.requires_grad)
-            sensealg = choose(asked, recording and (moving or bool(field.params)))
-            native.template = _template(native, alg, sensealg, settings, field)
-            sensealg.compile(native, alg)
+            sensealg = choose(asked, recording and (moving or bool(field.params)), transformed)
+            _make_ready(native, alg, sensealg, settings, field)
             stats.engine, stats.compile_s = "native", native.compile_s()
         except Declined as reason:
             native = None
@@ -230,7 +214,7 @@ def solve(
         if engine == "native":
             why = stats.engine.partition(": ")[2]
             raise ValueError(f'engine="native" cannot run this solve: {why}')
-        sensealg = choose(asked, recording and (moving or bool(field.params)))
+        sensealg = choose(asked, recording and (moving or bool(field.params)), transformed)
     assert sensealg is not None
     if isinstance(field, SDEField):
         fixed = None if settings.adaptive else settings.dt
@@ -258,7 +242,7 @@ def solve(
         native=native,
         stats=stats,
     )
-    stats.sensealg = repr(sensealg)
+    stats.sensealg = sensealg.text
     outputs = sensealg.run(job)
     solution = _wrap(job, sensealg, outputs, saves)
     job.stats.wall_s = time.perf_counter() - started
@@ -270,102 +254,22 @@ def solve(
     return solution
 
 
-def _template(
+def _make_ready(
     native: Any, alg: Algorithm, sensealg: Sensealg, settings: Settings, field: VectorField
-) -> Any:
-    """The template of a native solve."""
+) -> None:
+    """Find the template of a native solve, and compile what its reverse pass needs."""
+    latest = field.memo.get("ready")
+    wanted = (native.compiled, sensealg, native.active)
+    if latest is not None and latest[0] == wanted:
+        native.template = latest[1]
+        return
     prepared = sensealg.prepared(settings)
     if isinstance(field, SDEField):
-        return stochastic_template(native.compiled, alg, field.noise, prepared)
-    return template(native.compiled, alg, prepared)
-
-
-def _chosen_algorithm(rtol: Any, adaptive: bool, field: VectorField) -> Algorithm:
-    """What ``alg=None`` means; see ``solve``."""
-    structure = field.structure
-    tight = isinstance(rtol, (int, float)) and rtol < 1e-6
-    tight = tight and structure.time_dtype == torch.float64
-    rows = structure.is_tensor and len(structure.shapes[0]) > 1
-    size = structure.shapes[0][-1] if rows else structure.size
-    alone = structure.dtype.is_complex or size > _MOST_UNKNOWNS
-    if alone or not adaptive or transforms_active():
-        return _VERN7 if tight else _TSIT5
-    # rows may turn out to be coupled: the explicit method then goes on
-    field.largest_matrix = _MOST_UNKNOWNS
-    return _AUTO_VERN7 if tight else _AUTO_TSIT5
-
-
-def _checked_algorithm(
-    alg: Algorithm | None, prob: ODEProblem, rtol: Any, adaptive: bool, field: VectorField
-) -> Algorithm:
-    if alg is None:
-        alg = _chosen_algorithm(rtol, adaptive, field)
-    if not isinstance(alg, Algorithm):
-        hint = f"; write {alg.__name__}()" if isinstance(alg, type) else ""
-        raise TypeError(f"alg must be a method such as Tsit5(), got {alg!r}{hint}")
-    if isinstance(alg, StochasticMethod):
-        raise ValueError(f"{alg!r} is a method for SDEs: for an ODEProblem use e.g. Tsit5()")
-    if prob.mass_matrix is not None and not alg.supports_mass_matrix:
-        raise ValueError(
-            f"{alg.name} cannot solve M du/dt = f with a mass matrix; where M is regular, "
-            "multiply f by its inverse"
-        )
-    if alg.is_implicit and field.dtype.is_complex:
-        raise ValueError(
-            f"{alg.name} is implicit and needs a real state, got {field.dtype}: write u as its "
-            "real and imaginary parts (torch.view_as_real), or use an explicit method"
-        )
-    return alg
-
-
-def _settings(
-    alg: Algorithm,
-    field: VectorField,
-    rtol: Any,
-    atol: Any,
-    norm: Callable[[Any], Any] | None,
-    controller: Controller | None,
-    adaptive: bool,
-    limits: tuple[Any, Any, Any, Any],
-    stops: tuple[float, ...],
-    progress: bool,
-) -> Settings:
-    """How to integrate, checked; plain numbers give the same settings again, not a copy."""
-    stiff = None
-    if controller is None:
-        controller = alg.default_controller()
-        if isinstance(alg, AutoSwitch):
-            stiff = alg.stiff.default_controller()
-    structure = field.structure
-    numbers = (rtol, atol, *limits)
-    key = None
-    plain = type(rtol) is float and type(atol) is float  # the others are often the defaults
-    if plain and norm is None and not stops and _PLAIN.issuperset(map(type, limits)):
-        ids = id(controller), id(stiff)  # the settings that are kept hold on to both
-        place = structure.time_dtype, structure.device
-        key = (alg.key, *ids, *numbers, adaptive, progress, *place)
-        found = _known_settings.get(key)
-        if found is not None:
-            return found
-    dt, dtmin, dtmax, maxiters = limits
-    settings = Settings(
-        tolerance=Tolerance.build(rtol, atol, structure, norm),
-        controller=controller,
-        controller_stiff=stiff,
-        adaptive=adaptive and alg.adaptive,
-        dt=None if dt is None else _constant("dt", dt),
-        dtmin=float(dtmin),
-        dtmax=float(dtmax),
-        maxiters=_counted(maxiters),
-        tstops=stops,
-        progress=progress,
-    )
-    _check(settings, alg)
-    if key is not None:
-        if len(_known_settings) >= _MOST_SETTINGS:
-            _known_settings.clear()
-        _known_settings[key] = settings
-    return settings
+        native.template = stochastic_template(native.compiled, alg, field.noise, prepared)
+    else:
+        native.template = template(native.compiled, alg, prepared)
+    sensealg.compile(native, alg)
+    field.memo["ready"] = wanted, native.template
 
 
 def _check_jacobian(field: VectorField, t: Tensor, u: Tensor) -> None:
@@ -375,31 +279,6 @@ def _check_jacobian(field: VectorField, t: Tensor, u: Tensor) -> None:
     if field.jac is not None:
         with torch.no_grad():
             given_jacobian(field, t, u)
-
-
-def _constant(name: str, value: Any) -> float:
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(f"{name} has no gradient: detach it")
-    return float(value)
-
-
-def _counted(maxiters: Any) -> int:
-    if not 0 < maxiters < math.inf:
-        raise ValueError(f"maxiters must be a positive number, got {maxiters}")
-    return int(maxiters)
-
-
-def _check(settings: Settings, alg: Algorithm) -> None:
-    dt, dtmin, dtmax = settings.dt, settings.dtmin, settings.dtmax
-    if dt is None and not settings.adaptive:
-        why = "adaptive=False" if alg.adaptive else f"{alg.name} has no error estimate"
-        raise ValueError(f"{why}: give the step size, dt=...")
-    if dt is not None and not 0 < dt < math.inf:
-        raise ValueError(f"dt must be positive and finite (also backward in time), got {dt}")
-    if not (dtmin >= 0 and dtmax > 0 and dtmin <= dtmax):
-        raise ValueError(f"need 0 <= dtmin <= dtmax and dtmax > 0, got {dtmin} and {dtmax}")
-    if not isinstance(settings.controller, Controller):
-        raise TypeError(f"controller must be e.g. PIController(), got {settings.controller!r}")
 
 
 def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> Solution:

@@ -44,7 +44,7 @@ class SaveTimes:
         return None if self.array is None else self.array.tolist()
 
     @classmethod
-    def build(cls, saveat: Any, span: tuple[Any, Any], save_everystep: bool | None) -> SaveTimes:
+    def build(cls, saveat: Any, t0: float, t1: float, save_everystep: bool | None) -> SaveTimes:
         """Check ``saveat``.
 
         Raises
@@ -53,7 +53,6 @@ class SaveTimes:
             If times are unsorted, repeated, NaN or outside of the span, or contradict
             ``save_everystep``.
         """
-        t0, t1 = float(detached(span[0])), float(detached(span[1]))
         if saveat is None:
             if save_everystep is False:
                 return cls(np.array([t0] if t0 == t1 else [t0, t1]), from_start=True)
@@ -63,16 +62,19 @@ class SaveTimes:
                 "saveat saves exactly its times: drop save_everystep=True, or saveat and read "
                 "other times from sol(t)"
             )
-        if not isinstance(saveat, Tensor) and isinstance(saveat, Real):
-            return cls(_spaced(float(saveat), t0, t1), from_start=True)
-        if getattr(saveat, "ndim", 1) == 0:
-            return cls(_spaced(float(saveat), t0, t1), from_start=True)
-        values = saveat
         if not isinstance(saveat, Tensor):
-            values = torch.as_tensor(np.asarray(saveat, dtype=np.float64))
+            if isinstance(saveat, Real) or getattr(saveat, "ndim", 1) == 0:
+                return cls(_spaced(float(saveat), t0, t1), from_start=True)
+            return cls._of_tensor(torch.as_tensor(np.asarray(saveat, dtype=np.float64)), t0, t1)
+        if saveat.dim() == 0:
+            return cls(_spaced(float(saveat), t0, t1), from_start=True)
+        return cls._of_tensor(saveat, t0, t1)
+
+    @classmethod
+    def _of_tensor(cls, values: Tensor, t0: float, t1: float) -> SaveTimes:
         # a transform wraps tensors; a time that moves is never the same
-        plain = values.device.type == "cpu" and values.dtype is torch.float64
-        plain &= not (_internals._are_functorch_transforms_active() or values.requires_grad)
+        plain = values.dtype is torch.float64 and values.is_cpu and not values.requires_grad
+        plain = plain and not _internals._are_functorch_transforms_active()
         known = _recent.get((t0, t1)) if plain else None
         if known is not None and torch.equal(known[0], values):
             return known[1]

@@ -12,7 +12,7 @@ from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.sensealg import NoAdjoint, Sensealg
 from diffsolve.problems.structure import under_transform
 
-_DEFAULT = DiscreteAdjoint()
+_DEFAULT, _NONE = DiscreteAdjoint(), NoAdjoint()
 _internals: Any = torch._C  # has no public way to ask for active transforms
 
 
@@ -60,8 +60,8 @@ def refuse_for_noise(sensealg: Sensealg | None, moving_times: bool) -> None:
         )
 
 
-def choose(sensealg: Sensealg | None, differentiate: bool) -> Sensealg:
-    """The sensealg of a solve.
+def choose(sensealg: Sensealg | None, differentiate: bool, transformed: bool) -> Sensealg:
+    """The sensealg of a solve, which wants gradients or not, under a transform or not.
 
     Without a choice of the user's: none where nothing requires a gradient; ``DiscreteAdjoint()``
     where something does, because its gradient is exact at every tolerance and its memory is one
@@ -77,7 +77,7 @@ def choose(sensealg: Sensealg | None, differentiate: bool) -> Sensealg:
         raise TypeError(
             f"sensealg must be e.g. DiscreteAdjoint() or InterpolatingAdjoint(), got {sensealg!r}"
         )
-    if transforms_active():
+    if transformed:
         if sensealg is None:
             return DiscreteAdjoint(tape=True)
         if not (isinstance(sensealg, DiscreteAdjoint) and sensealg.tape):
@@ -87,5 +87,5 @@ def choose(sensealg: Sensealg | None, differentiate: bool) -> Sensealg:
             )
         return sensealg
     if not differentiate:
-        return NoAdjoint()
+        return _NONE
     return sensealg or _DEFAULT

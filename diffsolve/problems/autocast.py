@@ -41,19 +41,20 @@ def under_current_autocast(
     f: Callable[..., Any], device: torch.device, state_dtype: torch.dtype
 ) -> Callable[..., Any]:
     """``f``, with the current autocast bound to it where there is one."""
-    if _is_on(device):
+    if is_autocasting(device):
         return Autocasting(f, device.type, state_dtype)
     return f
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context for the solver's own arithmetic, which keeps its precision."""
-    if _is_on(device):
+    if is_autocasting(device):
         return torch.autocast(device.type, enabled=False)
     return _NOTHING
 
 
-def _is_on(device: torch.device) -> bool:
+def is_autocasting(device: torch.device) -> bool:
+    """Whether the user's autocast is on."""
     kind = device.type
     if kind == "cpu":  # always available, and asked often
         return torch.is_autocast_enabled(kind)

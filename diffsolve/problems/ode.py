@@ -38,7 +38,7 @@ class ODEProblem:
         N)`` over the raveled state, or ``(..., d, d)`` where ``u`` is a batch ``(..., d)`` of rows
         that ``f`` treats independently. None: computed from ``f``, exactly where autograd can.
         Gradients never use it, and the native engine, which has the exact one, does not either.
-        ``check_jacobian`` compares the two. Gradients never use it.
+        ``check_jacobian`` compares the two.
     jac_sparsity
         Which entries of the Jacobian can be other than zero, ``(N, N)``, dense or sparse. Where it
         is computed by autograd, rows that share no column are then computed at once; a pattern that
@@ -77,6 +77,10 @@ class ODEProblem:
             object.__setattr__(self, "p", tuple(self.p))
         check_state(self.u0)
         object.__setattr__(self, "tspan", checked_span(self.tspan))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made of: not what a solve has left here."""
+        return {name: x for name, x in self.__dict__.items() if name != "_prepared"}
 
     def remake(self, **changes: Any) -> ODEProblem:
         """A new problem with some fields changed."""

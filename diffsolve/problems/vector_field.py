@@ -70,6 +70,8 @@ class VectorField:
         Work space that steps keep between calls; one field serves one solve.
     breaks
         Times where ``f`` may jump, increasing: stages of a step stay on the step's side of them.
+    memo
+        What was found for this problem and may serve its next solve: shared with ``fresh`` copies.
     low_eps
         Relative rounding inside ``f`` where autocast lowers its precision, else zero.
     """
@@ -97,6 +99,7 @@ class VectorField:
         self.params: list[Tensor] = []
         self.used: set[int] = set()
         self.scratch: dict[Any, Any] = {}
+        self.memo: dict[Any, Any] = {}
         inner = f.f if isinstance(f, Substitute) else f
         if isinstance(inner, Autocasting):
             self.low_eps = torch.finfo(inner.dtype).eps
@@ -116,6 +119,17 @@ class VectorField:
         f = under_current_autocast(prob.f, structure.device, structure.dtype)
         field = cls(f, prob.p, structure)
         field.jac, field.jac_sparsity = prob.jac, prob.jac_sparsity
+        return field
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made of: machine code is looked for anew."""
+        return {**self.__dict__, "memo": {}}
+
+    def fresh(self) -> VectorField:
+        """The same for another solve, with nothing counted and nothing learnt yet."""
+        field = object.__new__(type(self))
+        field.__dict__ = self.__dict__.copy()
+        field.params, field.used, field.scratch = [], set(), {}
         return field
 
     @property

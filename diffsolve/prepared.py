@@ -1,0 +1,258 @@
+"""What a solve needs besides the values of its tensors: its arguments, checked and normalised.
+
+A training solves the same problem with the same arguments again and again. What was made of them is
+kept with the problem, and used as long as none of them could have changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffsolve.engines.torch_engine import Settings
+from diffsolve.problems.autocast import is_autocasting
+from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.sde import SDEProblem
+from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import StateStructure, detached
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.algorithm import Algorithm
+from diffsolve.solvers.controllers import Controller
+from diffsolve.solvers.explicit_rk.methods import Tsit5, Vern7
+from diffsolve.solvers.norms import Tolerance
+from diffsolve.solvers.stochastic.method import StochasticMethod
+from diffsolve.solvers.stochastic.setup import stochastic_method
+from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
+from diffsolve.times import ordered_stops
+
+_MOST_UNKNOWNS = 500  # up to which alg=None may use dense matrices
+_TSIT5, _VERN7, _AUTO_TSIT5, _AUTO_VERN7 = Tsit5(), Vern7(), AutoTsit5(), AutoVern7()
+_PLAIN = frozenset((float, int, bool, type(None)))
+_MOST_SETTINGS = 100
+_known_settings: dict[Any, Settings] = {}  # nothing changes settings
+
+
+class Options(NamedTuple):
+    """How to integrate, as the user said it; see ``solve``."""
+
+    rtol: Any
+    atol: Any
+    dt: Any
+    adaptive: bool
+    dtmin: Any
+    dtmax: Any
+    maxiters: Any
+    progress: bool
+    tstops: Sequence[float] = ()
+    controller: Controller | None = None
+    norm: Callable[[Any], Any] | None = None
+
+
+@dataclass(slots=True)
+class Prepared:
+    """The arguments of a solve, checked and normalised.
+
+    Attributes
+    ----------
+    alg
+        Method, chosen where the user left that open.
+    t0, t1, direction
+        Span, and 1 or -1.
+    settings
+        How to integrate.
+    given
+        The user's method and options, where another solve with the same may use this again.
+    """
+
+    alg: Algorithm
+    t0: float
+    t1: float
+    direction: float
+    settings: Settings
+    given: tuple[Algorithm | None, Options] | None
+    _field: VectorField
+    _is_free: bool = True
+
+    @classmethod
+    def of(
+        cls, prob: ODEProblem | SDEProblem, alg: Any, options: Options, transformed: bool
+    ) -> Prepared:
+        """Those of a problem.
+
+        Parameters
+        ----------
+        transformed
+            Whether a ``torch.func`` transform looks on.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If one of them is wrong.
+        """
+        latest = prob.__dict__.get("_prepared")
+        if latest is not None and latest.still_holds(prob, alg, options, transformed):
+            return latest
+        field, alg_given = _field_of(prob), alg
+        if isinstance(prob, SDEProblem):
+            alg = stochastic_method(alg, prob)
+        else:
+            alg = _checked_algorithm(alg, prob, options, field, transformed)
+        t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
+        stops, field.breaks = ordered_stops(options.tstops, t0, t1)
+        settings = _settings(alg, field, options, stops)
+        field.accuracy = settings.tolerance
+        direction = 1.0 if t1 >= t0 else -1.0
+        keeps = not transformed and _may_be_kept(prob, options, field)
+        given = (alg_given, options) if keeps else None
+        found = cls(alg, t0, t1, direction, settings, given, field)
+        if keeps:
+            prob.__dict__["_prepared"] = found
+        return found
+
+    def still_holds(self, prob: ODEProblem, alg: Any, options: Options, transformed: bool) -> bool:
+        """Whether the same arguments, as far as they are numbers and methods, mean the same now."""
+        assert self.given is not None
+        known_alg, known = self.given
+        if transformed or not (alg is known_alg or _are_same(alg, known_alg)):
+            return False
+        if options.norm is not None or options.controller is not known.controller:
+            return False
+        if options.tstops is not known.tstops or not _PLAIN.issuperset(map(type, options[:8])):
+            return False
+        structure, u0 = self._field.structure, prob.u0
+        return (
+            options[:8] == known[:8]
+            and StateStructure.of(u0) is structure
+            and not is_autocasting(structure.device)
+        )
+
+    def field(self) -> VectorField:
+        """The right-hand side for one solve."""
+        return self._field if self.given is None else self._field.fresh()
+
+
+def _field_of(prob: ODEProblem | SDEProblem) -> VectorField:
+    return SDEField.of(prob) if isinstance(prob, SDEProblem) else VectorField.of(prob)
+
+
+def _are_same(a: Any, b: Any) -> bool:
+    return isinstance(a, Algorithm) and isinstance(b, Algorithm) and a.key == b.key
+
+
+def _may_be_kept(prob: ODEProblem | SDEProblem, options: Options, field: VectorField) -> bool:
+    """Whether all arguments are such that nothing can change in them without being seen."""
+    return (
+        isinstance(prob, ODEProblem)
+        and isinstance(prob.u0, Tensor)
+        and _PLAIN.issuperset(map(type, (*prob.tspan, *options[:8])))
+        and options.tstops == ()
+        and isinstance(options.tstops, tuple)
+        and options.norm is None
+        and field.f is prob.f  # no autocast is bound to it
+    )
+
+
+def _chosen_algorithm(options: Options, field: VectorField, transformed: bool) -> Algorithm:
+    """What ``alg=None`` means; see ``solve``."""
+    structure, rtol = field.structure, options.rtol
+    tight = isinstance(rtol, (int, float)) and rtol < 1e-6
+    tight = tight and structure.time_dtype == torch.float64
+    rows = structure.is_tensor and len(structure.shapes[0]) > 1
+    size = structure.shapes[0][-1] if rows else structure.size
+    alone = structure.dtype.is_complex or size > _MOST_UNKNOWNS
+    if alone or not options.adaptive or transformed:
+        return _VERN7 if tight else _TSIT5
+    # rows may turn out to be coupled: the explicit method then goes on
+    field.largest_matrix = _MOST_UNKNOWNS
+    return _AUTO_VERN7 if tight else _AUTO_TSIT5
+
+
+def _checked_algorithm(
+    alg: Algorithm | None, prob: ODEProblem, options: Options, field: VectorField, transformed: bool
+) -> Algorithm:
+    if alg is None:
+        alg = _chosen_algorithm(options, field, transformed)
+    if not isinstance(alg, Algorithm):
+        hint = f"; write {alg.__name__}()" if isinstance(alg, type) else ""
+        raise TypeError(f"alg must be a method such as Tsit5(), got {alg!r}{hint}")
+    if isinstance(alg, StochasticMethod):
+        raise ValueError(f"{alg!r} is a method for SDEs: for an ODEProblem use e.g. Tsit5()")
+    if prob.mass_matrix is not None and not alg.supports_mass_matrix:
+        raise ValueError(
+            f"{alg.name} cannot solve M du/dt = f with a mass matrix; where M is regular, "
+            "multiply f by its inverse"
+        )
+    if alg.is_implicit and field.dtype.is_complex:
+        raise ValueError(
+            f"{alg.name} is implicit and needs a real state, got {field.dtype}: write u as its "
+            "real and imaginary parts (torch.view_as_real), or use an explicit method"
+        )
+    return alg
+
+
+def _settings(
+    alg: Algorithm, field: VectorField, options: Options, stops: tuple[float, ...]
+) -> Settings:
+    """How to integrate, checked; plain numbers give the same settings again, not a copy."""
+    rtol, atol, dt, adaptive, dtmin, dtmax, maxiters, progress, _, controller, norm = options
+    stiff = None
+    if controller is None:
+        controller = alg.default_controller()
+        if isinstance(alg, AutoSwitch):
+            stiff = alg.stiff.default_controller()
+    structure = field.structure
+    key = None
+    if norm is None and not stops and _PLAIN.issuperset(map(type, options[:8])):
+        ids = id(controller), id(stiff)  # the settings that are kept hold on to both
+        key = (alg.key, *ids, *options[:8], structure.time_dtype, structure.device)
+        found = _known_settings.get(key)
+        if found is not None:
+            return found
+    settings = Settings(
+        tolerance=Tolerance.build(rtol, atol, structure, norm),
+        controller=controller,
+        controller_stiff=stiff,
+        adaptive=adaptive and alg.adaptive,
+        dt=None if dt is None else _constant("dt", dt),
+        dtmin=float(dtmin),
+        dtmax=float(dtmax),
+        maxiters=_counted(maxiters),
+        tstops=stops,
+        progress=progress,
+    )
+    _check(settings, alg)
+    if key is not None:
+        if len(_known_settings) >= _MOST_SETTINGS:
+            _known_settings.clear()
+        _known_settings[key] = settings
+    return settings
+
+
+def _constant(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} has no gradient: detach it")
+    return float(value)
+
+
+def _counted(maxiters: Any) -> int:
+    if not 0 < maxiters < math.inf:
+        raise ValueError(f"maxiters must be a positive number, got {maxiters}")
+    return int(maxiters)
+
+
+def _check(settings: Settings, alg: Algorithm) -> None:
+    dt, dtmin, dtmax = settings.dt, settings.dtmin, settings.dtmax
+    if dt is None and not settings.adaptive:
+        why = "adaptive=False" if alg.adaptive else f"{alg.name} has no error estimate"
+        raise ValueError(f"{why}: give the step size, dt=...")
+    if dt is not None and not 0 < dt < math.inf:
+        raise ValueError(f"dt must be positive and finite (also backward in time), got {dt}")
+    if not (dtmin >= 0 and dtmax > 0 and dtmin <= dtmax):
+        raise ValueError(f"need 0 <= dtmin <= dtmax and dtmax > 0, got {dtmin} and {dtmax}")
+    if not isinstance(settings.controller, Controller):
+        raise TypeError(f"controller must be e.g. PIController(), got {settings.controller!r}")
