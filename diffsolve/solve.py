@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ from diffsolve.adjoints.select import (
 from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.engine import NativeDense, NativeTrajectory, template
+from diffsolve.engines.native.engine import NativeDense, NativeTrajectory
 from diffsolve.engines.native.field import find
 from diffsolve.engines.native.stochastic_field import find as find_stochastic
 from diffsolve.engines.native.stochastic_memory import template as stochastic_template
+from diffsolve.engines.native.template import template
 from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.prepared import Options, Prepared
 from diffsolve.problems.ode import ODEProblem
@@ -315,12 +316,11 @@ def _steps_of(
     trajectory: Trajectory | NativeTrajectory, outputs: Outputs
 ) -> Steps | Callable[[], Steps]:
     """The steps, or what makes them: most users never look."""
-    estimates: Any = outputs.error, outputs.error_norm, outputs.stiffness
     if isinstance(trajectory, NativeTrajectory):
-        columns = trajectory.columns
-        return columns.steps if outputs.error is None else partial(columns.steps, *estimates)
+        return partial(trajectory.columns.steps, cast("Tensor | None", outputs.estimates))
+    assert outputs.estimates is not None
     times = _as_column(trajectory.step_t), _as_column(trajectory.step_h)
-    return Steps(*times, *estimates)
+    return Steps(*times, *outputs.estimates)
 
 
 def _dense_reader(

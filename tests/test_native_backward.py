@@ -17,7 +17,7 @@ from diffsolve import (
     Tsit5,
     solve,
 )
-from diffsolve.engines.native import engine as engine_module
+from diffsolve.engines.native import template as template_module
 
 
 @each(REVERSIBLE)
@@ -58,7 +58,7 @@ def test_memory_is_freed_after_backward(sensealg):
         _ = node.saved_tensors
     del sol
     gc.collect()
-    slots = (engine_module.L.STATES, engine_module.L.DENSE, engine_module.L.OUT_U)
+    slots = (template_module.L.STATES, template_module.L.DENSE, template_module.L.OUT_U)
     assert not set(slots) & set(memory.held)
     assert all(x() is None for x in kept)
 

@@ -117,7 +117,7 @@ class ContinuousAdjoint(Sensealg):
         carrier = Carrier(job)
         u: Any = _Continuous.apply(self, carrier, job.u0, *job.field.params)
         trajectory = carrier.handed_over()
-        return Outputs(trajectory, u, *job.estimates(trajectory))
+        return Outputs(trajectory, u, job.estimates(trajectory))
 
     def reverse_settings(self, job: Job, tolerance: Tolerance, stops: Sequence[float]) -> Settings:
         forward = job.settings

@@ -105,17 +105,17 @@ class DiscreteAdjoint(Sensealg):
             if job.field.params:
                 u = _Linked.apply(u, *job.field.params)
             if not trajectory.estimates:
-                return Outputs(trajectory, u, *job.estimates(trajectory))
+                return Outputs(trajectory, u, job.estimates(trajectory))
             rows = [(e.error, e.error_norm, e.stiffness) for e in trajectory.estimates]
-            columns = (torch.stack(column) for column in zip(*rows, strict=True))
-            return Outputs(trajectory, u, *columns)
+            columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+            return Outputs(trajectory, u, columns)
 
 
 def run_stepwise(job: Job, tape: StepTape) -> Outputs:
     """Integrate with torch; the outputs' gradient goes back through the steps that ``tape`` has."""
     carrier = Carrier(job, tape)
-    outputs: Any = _Discrete.apply(carrier, job.u0, *job.field.params)
-    return Outputs(carrier.handed_over(), *outputs)
+    u, *estimates = _Discrete.apply(carrier, job.u0, *job.field.params)  # type: ignore[misc]
+    return Outputs(carrier.handed_over(), u, estimates)
 
 
 class _Linked(torch.autograd.Function):

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from diffsolve.adjoints.reversal import in_tolerances, reverse_failure, reverse_stops
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, first_order
-from diffsolve.engines.native.engine import RETCODES, Memory, Wanted
+from diffsolve.engines.native.engine import RETCODES
 from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.memory import Memory
 from diffsolve.engines.native.reverse import Path, ReverseProblem, solve_reverse, sweep
 from diffsolve.engines.native.stochastic_field import NativeSDE
 from diffsolve.engines.native.stochastic_reverse import sweep as stochastic_sweep
+from diffsolve.engines.native.template import Wanted
 from diffsolve.solution import Stats
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Tolerance
@@ -50,35 +52,36 @@ def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
 def run_discrete(job: Job, checkpoints: int | None) -> Outputs:
     """Integrate; the outputs' gradient is the compiled sweep through the steps."""
     carrier = Carrier(job, checkpoints)
-    outputs: Any = _NativeDiscrete.apply(carrier, job.u0, *job.field.params)
-    return Outputs(carrier.handed_over(), *outputs)
+    u, estimates = _NativeDiscrete.apply(carrier, job.u0, *job.field.params)  # type: ignore[misc]
+    return Outputs(carrier.handed_over(), u, estimates)
 
 
 class _NativeDiscrete(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Carrier, u0: Tensor, *params: Tensor) -> Any:
         job = carrier.job
-        wanted = Wanted(job.saves.array, True, True, carrier.kept, job.dense)
+        wanted = Wanted(job.saves.array, True, carrier.kept, job.dense)
         start = u0.detach() if u0.requires_grad else u0
         found = carrier.trajectory = job.run_native(start, wanted)
         ctx.set_materialize_grads(False)
         ctx.counts = 1 + len(params)
         # autograd frees the states after backward, and sees a parameter changed in place
-        ctx.save_for_backward(u0, *params, found.memory.give(L.STATES))
+        ctx.save_for_backward(u0, *params, found.memory.give())
         ctx.carrier, ctx.native, ctx.memory = carrier, job.native, found.memory.records()
-        return found.u, *found.columns.estimates()
+        return found.u, found.columns.estimates()
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+    def backward(ctx: Any, of_saved: Tensor | None, of_steps: Tensor | None) -> Any:
         saved = ctx.saved_tensors
         ctx.inputs = _, *params = saved[: ctx.counts]
         started = time.perf_counter()
         job, native = ctx.carrier.job, ctx.native
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
         pull: Any = stochastic_sweep if isinstance(native, NativeSDE) else sweep
+        cotangents = of_saved, *_rows(of_steps)
         swept = pull(ctx.memory, saved[ctx.counts], cotangents, native.active)
-        u_bar, of_saved, times = None, cotangents[0], job.saves.array
+        u_bar, times = None, job.saves.array
         if ctx.needs_input_grad[1]:
             u_bar = torch.from_numpy(swept.u_bar)
             first = job.t0 if times is None or not len(times) else times[0]
@@ -92,6 +95,13 @@ class _NativeDiscrete(torch.autograd.Function):
         return None, u_bar, *grads
 
 
+def _rows(table: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cotangents of each estimate; None where they are zero, which costs less."""
+    if table is None:
+        return None, None, None
+    return tuple(row if row.count_nonzero() else None for row in table.contiguous())
+
+
 # -- continuous ----------------------------------------------------------------------------------
 
 
@@ -100,7 +110,7 @@ def run_continuous(sensealg: ContinuousAdjoint, job: Job) -> Outputs:
     carrier = Carrier(job)
     u: Any = _NativeContinuous.apply(sensealg, carrier, job.u0, *job.field.params)
     found: Any = carrier.handed_over()
-    return Outputs(found, u, *found.columns.estimates())
+    return Outputs(found, u, found.columns.estimates())
 
 
 class _NativeContinuous(torch.autograd.Function):
@@ -112,13 +122,13 @@ class _NativeContinuous(torch.autograd.Function):
         along, checkpoints = sensealg.along_path, _checkpoints(sensealg)
         kept = along and checkpoints is not None
         dense = job.dense or (along and checkpoints is None)
-        wanted = Wanted(job.saves.array, True, kept, checkpoints, dense, along and not kept)
+        wanted = Wanted(job.saves.array, kept, checkpoints, dense, along and not kept)
         found = carrier.trajectory = job.run_native(u0.detach(), wanted)
         ctx.sensealg, ctx.carrier, ctx.native = sensealg, carrier, job.native
         ctx.times, ctx.counts = [float(t) for t in found.t], 1 + len(params)
         path = ()
         if along:
-            path = (found.memory.give(L.STATES if kept else L.DENSE),)
+            path = (found.memory.give() if kept else found.memory.give_dense(),)
             if not job.dense:
                 found.dense = None
                 found.memory.held.pop(L.DENSE, None)

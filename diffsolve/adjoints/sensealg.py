@@ -14,9 +14,10 @@ from torch import Tensor
 
 from diffsolve.engines.native import engine as native
 from diffsolve.engines.native import stochastic_engine
-from diffsolve.engines.native.engine import NativeTrajectory, Wanted
+from diffsolve.engines.native.engine import NativeTrajectory
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.stochastic_field import NativeSDE
+from diffsolve.engines.native.template import Wanted
 from diffsolve.engines.torch_engine import Recorder, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.problems.vector_field import VectorField
@@ -113,14 +114,16 @@ class Job:
 class Outputs:
     """Differentiable results of a solve: saved states ``(T, N)`` and the steps' estimates.
 
-    Without estimates, those of the native trajectory hold, which nothing differentiates.
+    Attributes
+    ----------
+    estimates
+        ``error, error_norm, stiffness``, in order: rows of one tensor, or a tensor each. None:
+        those of the native trajectory, which nothing differentiates.
     """
 
     trajectory: Trajectory | NativeTrajectory
     u: Tensor
-    error: Tensor | None = None
-    error_norm: Tensor | None = None
-    stiffness: Tensor | None = None
+    estimates: Tensor | Sequence[Tensor] | None = None
 
 
 class Sensealg(ABC):
@@ -174,7 +177,7 @@ class NoAdjoint(Sensealg):
             found = job.run_native(job.u0.detach(), Wanted(job.saves.array, dense=job.dense))
             return Outputs(found, found.u)
         trajectory = job.run(job.u0.detach())
-        return Outputs(trajectory, job.stacked(trajectory.u), *job.estimates(trajectory))
+        return Outputs(trajectory, job.stacked(trajectory.u), job.estimates(trajectory))
 
     def __repr__(self) -> str:
         return "none"

@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.native.compiled import Jacobian
-from diffsolve.engines.native.engine import (
-    Counts,
-    Memory,
-    message_of,
-    template,
-    write_tolerance,
-)
+from diffsolve.engines.native.engine import message_of
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
+from diffsolve.engines.native.memory import Counts, Memory
 from diffsolve.engines.native.method import method_of
 from diffsolve.engines.native.switching import (
     as_polynomials,
@@ -30,6 +25,7 @@ from diffsolve.engines.native.switching import (
     use,
     use_polynomials,
 )
+from diffsolve.engines.native.template import template, write_tolerance
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
@@ -68,13 +64,13 @@ def refuse_lost(status: int) -> None:
 
 
 def sweep(
-    forward: Memory, states: Tensor, cotangents: Sequence[Tensor | None], active: tuple[bool, ...]
+    forward: Memory, records: Tensor, cotangents: Sequence[Tensor | None], active: tuple[bool, ...]
 ) -> Swept:
     """Pull cotangents of the saved states and of the estimates back to the start.
 
     Parameters
     ----------
-    forward, states
+    forward, records
         Of the forward solve.
     cotangents
         Of the saved states ``(T, N)`` and of ``error, error_norm, stiffness`` ``(n,)``.
@@ -83,12 +79,12 @@ def sweep(
     """
     memory, compiled = forward.copy(), forward.native.compiled
     memory.work()
-    memory.hold(L.STATES, states)
+    memory.take(records)
     integers, n, dtype = memory.integers, memory.n, memory.dtype
     memory.restart_counts()
     bars = np.zeros(2 * n + compiled.n_params, dtype)
     memory.hold_new(L.STATE_BAR, bars)
-    integers[L.P_BAR] = integers[L.STATE_BAR] + 2 * n * memory.item
+    integers[L.P_BAR] = integers[L.STATE_BAR] + 2 * n * dtype.itemsize
     slots = (L.SAVED_BARS, L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS)
     for slot, bar in zip(slots, cotangents, strict=True):
         if bar is not None and bar.numel():
@@ -100,10 +96,10 @@ def sweep(
     for run in reversed(runs):
         if len(memory.runs) > 1:
             use(memory, run)
+            if memory.method.is_implicit:
+                memory.work_of_systems()
         addresses = run.template.reverse(compiled, active)
         integers[L.VJP], integers[L.FUSED_VJP], integers[L.JAC_VJP], function = addresses
-        if memory.method.is_implicit:
-            memory.work_of_systems()
         integers[L.SWEPT], integers[L.SWEEP_LAST] = run.end, run.end - 1
         started = time.perf_counter()
         refuse_lost(memory.run(function))
@@ -119,13 +115,16 @@ class Path:
     forward
         Memory of the forward solve.
     kept
-        Its dense records, or with checkpoints the states that were kept.
+        Its dense records, or with checkpoints the records of its steps.
     whole
         Whether ``kept`` are dense records.
     """
 
     def __init__(self, forward: Memory, kept: Tensor, whole: bool):
         self.forward, self.kept, self.whole = forward, kept, whole
+        if not whole:
+            self.forward = forward = forward.copy()
+            forward.take(kept)
         self.direction = forward.reals[L.DIRECTION]
         self.starts, self.sizes, *_ = forward.steps()
         self.end = forward.reals[L.T]
@@ -161,13 +160,13 @@ class Path:
         """Dense records of some steps, repeated from the states that were kept."""
         memory = self.window = self.forward.copy()
         memory.work()
-        memory.hold(L.STATES, self.kept)
         runs = [run for run in runs_of(memory) if run.begin < last and run.end > first]
         parts = []
         for run in runs:
-            use(memory, run)
-            if memory.method.is_implicit:
-                memory.work_of_systems()
+            if len(memory.runs) > 1:
+                use(memory, run)
+                if memory.method.is_implicit:
+                    memory.work_of_systems()
             begin, end = max(first, run.begin), min(last, run.end)
             rows = 1 + memory.method.rows
             dense = np.empty((end - begin, rows, memory.n), memory.dtype)
@@ -263,7 +262,7 @@ def solve_reverse(
         slots = L.FORWARD_RTOL, L.FORWARD_RTOL_STRIDE, L.FORWARD_ATOL, L.FORWARD_ATOL_STRIDE
         write_tolerance(forward_tolerance, slots, integers, memory.held)
     if problem.path is not None:
-        integers[L.PATH_OUT] = integers[L.PARAMS] + len(native.params) * memory.item
+        integers[L.PATH_OUT] = integers[L.PARAMS] + len(native.params) * memory.dtype.itemsize
         problem.path.give(memory, start, start)
     memory.start(problem.z)
     started = time.perf_counter()

@@ -16,7 +16,6 @@ from diffsolve.engines.native.engine import (
     RETCODES,
     NativeTrajectory,
     StepColumns,
-    Wanted,
     message_of,
 )
 from diffsolve.engines.native.stochastic_field import NativeSDE
@@ -27,6 +26,7 @@ from diffsolve.engines.native.stochastic_memory import (
     StochasticTemplate,
     share_out,
 )
+from diffsolve.engines.native.template import Wanted
 from diffsolve.engines.torch_engine import Settings, progress_bar
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.solvers.algorithm import Algorithm
@@ -114,7 +114,7 @@ def _shared(
     """First path and number of paths of each thread."""
     if settings.adaptive or settings.progress or settings.dt is None:
         return [(0, rows)]
-    work = made.work(rows) * abs(t1 - t0) / settings.dt
+    work = made.operations(rows) * abs(t1 - t0) / settings.dt
     lanes = 16
     most = int(min(torch.get_num_threads(), work / _WORK_A_THREAD, rows // lanes))
     if most < 2:
@@ -227,9 +227,9 @@ def _first_step(
 def _joined_estimates(crew: Crew, count: int) -> np.ndarray | None:
     """Error, its norm and stiffness of the steps of several parts, ``(3, count)``."""
     parts = crew.parts
-    if len(parts) == 1 or L.STEP_SUMS not in parts[0].held:
+    if len(parts) == 1 or not parts[0].integers[L.STEP_SUMS]:
         return None
-    total = np.sum([part.held[L.STEP_SUMS] for part in parts], axis=0)
+    total = np.sum([part.sums() for part in parts], axis=0)
     for part in parts:
         part.hold_new(L.STEP_SUMS, total)
     scaled, plain, above, below = total[:count].T

@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.engines.native.blocks import Block
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.engine import Memory, Wanted, write_tolerance
 from diffsolve.engines.native.kernels import kernel
+from diffsolve.engines.native.memory import Memory
 from diffsolve.engines.native.method import address, set_controller
 from diffsolve.engines.native.stochastic import Functions
 from diffsolve.engines.native.stochastic_field import NativeSDE
 from diffsolve.engines.native.stochastic_methods import Formulas, step_method
+from diffsolve.engines.native.template import STEPS, Wanted, write_tolerance
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
@@ -81,13 +83,13 @@ class StochasticTemplate:
         self.formulas = step_method(alg, noise, simple)
         self.method: Any = _Method(self.formulas)
         self.order = alg.order
-        self.most_rows = self.most_stages = self.method.n
         self.compiled, self.settings = compiled, settings
         self.integers = integers = array("q", self.method.integers.tobytes())
         self.reals = reals = array("d", bytes(8 * L.N_REALS))
         set_controller(settings.controller, integers, reals)
         self.held: dict[int, Any] = {}
         single = compiled.single
+        self.dtype = np.dtype(np.float32 if single else np.float64)
         self.advance = kernel("advance", "stochastic", single)
         self.draw = kernel("draw", "stochastic/noise", False)
         integers[L.FUSED] = compiled.step(self.formulas)
@@ -103,7 +105,12 @@ class StochasticTemplate:
         reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
         self._reverse: dict[Any, tuple[int, int, Any]] = {}
 
-    def work(self, rows: int) -> float:
+    def work(self, n: int, jacobian: None = None) -> Block:
+        """Work space for states of ``n`` numbers."""
+        rows = self.method.n
+        return Block([(L.WORK, ((L.W_STAGES + 2 * rows + L.W_BARS) * n + rows,), self.dtype)])
+
+    def operations(self, rows: int) -> float:
         """Operations of a step of so many paths, about; a normal takes fifty."""
         compiled = self.compiled
         return rows * (compiled.size * self.method.n + 50.0 * compiled.m)
@@ -200,7 +207,7 @@ class Part(Memory):
         integers[L.NOISE_SIZE] = size = rows * compiled.m
         integers[L.DIFFUSION_SIZE] = rows * compiled.width
         self.seeds, self.seeded = seeds, seeded
-        integers[L.CHUNK] = max(1, int(_WORK_A_CALL / template.work(rows)))
+        integers[L.CHUNK] = max(1, int(_WORK_A_CALL / template.operations(rows)))
         self.work_of_noise(max(1, min(256, _MOST_AHEAD // max(size, 1))))
 
     def work_of_noise(self, ahead: int) -> None:
@@ -275,14 +282,11 @@ class Part(Memory):
             integers[L.N_SAVES] = integers[L.SAVE_ROOM] = len(out)
         self.held[L.OUT_U] = out
         integers[L.OUT_STRIDE], integers[L.N_ALL] = out.shape[1], out.shape[1]
-        integers[L.OUT_U] = address(out) + self.first * self.functions.d * self.item
+        integers[L.OUT_U] = address(out) + self.first * self.functions.d * self.dtype.itemsize
         integers[L.STEP_ROOM] = room
-        self.hold_steps(np.empty((5, room)))
-        formulas = self.template.formulas  # type: ignore[attr-defined]
-        if formulas.has_estimate or formulas.has_stiffness:
-            self.hold_new(L.STEP_SUMS, np.empty((room, 4)))
+        self.marked = states is not None
+        self.block = self.block_of(room).lay(integers)
         if states is not None:
-            self.hold_new(L.MARKS, np.empty((room, L.N_MARKS), np.int64))
             integers[L.STRIDE], integers[L.STATE_ROOM] = 1, len(states)
             integers[L.THINNING] = wanted.checkpoints is not None
             integers[L.STATE_SIZE] = states.shape[1]
@@ -296,12 +300,25 @@ class Part(Memory):
             self.hold_new(L.COMPLETE, np.empty(room, np.int64))
         self.work_of_reading()
 
+    def block_of(self, room: int) -> Block:
+        """Where the records of so many steps lie; their states lie with those of other parts."""
+        reals, whole = np.dtype(np.float64), np.dtype(np.int64)
+        parts: list[Any] = [(slot, (room,), reals) for slot in STEPS]
+        formulas = self.template.formulas  # type: ignore[attr-defined]
+        if formulas.has_estimate or formulas.has_stiffness:
+            parts.append((L.STEP_SUMS, (room, 4), reals))
+        if self.marked:
+            parts.append((L.MARKS, (room, L.N_MARKS), whole))
+        return Block(parts)
+
+    def sums(self) -> np.ndarray:
+        """What each step added up."""
+        assert self.block is not None
+        return self.block_of(self.integers[L.STEP_ROOM]).part(self.block, L.STEP_SUMS)
+
     def make_room(self) -> None:
         integers = self.integers
-        full = integers[L.ACCEPTED] >= integers[L.STEP_ROOM]
         super().make_room()
-        if full and L.STEP_SUMS in self.held:
-            self._double(L.STEP_SUMS)
         if integers[L.KNOWN] + 2 > integers[L.KNOWN_ROOM]:
             self._intervals(2 * integers[L.KNOWN_ROOM])
         inside = max(integers[L.N_SAVES] - integers[L.SAVED], 0)
@@ -331,8 +348,9 @@ class Crew:
     def integers(self) -> Any:
         return self.parts[0].integers
 
-    def give(self, slot: int) -> Tensor:
+    def give(self) -> Tensor:
         """The states, which autograd keeps alive from now on."""
+        slot = L.STATES
         if len(self.parts) > 1:
             states, self.states = self.states, None
             for part in self.parts:
@@ -349,8 +367,7 @@ class Crew:
             copy: Any = part.copy()
             copy.source = None
             slots = (
-                L.PARAMS, L.STEP_T, L.MARKS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL,
-                L.STEP_SUMS, L.SAVE_NOISE,
+                L.PARAMS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL, L.STEP_SUMS, L.SAVE_NOISE,
             )  # fmt: skip
             copy.held = {slot: part.held[slot] for slot in slots if slot in part.held}
             copy.stop = threading.Event()

@@ -60,7 +60,7 @@ def sweep(
         part.hold_new(L.P_BAR, np.zeros(max(len(entries), 1) * compiled.lanes, dtype))
         if bars[0] is not None and bars[0].numel():
             part.hold(L.SAVED_BARS, bars[0])
-            integers[L.SAVED_BARS] += part.first * compiled.d * part.item
+            integers[L.SAVED_BARS] += part.first * compiled.d * part.dtype.itemsize
         for slot, bar in zip(
             (L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS), bars[1:], strict=True
         ):

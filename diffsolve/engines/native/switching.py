@@ -18,7 +18,8 @@ from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.switching import FACTOR, NONSTIFF_STEPS, STIFF_STEPS
 
 if TYPE_CHECKING:
-    from diffsolve.engines.native.engine import Memory, Template
+    from diffsolve.engines.native.memory import Memory
+    from diffsolve.engines.native.template import Template
 
 _log = logging.getLogger("diffsolve")
 #: Slots that belong to the method at work.
