@@ -21,7 +21,9 @@ from diffsolve.solvers.rosenbrock.tableau import RosenbrockStages
 #: Operations of a step, and of its reverse, up to which they are made one function.
 _MOST = 8_000
 _MOST_IN_REVERSE = 16_000
+Row = list[Node]
 Entries = dict[tuple[int, int], Node]
+Triangle = list[list[tuple[int, Node]]]
 
 
 class TooLong(Exception):
@@ -49,8 +51,8 @@ class SymbolicLU:
         self.cancellation: Node = terms[0] * 0.0
         left = dict(matrix)
         self.order: list[int] = []
-        self.lower: list[list[tuple[int, Node]]] = []  # rows below each pivot, and their factors
-        self.upper: list[list[tuple[int, Node]]] = []  # columns behind each pivot
+        self.lower: Triangle = []  # rows below each pivot, and their factors
+        self.upper: Triangle = []  # columns behind each pivot, likewise in its units
         self.inverse: list[Node] = []
         while len(self.order) < n:
             self._eliminate(left, self._next(left))
@@ -80,23 +82,29 @@ class SymbolicLU:
         self.order.append(k)
         self.inverse.append(inverse)
         self.lower.append(column)
-        self.upper.append(row)
+        self.upper.append([(j, entry * inverse) for j, entry in row])
 
     def solve(self, b: Sequence[Node]) -> list[Node]:
+        return self._substitute(b, self.lower, self.upper)
+
+    def solve_transposed(self, b: Sequence[Node]) -> list[Node]:
+        return self._substitute(b, self.upper, self.lower)
+
+    def _substitute(self, b: Sequence[Node], down: Triangle, up: Triangle) -> list[Node]:
         x = list(b)
-        for k, column in zip(self.order, self.lower, strict=True):
+        for k, column in zip(self.order, down, strict=True):
             for i, factor in column:
                 x[i] = x[i] - factor * x[k]
-        backward = zip(self.order, self.upper, self.inverse, strict=True)
-        for k, row, inverse in reversed(list(backward)):
-            for j, entry in row:
-                x[k] = x[k] - entry * x[j]
+        for k, inverse in zip(self.order, self.inverse, strict=True):
             x[k] = x[k] * inverse
+        for k, row in reversed(list(zip(self.order, up, strict=True))):
+            for j, factor in sorted(row, key=lambda entry: -self.order.index(entry[0])):
+                x[k] = x[k] - factor * x[j]  # the one that is known last comes last
         return x
 
 
 class RosenbrockStep:
-    """Expressions of a step.
+    """Expressions of a step, and of its reverse.
 
     Parameters
     ----------
@@ -121,78 +129,160 @@ class RosenbrockStep:
         self.pool = pool = Pool(outputs[0].pool.dtype, 20 * _MOST)
         self.h = h = pool.input("h", 0)
         self.u = list(pool.inputs("u", self.n))
-        self._f = outputs
+        self.right = outputs
         table = {("u", i): x for i, x in enumerate(self.u)} | {("t", 0): pool.input("times", 0)}
         found = substitute(jacobian.nodes, table, pool)
-        self.entries, slopes = found[: jacobian.entries], found[jacobian.entries :]
+        self.entries, self.slopes = found[: jacobian.entries], found[jacobian.entries :]
+        self.places = list(zip(jacobian.rows.tolist(), jacobian.columns.tolist(), strict=True))
         unit = pool.const(1.0 / stages.gamma)
         matrix: Entries = {(i, i): unit for i in range(self.n)}
         terms = [unit] * self.n
-        places = zip(jacobian.rows.tolist(), jacobian.columns.tolist(), strict=True)
-        for place, entry in zip(places, self.entries, strict=True):
+        for place, entry in zip(self.places, self.entries, strict=True):
             term = h * entry
             if place[0] == place[1]:
                 terms[place[0]] = terms[place[0]] + pool.unary("abs", term)
             matrix[place] = matrix[place] - term if place in matrix else -term
-        lu = SymbolicLU(matrix, self.n, terms)
-        self.check = lu.cancellation
-        k = self.k = [list(pool.inputs("k", self.n))]
-        for i in range(1, stages.n - 1):
-            right = k[0] if i == 1 else self._evaluate(i)
-            right = [pool.sum([x, *y]) for x, y in zip(right, self._coupled(i), strict=True)]
-            if slopes and stages.d[i]:
-                factor = h * float(stages.d[i])
-                right = [x + factor * y for x, y in zip(right, slopes, strict=True)]
-            k.append(lu.solve(right))
-            if len(needed([x for row in k for x in row])) > _MOST:
-                raise TooLong
-        self.new = self._state(stages.n - 1)
-        k.append(self._at(stages.n - 1, self.new))
+        self.lu = SymbolicLU(matrix, self.n, terms)
 
-    def _coupled(self, i: int) -> list[list[Node]]:
-        row = self.stages.coupling[i]
-        used = [(float(c), self.k[j]) for j, c in enumerate(row[:i]) if c]
-        return [[c * values[m] for c, values in used] for m in range(self.n)]
+    def _sums(self, start: Sequence[Node], weights: Any, k: Sequence[Row]) -> Row:
+        """``start`` and weighted stages, one by one: only the last has to wait for the newest."""
+        found = list(start)
+        for weight, row in zip(weights, k, strict=False):
+            if weight:
+                found = [x + float(weight) * y for x, y in zip(found, row, strict=True)]
+        return found
 
-    def _state(self, i: int) -> list[Node]:
-        used = [(float(a), self.k[j]) for j, a in enumerate(self.stages.a[i, :i]) if a]
-        sums = (self.pool.sum([a * values[m] for a, values in used]) for m in range(self.n))
-        return [x + self.h * y for x, y in zip(self.u, sums, strict=True)]
+    def state(self, i: int, k: Sequence[Row]) -> Row:
+        """What ``f`` is given for row ``i``."""
+        *weights, newest = self.stages.a[i, :i]
+        sums = self._sums([self.pool.const(0.0)] * self.n, weights, k)
+        g = [x + self.h * y if any(weights) else x for x, y in zip(self.u, sums, strict=True)]
+        scale = self.h * float(newest)
+        return [x + scale * y if newest else x for x, y in zip(g, k[i - 1], strict=True)]
 
-    def _at(self, i: int, g: Sequence[Node]) -> list[Node]:
-        table = {("u", m): x for m, x in enumerate(g)} | {("t", 0): self.pool.input("times", i)}
-        return substitute(self._f, table, self.pool)
+    def at(
+        self, i: int, g: Row, nodes: Sequence[Node | None], w: Sequence[Node] = ()
+    ) -> list[Node | None]:
+        """Expressions of ``u``, ``w`` and the time, with the values of these at row ``i``."""
+        table = {("u", m): x for m, x in enumerate(g)} | {("w", m): x for m, x in enumerate(w)}
+        table["t", 0] = self.pool.input("times", i)
+        found = iter(substitute([x for x in nodes if x is not None], table, self.pool))
+        return [x if x is None else next(found) for x in nodes]
 
-    def _evaluate(self, i: int) -> list[Node]:
-        return self._at(i, self._state(i))
+    def field(self, i: int, g: Row) -> Row:
+        return [x for x in self.at(i, g, self.right) if x is not None]
+
+    def _right(self, i: int, k: Sequence[Row]) -> Row:
+        """The right-hand side of the system of stage ``i``."""
+        scale = self.h * float(self.stages.d[i])
+        zero = self.pool.const(0.0)
+        slopes = [scale * x for x in self.slopes] if self.stages.d[i] else []
+        known = self._sums(slopes or [zero] * self.n, self.stages.coupling[i, :i], k)
+        f = k[0] if i == 1 else self.field(i, self.state(i, k))
+        return [x + y for x, y in zip(f, known, strict=True)]
 
     def outputs(self) -> list[Output]:
         """The stages, the new state, the entries of the Jacobian, the error and the check."""
-        flat = [x for row in self.k[1:] for x in row]
-        found = [Output("k", self.n + i, x) for i, x in enumerate(flat)]
-        found += [Output("new", i, x) for i, x in enumerate(self.new)]
+        n, last = self.n, self.stages.n - 1
+        k = [list(self.pool.inputs("k", n))]
+        for i in range(1, last):
+            k.append(self.lu.solve(self._right(i, k)))
+            if len(needed([x for row in k for x in row])) > _MOST:
+                raise TooLong
+        new = self.state(last, k)
+        k.append(self.field(last, new))
+        found = [Output("k", n * i + m, k[i][m]) for i in range(1, last + 1) for m in range(n)]
+        found += [Output("new", i, x) for i, x in enumerate(new)]
         found += [Output("jac", i, x) for i, x in enumerate(self.entries)]
         if self.stages.b_error is not None:
-            used = [(float(b), self.k[j]) for j, b in enumerate(self.stages.b_error) if b]
-            for m in range(self.n):
-                total = self.pool.sum([b * values[m] for b, values in used])
-                found.append(Output("error", m, self.h * total))
-        return [*found, Output("check", 0, self.check)]
+            sums = self._sums([self.pool.const(0.0)] * n, self.stages.b_error, k)
+            found += [Output("error", i, self.h * x) for i, x in enumerate(sums)]
+        return [*found, Output("check", 0, self.lu.cancellation)]
 
     def reverse(self, entries: Sequence[int]) -> list[Output]:
         """Cotangents of the stages and of the new state, pulled back to the start of the step.
 
-        Added to: ``bar`` of the state, row 0 of ``k_bar``, and ``p_bar`` at ``entries``.
+        The stages are read from ``k``: they solve their systems, which is all that is
+        differentiated of them. Added to: ``bar`` of the state, row 0 of ``k_bar``, and ``p_bar``
+        at ``entries``.
         """
-        pool, n = self.pool, self.n
-        flat = [x for row in self.k[1:] for x in row]
-        bars = [pool.input("k_bar", n + i) for i in range(len(flat))]
-        bars += [pool.input("new_bar", i) for i in range(n)]
-        places = [("u", "bar", i) for i in range(n)] + [("k", "k_bar", i) for i in range(n)]
-        places += [("p", "p_bar", i) for i in entries]
-        wrt = [pool.input(block, i) for block, _, i in places]
-        found = vjp([*flat, *self.new], bars, wrt)
-        if len(needed([x for x in found if x is not None])) > _MOST_IN_REVERSE:
+        found = _Reverse(self, entries).outputs()
+        if len(needed([x.node for x in found])) > _MOST_IN_REVERSE:
             raise TooLong
-        pairs = zip(places, found, strict=True)
-        return [Output(bar, i, x, add=True) for (_, bar, i), x in pairs if x is not None]
+        return found
+
+
+class _Reverse:
+    """Sums of the cotangents of a step, made from its last row to its first."""
+
+    def __init__(self, step: RosenbrockStep, entries: Sequence[int]):
+        self.step, self.pool, self.n = step, step.pool, step.n
+        self.entries = entries
+        n, rows = step.n, step.stages.n
+        self.k = [[self.pool.input("k", n * i + m) for m in range(n)] for i in range(rows)]
+        self.k_bar = [[self.pool.input("k_bar", n * i + m) for m in range(n)] for i in range(rows)]
+        self.k_bar[0] = self._zeros(n)  # what is to be added to it
+        self.u_bar, self.p_bar = self._zeros(n), self._zeros(len(entries))
+        self.jac_bar, self.slope_bar = self._zeros(len(step.places)), self._zeros(len(step.slopes))
+        self.state_bar = list(self.pool.inputs("new_bar", n))
+        f, source = step.right, step.right[0].pool
+        wrt = [*source.inputs("u", n), *(source.input("p", e) for e in entries)]
+        self._products = vjp(f, list(source.inputs("w", n)), wrt)
+        self._through_field(rows - 1, self.k_bar[-1])
+        for i in range(rows - 2, 0, -1):
+            w = step.lu.solve_transposed(self.k_bar[i])
+            self._through_system(i, w)
+            self._through_field(i, w)
+        self._through_jacobian()
+
+    def _zeros(self, count: int) -> Row:
+        return [self.pool.const(0.0)] * count
+
+    def _through_system(self, i: int, w: Row) -> None:
+        """From what a stage's right-hand side is to get: to its matrix, and the stages before."""
+        for e, (row, column) in enumerate(self.step.places):
+            self.jac_bar[e] = self.jac_bar[e] + w[row] * self.k[i][column]
+        if self.step.stages.d[i]:
+            _add(self.slope_bar, w, float(self.step.stages.d[i]))
+        for j, c in enumerate(self.step.stages.coupling[i, :i]):
+            if c:
+                _add(self.k_bar[j], w, float(c))
+
+    def _through_field(self, i: int, w: Row) -> None:
+        """Through ``f`` at the state of row ``i``, and from there to the stages before."""
+        if i == 1:  # it is row 0
+            _add(self.k_bar[0], w)
+            _add(self.u_bar, self.state_bar)
+            return
+        found = self.step.at(i, self.step.state(i, self.k), self._products, w)
+        _add(self.state_bar, found[: self.n])
+        _add(self.p_bar, found[self.n :])
+        a = self.step.stages.a
+        # where the state before is a part of this one, what both give to the stages is given once
+        shared = np.array_equal(a[i, : i - 1], a[i - 1, : i - 1])
+        for j in range(i - 1 if shared else 0, i):
+            if a[i, j]:
+                _add(self.k_bar[j], self.state_bar, self.step.h * float(a[i, j]))
+        if not shared:
+            _add(self.u_bar, self.state_bar)
+            self.state_bar = self._zeros(self.n)
+
+    def _through_jacobian(self) -> None:
+        step, n = self.step, self.n
+        bars = [step.h * x for x in (*self.jac_bar, *self.slope_bar)]
+        wrt = [*step.u, *(self.pool.input("p", e) for e in self.entries)]
+        found = vjp([*step.entries, *step.slopes], bars, wrt)
+        _add(self.u_bar, found[:n])
+        _add(self.p_bar, found[n:])
+
+    def outputs(self) -> list[Output]:
+        found = [("bar", i, x) for i, x in enumerate(self.u_bar)]
+        found += [("k_bar", i, x) for i, x in enumerate(self.k_bar[0])]
+        found += [("p_bar", i, x) for i, x in zip(self.entries, self.p_bar, strict=True)]
+        return [Output(block, i, x, add=True) for block, i, x in found if not x.is_const]
+
+
+def _add(target: Row, row: Sequence[Node | None], factor: Node | float = 1.0) -> None:
+    for m, x in enumerate(row[: len(target)]):
+        if x is not None:
+            target[m] = target[m] + factor * x
