@@ -35,7 +35,7 @@ _OUTSIDE = re.compile(
 
 def _kernels(family: Any, measure: Any, estimates: Any, complete: Any, reverse_complete: Any):
     """The kernels of a family of methods: loops, and the functions of its steps that they call."""
-    step, reverse = family.take_step, (family.combine_results, estimates, family.reverse_step)
+    step, reverse = family.take_step, (family.recall, estimates, family.reverse_step)
     return {
         "advance": (advance, (step, measure, complete, polynomial_at)),
         "sweep": (sweep, (step, *reverse, complete, reverse_complete)),

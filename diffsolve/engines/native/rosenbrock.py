@@ -182,7 +182,7 @@ class RosenbrockStep:
         return [x + y for x, y in zip(f, known, strict=True)]
 
     def outputs(self) -> list[Output]:
-        """The stages, the new state, the entries of the Jacobian, the error and the check."""
+        """The stages, the new state, the Jacobian and its radius, the error and the check."""
         n, last = self.n, self.stages.n - 1
         k = [list(self.pool.inputs("k", n))]
         for i in range(1, last):
@@ -194,10 +194,34 @@ class RosenbrockStep:
         found = [Output("k", n * i + m, k[i][m]) for i in range(1, last + 1) for m in range(n)]
         found += [Output("new", i, x) for i, x in enumerate(new)]
         found += [Output("jac", i, x) for i, x in enumerate(self.entries)]
+        found.append(Output("jac", len(self.entries) + len(self.slopes), self._radius()))
         if self.stages.b_error is not None:
             sums = self._sums([self.pool.const(0.0)] * n, self.stages.b_error, k)
             found += [Output("error", i, self.h * x) for i, x in enumerate(sums)]
         return [*found, Output("check", 0, self.lu.cancellation)]
+
+    def _radius(self) -> Node:
+        """``spectral_radius`` of ``kernels/implicit.py``; not finite where that is to be asked."""
+        pool = self.pool
+        signs = [pool.const(1.0 - 2.0 * (i.bit_count() % 2)) for i in range(self.n)]
+        first, _ = self._scaled_image(signs)
+        second, peak = self._scaled_image(first)
+        third = self._image(second)
+        above, below = (pool.sum([x * x for x in row]) for row in (third, first))
+        return pool.unary("sqrt", peak * pool.unary("sqrt", above / below))
+
+    def _image(self, x: Sequence[Node]) -> Row:
+        terms: list[Row] = [[] for _ in range(self.n)]
+        for (row, column), entry in zip(self.places, self.entries, strict=True):
+            terms[row].append(entry * x[column])
+        return [self.pool.sum(row) for row in terms]
+
+    def _scaled_image(self, x: Sequence[Node]) -> tuple[Row, Node]:
+        """The image by the Jacobian in units of its largest magnitude, and that."""
+        y = self._image(x)
+        peak = self.pool.extreme("largest", [self.pool.unary("abs", z) for z in y])
+        scale = 1.0 / peak
+        return [z * scale for z in y], peak
 
     def reverse(self, entries: Sequence[int]) -> list[Output]:
         """Cotangents of the stages and of the new state, pulled back to the start of the step.

@@ -1,8 +1,9 @@
 """The reverse pass of the discrete adjoint in machine code: ``adjoints/sweep.py``, step by step.
 
-What a family of methods does is given to it as functions: ``step`` takes a step again,
-``results`` combines its stages where they were kept, ``estimates`` and ``reverse`` pull cotangents
-through it, ``complete`` and ``reverse_complete`` do so with stages of the interpolant alone.
+What a family of methods does is given to it as functions: ``step`` takes a step again; ``recall``
+makes of it what the next two need, from what was kept; ``estimates`` and ``reverse`` pull
+cotangents through it, ``complete`` and ``reverse_complete`` do so with stages of the interpolant
+alone.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def remake_segment(I, R, begin, last, step, like):
 
 
 @inlined
-def sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse_complete, like):
+def sweep_step(I, R, index, step, recall, estimates, reverse, complete, reverse_complete, like):
     """From the cotangents of the state after a step to those of the one before it."""
     n, size = I[L.N], size_of(like)
     stages, rows = I[L.STAGES], I[L.STAGES] + I[L.EXTRA]
@@ -102,13 +103,10 @@ def sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse
     marks = marks_of(I, index)
     load_state(I, R, index, step, like)
     forget(I, R)
-    if I[L.STATE_ROWS] > 2:
-        results(I, R, h, like)
-    else:
-        before = I[L.NF]
-        if not step(I, R, t, h, like):
-            I[L.LOST] = 1
-        I[L.NF] = before  # counted when they are differentiated
+    I[L.WHOLE], before = marks[L.MARK_WHOLE], I[L.NF]
+    if not recall(I, R, t, h, marks[L.MARK_INSIDE], like):
+        I[L.LOST] = 1
+    I[L.NF] = before  # evaluations are counted when they are differentiated
     I[L.WHOLE] = marks[L.MARK_WHOLE]
 
     new_bar, total = bar_row(I, NEW, like), bar_row(I, TOTAL, like)
@@ -150,14 +148,14 @@ def sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse
 
 
 @inlined
-def sweep(I, R, step, results, estimates, reverse, complete, reverse_complete, like):
+def sweep(I, R, step, recall, estimates, reverse, complete, reverse_complete, like):
     """Go back through the recorded steps; return to Python after ``CHUNK`` of them."""
     for _ in range(I[L.CHUNK]):
         if I[L.SWEPT] == I[L.RUN_BEGIN]:
             return L.DONE
         I[L.SWEPT] -= 1
         index = I[L.SWEPT]
-        sweep_step(I, R, index, step, results, estimates, reverse, complete, reverse_complete, like)
+        sweep_step(I, R, index, step, recall, estimates, reverse, complete, reverse_complete, like)
         if I[L.LOST] != 0:
             return L.NEWTON_FAILED
     return L.DONE if I[L.SWEPT] == I[L.RUN_BEGIN] else L.GO_ON

@@ -196,7 +196,7 @@ def systems(jacobian: Jacobian, n: int) -> list[Part]:
         (L.MATRIX, (head, head), _FLOAT64),
         (L.PIVOTS, (head,), _INT64),
         (L.VECTOR, (n,), _FLOAT64),
-        (L.JAC_VALUES, (values,), _FLOAT64),
+        (L.JAC_VALUES, (values + 1,), _FLOAT64),
         (L.JAC_BAR, (values,), _FLOAT64),
     ]
 

@@ -69,7 +69,21 @@ def take_step(I, R, t, h, like):
 
 
 @inlined
-def combine_results(I, R, h, like):
+def recall(I, R, t, h, inside, like):
+    """Make the stages of a step and its results for the reverse pass, where it reads them."""
+    if I[L.STATE_ROWS] > 2:
+        combine_results(I, h, like)
+        return True
+    estimated = I[L.ERROR_BARS] != 0 or I[L.ERROR_NORM_BARS] != 0 or I[L.STIFFNESS_BARS] != 0
+    completed = inside > 0 and I[L.EXTRA] > 0 and I[L.SAVED_BARS] != 0
+    if I[L.FUSED_VJP] == 0 or estimated or completed:
+        return take_step(I, R, t, h, like)
+    copy(I[L.N], row(I, L.W_DU, like), stage(I, 0, like), like)
+    return True  # one function does all from the start of the step
+
+
+@inlined
+def combine_results(I, h, like):
     """What a step gives, from stages that are known."""
     stages, same = I[L.STAGES], I[L.STIFF_STAGE]
     combine(I, I[L.A], same * stages, same, h, row(I, L.W_STIFF, like), like)

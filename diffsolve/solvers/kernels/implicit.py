@@ -21,7 +21,14 @@ from diffsolve.solvers.kernels.linear import (
     solve_transposed,
 )
 from diffsolve.solvers.kernels.memory import cast, inlined, reals, view
-from diffsolve.solvers.kernels.norms import add_scaled, copy, distance, fill_zero, scaled_norm
+from diffsolve.solvers.kernels.norms import (
+    add_scaled,
+    copy,
+    distance,
+    fill_zero,
+    is_finite,
+    scaled_norm,
+)
 from diffsolve.solvers.kernels.rows import bar_row, combine_error, row, stage, through_combination
 
 
@@ -74,6 +81,14 @@ def spectral_radius(I, R, t, h, first, second, third, spare, like):
 
 
 @inlined
+def radius_of_step(I, like):
+    """The estimate that the function left behind the Jacobian which took the step; else NaN."""
+    if I[L.WHOLE] == 0:
+        return math.nan
+    return float(view(I[L.JAC_VALUES], like)[I[L.JAC_ENTRIES] + I[L.TIME_TERMS]])
+
+
+@inlined
 def combine_smoothed(I, R, h, like):
     """The error row; through the matrix of the stages where the method wants it smooth."""
     combine_error(I, I[L.B_ERROR], h, row(I, L.W_ERROR, like), like)
@@ -93,22 +108,24 @@ def measure(I, R, t, h, like):
     u, new = row(I, L.W_U, like), row(I, L.W_NEW, like)
     error, norm, stiffness = 0.0, 0.0, math.nan
     if I[L.B_ERROR] == 0:
-        if not distance(n, new, 0, like) < math.inf:
+        if not is_finite(n, new, like):
             error = math.nan
     else:
         norm = distance(n, row(I, L.W_ERROR, like), 0, like) / math.sqrt(n)
         error = scaled_norm(I, row(I, L.W_ERROR, like), u, new, like)
         if not norm < math.inf:
             error = math.nan
-    if not distance(n, stage(I, I[L.STAGES] - 1, like), 0, like) < math.inf:
+    if not is_finite(n, stage(I, I[L.STAGES] - 1, like), like):
         error = math.nan
     wanted = I[L.STIFFNESS] != 0 or I[L.SWITCH] != 0
     if wanted and (error <= 1.0 or (I[L.ADAPTIVE] == 0 and error < math.inf)):
         if I[L.JVP] == 0:  # there are no products but with entries
             jacobian_of_step(I, R, t, h, u, like)
-        first, second = row(I, L.W_STIFF, like), row(I, L.W_LOW, like)
-        third, spare = row(I, L.W_TEMP, like), row(I, L.W_BASE, like)
-        stiffness, _ = spectral_radius(I, R, t, h, first, second, third, spare, like)
+        stiffness = radius_of_step(I, like)
+        if not stiffness < math.inf:
+            first, second = row(I, L.W_STIFF, like), row(I, L.W_LOW, like)
+            third, spare = row(I, L.W_TEMP, like), row(I, L.W_BASE, like)
+            stiffness, _ = spectral_radius(I, R, t, h, first, second, third, spare, like)
         if not stiffness < math.inf:
             error = math.nan
     R[L.LAST_ERROR], R[L.LAST_STIFFNESS] = error, stiffness
@@ -157,16 +174,18 @@ def reverse_estimates(I, R, t, h, index, like):
     """
     n = I[L.N]
     wanted = I[L.STIFFNESS_BARS] != 0
-    smoothed = I[L.SMOOTHED] != 0 and (I[L.ERROR_BARS] != 0 or I[L.ERROR_NORM_BARS] != 0)
+    of_error = I[L.B_ERROR] != 0 and (I[L.ERROR_BARS] != 0 or I[L.ERROR_NORM_BARS] != 0)
+    smoothed = I[L.SMOOTHED] != 0 and of_error
     if wanted or smoothed:
         evaluate_jacobian(I, R, t, t, t + h, row(I, L.W_U, like), like)
         I[L.FRESH] = 1
     if smoothed:
         factor(I, R, h, like)
         combine_smoothed(I, R, h, like)
-    elif I[L.B_ERROR] != 0:
+    elif of_error:
         combine_error(I, I[L.B_ERROR], h, row(I, L.W_ERROR, like), like)
-    reverse_error(I, index, like)
+    if of_error:
+        reverse_error(I, index, like)
     error_bar = bar_row(I, ERROR, like)
     if smoothed:
         solve_transposed(I, R, error_bar, like)
@@ -175,7 +194,7 @@ def reverse_estimates(I, R, t, h, index, like):
         copy(n, error_bar, spare, like)
         fill_zero(n, error_bar, like)
         add_scaled(n, 1.0 / reals(I[L.GAMMA])[0], spare, error_bar, like)
-    if I[L.B_ERROR] != 0:
+    if of_error:
         through_combination(I, I[L.B_ERROR], 0, I[L.STAGES], h, error_bar, like)
     if wanted:
         bar = float(view(I[L.STIFFNESS_BARS], like)[index])

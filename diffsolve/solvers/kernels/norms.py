@@ -50,6 +50,15 @@ def add_scaled(n, a, source, target, like):
 
 
 @inlined
+def is_finite(n, x_row, like):
+    x = view(x_row, like)
+    total = 0.0
+    for m in range(n):
+        total += 0.0 * float(x[m])  # NaN for what is not
+    return total == 0.0
+
+
+@inlined
 def distance(n, x_row, y_row, like):
     """Euclidean norm of ``x - y``, or of ``x`` where ``y_row`` is 0; NaN where not finite."""
     x = view(x_row, like)

@@ -134,10 +134,14 @@ def reverse_fused_step(I, t, h, like):
 
 
 @inlined
-def combine_results(I, R, h, like):
-    """The new state, from stages that are known."""
-    last = I[L.STAGES] - 1
-    combine(I, I[L.A], last * I[L.STAGES], last, h, row(I, L.W_NEW, like), like)
+def recall(I, R, t, h, inside, like):
+    """Make the stages of a step for the reverse pass, and its new state where that is read."""
+    if I[L.STATE_ROWS] == 2:
+        return take_step(I, R, t, h, like)
+    if I[L.FUSED_VJP] == 0 or I[L.WHOLE] == 0 or I[L.ERROR_BARS] != 0:
+        last = I[L.STAGES] - 1
+        combine(I, I[L.A], last * I[L.STAGES], last, h, row(I, L.W_NEW, like), like)
+    return True
 
 
 @inlined

@@ -142,10 +142,13 @@ def take_step(I, R, t, h, like):
 
 
 @inlined
-def combine_results(I, R, h, like):
-    """The new state, from stages that are known."""
+def recall(I, R, t, h, inside, like):
+    """Make the stages of a step and its new state for the reverse pass; whether that worked."""
+    if I[L.STATE_ROWS] == 2:
+        return take_step(I, R, t, h, like)
     count, last = I[L.STAGES], I[L.STAGES] - 1
     combine(I, I[L.A], last * count, count, h, row(I, L.W_NEW, like), like)
+    return True
 
 
 @inlined
