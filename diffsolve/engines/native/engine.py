@@ -65,23 +65,28 @@ class StepColumns:
     Attributes
     ----------
     table
-        ``(5, n)`` float64; single numbers fill the first half of a row.
+        ``(5, room)`` float64; single numbers fill the first half of a row. Its first two rows are
+        read again by the reverse pass and for dense output.
+    count
+        Steps in it.
     dtype
         Of the estimates.
     """
 
     table: np.ndarray
+    count: int
     dtype: np.dtype
 
     def times(self) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self.table[0]), torch.from_numpy(self.table[1])
+        t, h = self.table[:2, : self.count].copy()
+        return torch.from_numpy(t), torch.from_numpy(h)
 
     def estimates(self) -> Tensor:
         """``error, error_norm, stiffness``: ``(3, n)``."""
         rows = self.table[2:]
         if self.dtype != rows.dtype:
-            rows = rows.view(self.dtype)[:, : self.table.shape[1]]
-        return torch.from_numpy(rows)
+            rows = rows.view(self.dtype)
+        return torch.from_numpy(rows[:, : self.count])
 
     def steps(self, estimates: Tensor | None = None) -> Steps:
         """The columns of all, or the times with estimates that are differentiated."""
@@ -108,7 +113,7 @@ class NativeTrajectory:
 
     @property
     def naccept(self) -> int:
-        return self.columns.table.shape[1]
+        return self.columns.count
 
 
 def integrate(
@@ -145,17 +150,15 @@ def integrate(
     kernel_s = time.perf_counter() - started
     integers, reals, held = memory.integers, memory.reals, memory.held
     saved = integers[L.SAVED]
-    table = memory.steps().copy()
     if wanted.times is None:
-        ends = [*table[0].tolist(), reals[L.T]]
-        times: Sequence[float] = ends[:saved]
+        times: Sequence[float] = [*memory.steps()[0].tolist(), reals[L.T]][:saved]
     else:
         times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]  # type: ignore[assignment]
     out = held[L.OUT_U]
     found = NativeTrajectory(
         t=times,
         u=torch.from_numpy(out if saved == len(out) else out[:saved]),
-        columns=StepColumns(table, memory.dtype),
+        columns=StepColumns(held[L.STEP_T], integers[L.ACCEPTED], memory.dtype),
         counts=memory.counts(),
         nreject=integers[L.REJECTED],
         final_t=reals[L.T],
@@ -168,10 +171,7 @@ def integrate(
         found.message = message_of(status, memory, alg, settings, t1)
     del held[L.WORK], held[L.START]
     held.pop(L.MATRIX, None)
-    if not wanted.states:
-        memory.block = None
     if wanted.dense:
-        memory.hold_steps(table.copy())  # what was given away may be overwritten
         if len(memory.runs) > 1:
             join_dense(memory)
         found.dense = NativeDense(memory, t0, u0)

@@ -19,10 +19,10 @@ from diffsolve.engines.native.switching import Run, switch
 from diffsolve.engines.native.template import STEPS, Kept, Template, Wanted, systems
 from diffsolve.solvers.kernels import layout as L
 
-_COUNTERS = (L.NF, L.NJAC, L.NLU, L.NSOLVE, L.NNEWTON)
+_NO_COUNTS = array("q", [0] * (L.NNEWTON + 1 - L.NJAC))
 _NO_JACOBIAN = array("q", [0] * (L.FACTORED + 1 - L.HAS_JAC))
 _INT64 = np.dtype(np.int64)
-_RECORDS = (L.PARAMS, L.STEP_T, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL)
+_RECORDS = (L.PARAMS, L.STEP_T, L.SAVES, L.STOPS, L.BREAKS)
 Counts = tuple[int, ...]  # as Stats.count takes them
 
 
@@ -46,8 +46,7 @@ class Memory:
     source: Memory | None = None  # keeps alive what a copy points to
     jacobian_at_work: Jacobian | None = None
     identity: np.ndarray | None = None  # so do polynomials that stand for stages
-    kept: Kept | None = None
-    block: np.ndarray | None = None  # the records of the steps
+    block: np.ndarray | None = None  # states and marks of the steps
 
     def __init__(
         self,
@@ -65,15 +64,11 @@ class Memory:
         self.runs = [Run(template, 0)]
         self.n = n
         self.dtype = template.dtype
-        self.integers = integers = template.integers[:]
+        self.kept = kept = None if wanted is None else template.kept(wanted)
+        self.integers = integers = (template if kept is None else kept).integers[:]
         self.reals = reals = template.reals[:]
-        self.held: dict[int, Any] = template.held.copy()
-        if wanted is not None:
-            self.want(wanted)
-            integers = self.integers
-        self.arguments = integers.buffer_info()[0], reals.buffer_info()[0]
-        integers[L.N] = n
-        integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = 1, self.arguments[0] + 8 * L.N
+        self.arguments = here, _ = integers.buffer_info()[0], reals.buffer_info()[0]
+        integers[L.N], integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = n, 1, here + 8 * L.N
         self.is_own_field = field is not None
         self.jacobian = jacobian or native.compiled.jacobian
         given = None
@@ -83,11 +78,14 @@ class Memory:
                 self.jacobian_at_work = given = self.jacobian()
                 integers[L.JAC : L.HEAD + 1] = given.slots
         self._work = template.work(n, given)
-        self.hold(L.PARAMS, params)
+        self.held: dict[int, Any] = {L.PARAMS: params}  # beside what the template holds
+        integers[L.PARAMS] = params.data_ptr()
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
             integers[L.N_BREAKS] = len(breaks)
         self.work()
+        if kept is not None and wanted is not None:
+            self._make_first_room(kept, wanted.times)
 
     def prepare_stiff(self) -> Any:
         """Make what the reverse pass of the stiff method needs; where one is wanted, set anew."""
@@ -138,25 +136,22 @@ class Memory:
         return (integers[L.NF], *integers[L.NJAC : L.NNEWTON + 1])
 
     def restart_counts(self) -> None:
-        for slot in _COUNTERS:
-            self.integers[slot] = 0
+        self.integers[L.NF] = 0
+        self.integers[L.NJAC : L.NNEWTON + 1] = _NO_COUNTS
 
     def steps(self) -> np.ndarray:
         """Start, size and estimates of each step, in rows."""
-        count, room = self.integers[L.ACCEPTED], self.integers[L.STEP_ROOM]
-        if self.block is None:
-            return self.held[L.STEP_T][:, :count]
-        return self.block[: len(STEPS) * room].reshape(len(STEPS), room)[:, :count]
+        return self.held[L.STEP_T][:, : self.integers[L.ACCEPTED]]
 
     def give(self) -> Tensor:
-        """The records of the steps, that something else keeps alive from now on."""
+        """States and marks of the steps, that something else keeps alive from now on."""
         block, self.block = self.block, None
         assert block is not None
         return torch.from_numpy(block)
 
     def take(self, records: Tensor) -> None:
-        """Records that ``give`` gave, which may have been somewhere else in between."""
-        self.block = records.numpy()
+        """What ``give`` gave, which may have been somewhere else in between."""
+        self.held[L.STATES] = records
         self.block_of(self.integers[L.STEP_ROOM]).lay_at(records.data_ptr(), self.integers)
 
     def give_dense(self) -> Tensor:
@@ -205,16 +200,15 @@ class Memory:
     def state(self) -> Tensor:
         return torch.from_numpy(self.held[L.WORK].view(self.dtype)[: self.n].copy())
 
-    def want(self, wanted: Wanted) -> None:
-        """Room for what is to be kept."""
-        self.kept = kept = self.template.kept(wanted)
-        self.integers = integers = kept.integers[:]
-        times, room = wanted.times, kept.room
+    def _make_first_room(self, kept: Kept, times: Any) -> None:
+        integers, room = self.integers, kept.room
         if times is not None:
-            self.hold_new(L.SAVES, np.asarray(times, dtype=np.float64))
+            self.held[L.SAVES], integers[L.SAVES] = kept.placed(times)
             integers[L.N_SAVES] = integers[L.SAVE_ROOM] = room = len(times)
         self.hold_new(L.OUT_U, np.empty((room, self.n), self.dtype))
-        self.block = kept.block.lay(integers)
+        self.hold_steps(np.empty((len(STEPS), kept.room)))
+        if kept.block is not None:
+            self.block = kept.block.lay(integers)
         if kept.dense is not None:
             self.hold_new(L.DENSE, np.empty(kept.dense, self.dtype))
             self.hold_new(L.COMPLETE, np.empty(kept.room, _INT64))
@@ -222,10 +216,15 @@ class Memory:
     def make_room(self) -> None:
         """Twice as much, for what is full."""
         integers = self.integers
-        if self.block is not None and integers[L.ACCEPTED] >= integers[L.STEP_ROOM]:
-            old = self.block_of(integers[L.STEP_ROOM])
-            integers[L.STEP_ROOM] *= 2
-            self.block = old.move(self.block, self.block_of(integers[L.STEP_ROOM]), integers)
+        if integers[L.STEP_T] and integers[L.ACCEPTED] >= integers[L.STEP_ROOM]:
+            before = integers[L.STEP_ROOM]
+            integers[L.STEP_ROOM] = after = 2 * before
+            table = np.empty((len(STEPS), after))
+            table[:, :before] = self.held[L.STEP_T]
+            self.hold_steps(table)
+            if self.block is not None:
+                wider = self.block_of(after)
+                self.block = self.block_of(before).move(self.block, wider, integers)
             for slot in (L.DENSE, L.COMPLETE):
                 if slot in self.held:
                     self._double(slot)

@@ -122,11 +122,11 @@ class Path:
 
     def __init__(self, forward: Memory, kept: Tensor, whole: bool):
         self.forward, self.kept, self.whole = forward, kept, whole
+        self.starts, self.sizes, *_ = forward.steps()
         if not whole:
             self.forward = forward = forward.copy()
             forward.take(kept)
         self.direction = forward.reals[L.DIRECTION]
-        self.starts, self.sizes, *_ = forward.steps()
         self.end = forward.reals[L.T]
 
     def give(self, memory: Memory, low: float, high: float) -> None:

@@ -76,19 +76,19 @@ def integrate(
     status, part = statuses[0], crew.parts[0]
     integers, reals = part.integers, part.reals
     count, saved = integers[L.ACCEPTED], integers[L.SAVED]
-    table = part.steps().copy()
+    table = part.held[L.STEP_T]
     estimates = _joined_estimates(crew, count)
     if estimates is not None:
         table[2:].view(part.dtype)[:, :count] = estimates
     if wanted.times is None:
-        times: Any = [*table[0].tolist(), reals[L.T]][:saved]
+        times: Any = [*part.steps()[0].tolist(), reals[L.T]][:saved]
     else:
         times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]
     out = part.held[L.OUT_U]
     found = NativeTrajectory(
         t=times,
         u=torch.from_numpy(out if saved == len(out) else out[:saved]),
-        columns=StepColumns(table, part.dtype),
+        columns=StepColumns(table, count, part.dtype),
         counts=(*part.counts(), integers[L.NG]),
         nreject=integers[L.REJECTED],
         final_t=reals[L.T],
@@ -285,7 +285,8 @@ def _dense(
         kept = part.held[L.DENSE][: found.naccept, 0]
         states = torch.cat([torch.from_numpy(kept), part.state()[None]])
     dense = DenseOutput(t0, part.reals[L.DIRECTION], u0)
-    dense.ends = [dense.direction * t for t in (*found.columns.table[0].tolist(), found.final_t)]
+    starts = part.steps()[0].tolist()
+    dense.ends = [dense.direction * t for t in (*starts, found.final_t)]
     dense.steps = _Interpolants(native, field, found, states)  # type: ignore[assignment]
     return dense
 

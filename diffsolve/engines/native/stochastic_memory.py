@@ -285,6 +285,7 @@ class Part(Memory):
         integers[L.OUT_U] = address(out) + self.first * self.functions.d * self.dtype.itemsize
         integers[L.STEP_ROOM] = room
         self.marked = states is not None
+        self.hold_steps(np.empty((len(STEPS), room)))
         self.block = self.block_of(room).lay(integers)
         if states is not None:
             integers[L.STRIDE], integers[L.STATE_ROOM] = 1, len(states)
@@ -303,7 +304,7 @@ class Part(Memory):
     def block_of(self, room: int) -> Block:
         """Where the records of so many steps lie; their states lie with those of other parts."""
         reals, whole = np.dtype(np.float64), np.dtype(np.int64)
-        parts: list[Any] = [(slot, (room,), reals) for slot in STEPS]
+        parts: list[Any] = []
         formulas = self.template.formulas  # type: ignore[attr-defined]
         if formulas.has_estimate or formulas.has_stiffness:
             parts.append((L.STEP_SUMS, (room, 4), reals))
@@ -367,8 +368,9 @@ class Crew:
             copy: Any = part.copy()
             copy.source = None
             slots = (
-                L.PARAMS, L.SAVES, L.STOPS, L.BREAKS, L.RTOL, L.ATOL, L.STEP_SUMS, L.SAVE_NOISE,
-            )  # fmt: skip
+                *(L.PARAMS, L.STEP_T, L.SAVES, L.STOPS, L.BREAKS),
+                *(L.STEP_SUMS, L.SAVE_NOISE),
+            )
             copy.held = {slot: part.held[slot] for slot in slots if slot in part.held}
             copy.stop = threading.Event()
             kept.append(copy)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsolve.engines.native.blocks import Block, Part
+from diffsolve.engines.native.blocks import Block, Part, place
 from diffsolve.engines.native.compiled import Compiled, Jacobian
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.kernels import Kernel, kernel
@@ -211,7 +211,7 @@ class Kept:
     room
         Steps, to begin with.
     block
-        Of the steps' records.
+        Of states and marks of the steps; None: they are not kept.
     dense
         Shape of the dense records; None: there are none.
     """
@@ -225,7 +225,7 @@ class Kept:
         integers[L.STEP_ROOM], integers[L.OUT_STRIDE] = room, n
         if wanted.times is None:
             integers[L.N_SAVES], integers[L.SAVE_ROOM] = -1, room
-        self._states, self._checkpoints = wanted.states, wanted.checkpoints
+        self._checkpoints = wanted.checkpoints
         if wanted.states:
             stages = _keeps_stages(template, wanted)
             self._rows = 1 + template.most_stages if stages else 2
@@ -236,22 +236,28 @@ class Kept:
         self.dense = (room, rows + 1, n) if wanted.dense else None
         integers[L.ALWAYS_COMPLETE] = wanted.complete or template.stiff is not None
         self._blocks: dict[int, Block] = {}
-        self.block = self.block_of(room)
+        self.block = self.block_of(room) if wanted.states else None
+        self._times: tuple[np.ndarray, int] | None = None
 
     def block_of(self, room: int) -> Block:
-        """The records of so many steps."""
+        """Where those of so many steps lie."""
         found = self._blocks.get(room)
         if found is None:
             found = self._blocks[room] = self._new_block(room)
         return found
 
     def _new_block(self, room: int) -> Block:
-        parts: list[Part] = [(slot, (room,), _FLOAT64) for slot in STEPS]
-        if self._states:
-            kept = room if self._checkpoints is None else self._checkpoints
-            parts.append((L.MARKS, (room, L.N_MARKS), _INT64))
-            parts.append((L.STATES, (kept, self._rows, self._n), self._dtype))
-        return Block(parts)
+        kept = room if self._checkpoints is None else self._checkpoints
+        states = (L.STATES, (kept, self._rows, self._n), self._dtype)
+        return Block([(L.MARKS, (room, L.N_MARKS), _INT64), states])
+
+    def placed(self, times: Any) -> tuple[np.ndarray, int]:
+        """Times to save as an array, and its address, which is often that of the solve before."""
+        known = self._times
+        if known is None or known[0] is not times:
+            array = np.asarray(times, dtype=np.float64)
+            known = self._times = array, place(array)
+        return known
 
 
 def _keeps_stages(template: Template, wanted: Wanted) -> bool:
