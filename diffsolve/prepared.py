@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,6 @@ class Prepared:
     settings: Settings
     given: tuple[Algorithm | None, Options] | None
     _field: VectorField
-    _is_free: bool = True
 
     @classmethod
     def of(
@@ -94,7 +94,7 @@ class Prepared:
         TypeError, ValueError
             If one of them is wrong.
         """
-        latest = prob.__dict__.get("_prepared")
+        latest: Prepared | None = prob.__dict__.get("_prepared")
         if latest is not None and latest.still_holds(prob, alg, options, transformed):
             return latest
         field, alg_given = _field_of(prob), alg
@@ -114,22 +114,16 @@ class Prepared:
             prob.__dict__["_prepared"] = found
         return found
 
-    def still_holds(self, prob: ODEProblem, alg: Any, options: Options, transformed: bool) -> bool:
+    def still_holds(self, prob: Any, alg: Any, options: Options, transformed: bool) -> bool:
         """Whether the same arguments, as far as they are numbers and methods, mean the same now."""
         assert self.given is not None
         known_alg, known = self.given
         if transformed or not (alg is known_alg or _are_same(alg, known_alg)):
             return False
-        if options.norm is not None or options.controller is not known.controller:
+        if not (all(map(is_, options, known)) or _are_equal(options, known)):
             return False
-        if options.tstops is not known.tstops or not _PLAIN.issuperset(map(type, options[:8])):
-            return False
-        structure, u0 = self._field.structure, prob.u0
-        return (
-            options[:8] == known[:8]
-            and StateStructure.of(u0) is structure
-            and not is_autocasting(structure.device)
-        )
+        structure = self._field.structure
+        return StateStructure.of(prob.u0) is structure and not is_autocasting(structure.device)
 
     def field(self) -> VectorField:
         """The right-hand side for one solve."""
@@ -142,6 +136,12 @@ def _field_of(prob: ODEProblem | SDEProblem) -> VectorField:
 
 def _are_same(a: Any, b: Any) -> bool:
     return isinstance(a, Algorithm) and isinstance(b, Algorithm) and a.key == b.key
+
+
+def _are_equal(options: Options, known: Options) -> bool:
+    """Whether options are the numbers that are known."""
+    plain = _PLAIN.issuperset(map(type, options[:8])) and options[:8] == known[:8]
+    return plain and all(map(is_, options[8:], known[8:]))
 
 
 def _may_be_kept(prob: ODEProblem | SDEProblem, options: Options, field: VectorField) -> bool:

@@ -19,7 +19,7 @@ from diffsolve.adjoints.select import (
     refuse_moving_times,
     transforms_active,
 )
-from diffsolve.adjoints.sensealg import Job, NoAdjoint, Outputs, Sensealg, undifferentiable
+from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.engine import NativeDense, NativeTrajectory
@@ -173,7 +173,7 @@ def solve(
         raise TypeError(f"prob must be an ODEProblem or an SDEProblem, got {kind}")
     if engine not in ("auto", "torch", "native"):
         raise ValueError(f'engine must be "auto", "torch" or "native", got {engine!r}')
-    if not isinstance(prob, SDEProblem):
+    if not (seed is None and noise is None) and not isinstance(prob, SDEProblem):
         refuse_noise(seed, noise)
     transformed = transforms_active()
     options = Options(
@@ -188,9 +188,10 @@ def solve(
     u0 = field.structure.ravel(prob.u0)
     if alg.is_implicit and (field.jac is not None or field.jac_sparsity is not None):
         _check_jacobian(field, field.after(t0, direction), u0.detach())
-    moving = u0.requires_grad or saves.differentiable(prob.tspan)
+    by_time = saves.differentiable(prob.tspan)
+    moving = u0.requires_grad or by_time
     if isinstance(field, SDEField):
-        refuse_for_noise(sensealg, recording and saves.differentiable(prob.tspan))
+        refuse_for_noise(sensealg, recording and by_time)
     stats = Stats(engine="torch", alg=alg.name)
     native, du0, asked = None, None, sensealg
     if engine != "torch":
@@ -222,11 +223,11 @@ def solve(
         field.path = brownian_path(field, alg, seed, noise, (t0, t1), fixed)
     if transformed:
         refuse_moving_times([*([] if sensealg.handles_time else prob.tspan), saveat])
-    if not sensealg.handles_time:
+    if by_time and not sensealg.handles_time:
         u0 = attach_start(u0, prob.tspan[0], field, direction)
 
     keep_dense = saves.array is None if dense is None else dense
-    if native is not None and (keep_dense or not isinstance(sensealg, NoAdjoint)):
+    if native is not None and (keep_dense or sensealg.reads_params):
         native.keep_params()
 
     job = Job(

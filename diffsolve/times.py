@@ -96,11 +96,12 @@ class SaveTimes:
 
     def differentiable(self, span: tuple[Any, Any]) -> bool:
         """Whether a gradient by a time is wanted."""
+        if self.given is not None:
+            return True
         t0, t1 = span
-        moving = (isinstance(t0, Tensor) and t0.requires_grad) or (
+        return (isinstance(t0, Tensor) and t0.requires_grad) or (
             isinstance(t1, Tensor) and t1.requires_grad
         )
-        return moving or self.given is not None
 
     def as_tensor(self, span: tuple[Any, Any], reached: Sequence[float] | np.ndarray) -> Tensor:
         """The times that were reached, ``(T,)`` float64, on the tape where a time is."""

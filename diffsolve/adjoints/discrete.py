@@ -72,6 +72,7 @@ class DiscreteAdjoint(Sensealg):
         return self.through_step_size
 
     handles_steps = True
+    reads_params = False  # kept with the states
 
     @property
     def handles_noise(self) -> bool:  # type: ignore[override]

@@ -137,8 +137,11 @@ class Sensealg(ABC):
         Whether it can go back through the solve of an SDE.
     handles_steps
         Whether the estimates of the steps can be differentiated.
+    reads_params
+        Whether its reverse pass reads the parameters beside what the native engine keeps.
     """
 
+    reads_params: bool = True
     handles_time: bool = False
     handles_noise: bool = False
     handles_steps: bool = False
@@ -169,6 +172,7 @@ class Sensealg(ABC):
 class NoAdjoint(Sensealg):
     """Nothing requires a gradient."""
 
+    reads_params = False
     handles_noise = True
     handles_steps = True
 

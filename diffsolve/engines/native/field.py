@@ -184,12 +184,13 @@ def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: boo
     Declined
         If it cannot be compiled.
     """
-    f, p, u0 = field.f, field.p, u0.detach()
+    f, p = field.f, field.p
     again: _Again | None = field.memo.get(_Again)
     if again is not None and again.holds(field):
         native = NativeField(again.entry, [p], 0.0)
-        if not guard or _is_confirmed(field, native, t0, u0, direction):
+        if not guard or _is_confirmed(field, native, t0, u0.detach(), direction):
             return native
+    u0 = u0.detach()
     if isinstance(f, Autocasting):
         raise Declined("autocast is active")
     leaves = [p] if isinstance(p, Tensor) else pytree.tree_leaves(p)

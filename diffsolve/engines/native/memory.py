@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -209,6 +210,10 @@ class Memory:
         self.hold_steps(np.empty((len(STEPS), kept.room)))
         if kept.block is not None:
             self.block = kept.block.lay(integers)
+            if kept.params:
+                params = self.held.pop(L.PARAMS)
+                size = kept.params * self.dtype.itemsize
+                ctypes.memmove(integers[L.PARAMS], params.data_ptr(), size)
         if kept.dense is not None:
             self.hold_new(L.DENSE, np.empty(kept.dense, self.dtype))
             self.hold_new(L.COMPLETE, np.empty(kept.room, _INT64))

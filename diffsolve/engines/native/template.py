@@ -211,7 +211,9 @@ class Kept:
     room
         Steps, to begin with.
     block
-        Of states and marks of the steps; None: they are not kept.
+        Of states and marks of the steps, and of the parameters; None: they are not kept.
+    params
+        How many parameters are copied there.
     dense
         Shape of the dense records; None: there are none.
     """
@@ -226,6 +228,8 @@ class Kept:
         if wanted.times is None:
             integers[L.N_SAVES], integers[L.SAVE_ROOM] = -1, room
         self._checkpoints = wanted.checkpoints
+        # dense output outlives the states, and the copy of the parameters that lies with them
+        self.params = template.compiled.n_params if wanted.states and not wanted.dense else 0
         if wanted.states:
             stages = _keeps_stages(template, wanted)
             self._rows = 1 + template.most_stages if stages else 2
@@ -249,7 +253,10 @@ class Kept:
     def _new_block(self, room: int) -> Block:
         kept = room if self._checkpoints is None else self._checkpoints
         states = (L.STATES, (kept, self._rows, self._n), self._dtype)
-        return Block([(L.MARKS, (room, L.N_MARKS), _INT64), states])
+        parts: list[Part] = [(L.MARKS, (room, L.N_MARKS), _INT64), states]
+        if self.params:
+            parts.append((L.PARAMS, (self.params,), self._dtype))
+        return Block(parts)
 
     def placed(self, times: Any) -> tuple[np.ndarray, int]:
         """Times to save as an array, and its address, which is often that of the solve before."""
