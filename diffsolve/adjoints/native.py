@@ -36,7 +36,7 @@ def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
     """Gradients of the parameters from those of the flat ones; zero for what ``f`` never uses."""
     native: Any = job.native
     if len(params) == 1 and len(native.tensors) == 1 and native.tensors[0] is params[0]:
-        return [flat.view(params[0].shape)]
+        return [flat if params[0].dim() == 1 else flat.view(params[0].shape)]
     found: dict[int, Tensor] = {}
     for x, (offset, count) in zip(native.tensors, native.compiled.blocks, strict=True):
         if x.requires_grad:

@@ -41,19 +41,27 @@ class _Entry:
     constants: list[tuple[Tensor, int]]
     detached: str | None
     used: list[bool]
-    shapes: list[Any]
     dtype: torch.dtype
     reachable: list[Tensor] | None = None
     is_current: bool = True  # until it is traced again
 
+    def __post_init__(self) -> None:
+        found = [x.tensor for x in self.inputs if x.tensor is not None]
+        self.captured = [(x, x.shape) for x in found]
+
     def still_holds(self, f: Any, p: Any) -> bool:
-        if not (self.is_current and self.fingerprint.still_holds(_around(f, p))):
+        return self.is_current and self.holds(_around(f, p))
+
+    def holds(self, around: Any) -> bool:
+        """Whether all that a trace depends on is as it was."""
+        if not self.fingerprint.still_holds(around):
             return False
-        for x, shape in zip(self.inputs, self.shapes, strict=True):
-            tensor = x.tensor
-            if tensor is not None and (tensor.shape != shape or tensor.dtype is not self.dtype):
+        for x, shape in self.captured:
+            if x.shape != shape or x.dtype is not self.dtype:
                 return False
-        return all(x.is_inference() or x._version == version for x, version in self.constants)
+        return not self.constants or all(
+            x.is_inference() or x._version == version for x, version in self.constants
+        )
 
 
 class _Again:
@@ -291,10 +299,10 @@ def _traced(field: VectorField, t: Tensor, u0: Tensor) -> _Entry:
     try:
         found = trace(field.f, field.structure, field.p, t, u0)
     except Declined as reason:
-        return _Entry(fingerprint, None, str(reason), [], [], None, [], [], dtype)
+        return _Entry(fingerprint, None, str(reason), [], [], None, [], dtype)
     except Exception as error:  # f's own, which the torch engine reports as it is
         reason = f"f raised {type(error).__name__}: {error}"
-        return _Entry(fingerprint, None, reason, [], [], None, [], [], dtype)
+        return _Entry(fingerprint, None, reason, [], [], None, [], dtype)
     fingerprint.settle(around)
     blocks = tuple((x.offset, x.count) for x in found.inputs)
     single = field.structure.dtype is torch.float32
@@ -310,7 +318,6 @@ def _traced(field: VectorField, t: Tensor, u0: Tensor) -> _Entry:
     inputs = (node.data for node in needed(found.outputs) if node.op == "input")
     positions = {i for block, i in inputs if block == "p"}
     used = [not positions.isdisjoint(range(x.offset, x.offset + x.count)) for x in found.inputs]
-    shapes = [None if x.tensor is None else x.tensor.shape for x in found.inputs]
     return _Entry(
         fingerprint,
         compiled,
@@ -319,7 +326,6 @@ def _traced(field: VectorField, t: Tensor, u0: Tensor) -> _Entry:
         found.constants,
         found.detached,
         used,
-        shapes,
         dtype,
     )
 

@@ -112,12 +112,12 @@ class Memory:
 
     def records(self) -> Memory:
         """What is noted of the steps, to be kept: without states, stages and results."""
-        kept = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
-        records = self
-        if L.DENSE in self.held:  # which keeps this memory, too
-            records = self.copy()
-            records.source = None
-        records.held = kept
+        if L.DENSE not in self.held:
+            self.held.pop(L.OUT_U, None)
+            return self
+        records = self.copy()  # dense output keeps this memory, too
+        records.source = None
+        records.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
         return records
 
     def copy(self) -> Memory:

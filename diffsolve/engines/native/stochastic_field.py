@@ -60,16 +60,6 @@ class _Entry(fields._Entry):
     #: Why it is not the code of every path, for each shape of a state; empty where it is.
     judged: dict[torch.Size, str] = dataclass_field(default_factory=dict)
 
-    def holds(self, around: Any) -> bool:
-        """As ``still_holds``, for all that both functions depend on."""
-        if not self.fingerprint.still_holds(around):
-            return False
-        for x, shape in zip(self.inputs, self.shapes, strict=True):
-            tensor = x.tensor
-            if tensor is not None and (tensor.shape != shape or tensor.dtype is not self.dtype):
-                return False
-        return all(x.is_inference() or x._version == version for x, version in self.constants)
-
 
 class NativeSDE(NativeField):
     """The machine code of an SDE with the tensors of one solve.
@@ -236,7 +226,7 @@ def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> 
     dtype = field.structure.dtype
 
     def refused(reason: str) -> _Entry:
-        return _Entry(fingerprint, None, reason, [], [], None, [], [], dtype)
+        return _Entry(fingerprint, None, reason, [], [], None, [], dtype)
 
     def both(t: Tensor, u: Any, *args: Any) -> Any:
         return field.f(t, u, *args), field.g(t, u, *args)
@@ -279,7 +269,6 @@ def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> 
     inputs = (node.data for node in needed(outputs) if node.op == "input")
     positions = {i for block, i in inputs if block == "p"}
     used = [not positions.isdisjoint(range(x.offset, x.offset + x.count)) for x in found.inputs]
-    shapes = [None if x.tensor is None else x.tensor.shape for x in found.inputs]
     whole = len(one.field._g_shapes[0]) > len(one.structure.shapes[0])
     return _Entry(
         fingerprint,
@@ -289,7 +278,6 @@ def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> 
         found.constants,
         found.detached,
         used,
-        shapes,
         dtype,
         m=m,
         is_diagonal=is_diagonal,
