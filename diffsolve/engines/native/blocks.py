@@ -38,6 +38,10 @@ class Block:
             words += -(-math.prod(shape) * dtype.itemsize // _WORD)
         self._words = words
 
+    @property
+    def slots(self) -> list[int]:
+        return list(self._parts)
+
     def lay(self, integers: Any, zero: bool = False) -> np.ndarray:
         """A new piece of memory, whose addresses are written to ``integers``."""
         array = np.zeros(self._words) if zero else np.empty(self._words)

@@ -169,7 +169,8 @@ def integrate(
     )
     if status != L.DONE:
         found.message = message_of(status, memory, alg, settings, t1)
-    del held[L.WORK], held[L.START]
+    memory.give_back_work()
+    del held[L.START]
     held.pop(L.MATRIX, None)
     if wanted.dense:
         if len(memory.runs) > 1:

@@ -66,7 +66,8 @@ class Memory:
         self.n = n
         self.dtype = template.dtype
         self.kept = kept = None if wanted is None else template.kept(wanted)
-        self.integers = integers = (template if kept is None else kept).integers[:]
+        self.work_space = work = None if kept is None else kept.borrow()
+        self.integers = integers = (template if work is None else work).integers[:]
         self.reals = reals = template.reals[:]
         self.arguments = here, _ = integers.buffer_info()[0], reals.buffer_info()[0]
         integers[L.N], integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = n, 1, here + 8 * L.N
@@ -78,14 +79,16 @@ class Memory:
             if self.method.is_implicit:
                 self.jacobian_at_work = given = self.jacobian()
                 integers[L.JAC : L.HEAD + 1] = given.slots
-        self._work = template.work(n, given)
+        self._work = template.work(n, given) if kept is None else kept.work
         self.held: dict[int, Any] = {L.PARAMS: params}  # beside what the template holds
         integers[L.PARAMS] = params.data_ptr()
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
             integers[L.N_BREAKS] = len(breaks)
-        self.work()
-        if kept is not None and wanted is not None:
+        if kept is None or wanted is None or work is None:
+            self.work()
+        else:
+            self.held[L.WORK] = work.array
             self._make_first_room(kept, wanted.times)
 
     def prepare_stiff(self) -> Any:
@@ -97,6 +100,23 @@ class Memory:
         self.held[L.WORK] = self._work.lay(self.integers, zero=implicit)
         if implicit:
             self._forget_systems()
+
+    def borrow_work(self) -> None:
+        """The same, one that may have been used before; to be given back."""
+        assert self.kept is not None
+        self.work_space = work = self.kept.borrow()
+        integers, theirs = self.integers, work.integers
+        for slot in self.kept.work_slots:
+            integers[slot] = theirs[slot]
+        if self.template.method.is_implicit:
+            self._forget_systems()
+
+    def give_back_work(self) -> None:
+        """Let another solve use it."""
+        self.held.pop(L.WORK, None)
+        if self.kept is not None and self.work_space is not None:
+            self.kept.give_back(self.work_space)
+            self.work_space = None
 
     def work_of_systems(self) -> None:
         """Room for the linear systems of a method that takes its turn."""

@@ -78,7 +78,7 @@ def sweep(
         Which tensors of the parameters are differentiated.
     """
     memory, compiled = forward.copy(), forward.native.compiled
-    memory.work()
+    memory.borrow_work()
     memory.take(records)
     integers, n, dtype = memory.integers, memory.n, memory.dtype
     memory.restart_counts()
@@ -104,6 +104,7 @@ def sweep(
         started = time.perf_counter()
         refuse_lost(memory.run(function))
         kernel_s += time.perf_counter() - started
+    memory.give_back_work()
     return Swept(bars[:n], torch.from_numpy(bars[2 * n :]), memory.counts(), kernel_s)
 
 

@@ -29,6 +29,7 @@ _ROOM_IN_NUMBERS = 1_000_000  # for large states: less to begin with
 _MOST_TEMPLATES = 50
 _MOST_KEPT_A_STEP = 1_000  # numbers
 _MOST_STEPS = 2**62
+_MOST_SPARE, _MOST_SPARE_BYTES = 4, 100_000  # work spaces that wait for the next solve
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python: a fraction of a second
 _FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
 _INT64 = np.dtype(np.int64)
@@ -201,6 +202,15 @@ def systems(jacobian: Jacobian, n: int) -> list[Part]:
     ]
 
 
+class WorkSpace:
+    """Work space, and a kernel's integers with its addresses."""
+
+    __slots__ = ("array", "integers")
+
+    def __init__(self, array: np.ndarray, integers: Any):
+        self.array, self.integers = array, integers
+
+
 class Kept:
     """Room for what solves keep of their steps, and the kernels' integers with its sizes.
 
@@ -208,6 +218,8 @@ class Kept:
     ----------
     integers
         To be copied.
+    work, work_slots
+        Work space, which ``borrow`` gives, and its slots.
     room
         Steps, to begin with.
     block
@@ -242,6 +254,22 @@ class Kept:
         self._blocks: dict[int, Block] = {}
         self.block = self.block_of(room) if wanted.states else None
         self._times: tuple[np.ndarray, int] | None = None
+        self.work = template.work(n)
+        self._is_implicit, self.work_slots = template.method.is_implicit, self.work.slots
+        self._spare: list[WorkSpace] = []
+
+    def borrow(self) -> WorkSpace:
+        """A work space that no other solve uses, often one that was used before."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            integers = self.integers[:]
+            return WorkSpace(self.work.lay(integers, zero=self._is_implicit), integers)
+
+    def give_back(self, work: WorkSpace) -> None:
+        """Let another solve use it, where it is worth keeping."""
+        if work.array.nbytes <= _MOST_SPARE_BYTES and len(self._spare) < _MOST_SPARE:
+            self._spare.append(work)
 
     def block_of(self, room: int) -> Block:
         """Where those of so many steps lie."""
