@@ -421,6 +421,27 @@ def test_a_pivot_that_vanishes(alg):
         assert off(got, reference) <= 1e-9
 
 
+@pytest.mark.parametrize("checkpoints", [None, 4])
+@pytest.mark.parametrize("alg", ROSENBROCK, ids=label)
+def test_reverse_of_a_step_as_one_function(monkeypatch, alg, checkpoints):
+    """The same as the loops', and both as torch's."""
+    prob, grads = forced_problem(requires_grad=True), []
+    options = {"adaptive": False, "dt": 0.07, "saveat": 0.05, "rtol": 1e-6, "atol": 1e-8}
+    runs = [(16_000, 1.0, "native"), (-1, 2.0, "native"), (16_000, 3.0, "torch")]
+    for most, shift, engine in runs:
+        monkeypatch.setattr(rosenbrock, "_MOST_IN_REVERSE", most)
+        # a function of its own each time
+        changed = prob.remake(f=lambda t, u, p, c=shift: forced(t, u, p) + 1e-300 * c)
+        sensealg = DiscreteAdjoint(checkpoints=checkpoints)
+        sol = solve(changed, alg, sensealg=sensealg, engine=engine, **options)
+        loss = sum(weigh(sol, name) for name in ("u", "error", "error_norm", "stiffness"))
+        grads.append(torch.cat(torch.autograd.grad(loss, [prob.u0, prob.p])))
+    one, loops, reference = grads
+    assert not torch.equal(one, loops)  # they are two ways
+    assert off(one, loops) <= 1e-11
+    assert off(one, reference) <= 1e-10
+
+
 def test_steps_that_are_too_long_for_one_function(monkeypatch):
     found = []
     for most in (8_000, 0):

@@ -111,10 +111,7 @@ def sweep_step(I, R, index, step, recall, estimates, reverse, complete, reverse_
 
     new_bar, total = bar_row(I, NEW, like), bar_row(I, TOTAL, like)
     state_bar, slope_bar = I[L.STATE_BAR], I[L.STATE_BAR] + n * size
-    for i in range(rows):
-        fill_zero(n, stage_bar(I, i, like), like)
-    for i in range(L.W_BARS):
-        fill_zero(n, bar_row(I, i, like), like)
+    fill_zero((rows + L.W_BARS) * n, stage_bar(I, 0, like), like)  # those of the results follow
     copy(n, state_bar, new_bar, like)
     copy(n, slope_bar, stage_bar(I, stages - 1, like), like)
     if I[L.SAVED_BARS] != 0:

@@ -27,7 +27,9 @@ from diffsolve.solvers.kernels.norms import (
     distance,
     fill_zero,
     is_finite,
+    larger,
     scaled_norm,
+    tolerance_scale,
 )
 from diffsolve.solvers.kernels.rows import bar_row, combine_error, row, stage, through_combination
 
@@ -102,11 +104,29 @@ def combine_smoothed(I, R, h, like):
 
 
 @inlined
-def measure(I, R, t, h, like):
-    """Scaled error, its norm, and the stiffness where the step is one to be accepted."""
+def quick_errors(I, like):
+    """Scaled error and its norm, in one loop; not finite where that is too simple."""
+    if I[L.N_BLOCKS] != 1 or I[L.B_ERROR] == 0:
+        return math.nan, math.nan
+    n = I[L.N]
+    u, new = view(row(I, L.W_U, like), like), view(row(I, L.W_NEW, like), like)
+    error = view(row(I, L.W_ERROR, like), like)
+    last = view(stage(I, I[L.STAGES] - 1, like), like)
+    scaled, plain = 0.0, 0.0
+    for m in range(n):
+        x = float(error[m])
+        q = x / tolerance_scale(I, m, larger(u[m], new[m]))
+        scaled += q * q
+        plain += x * x + 0.0 * float(last[m])  # NaN where the derivative is not finite
+    return math.sqrt(scaled / n), math.sqrt(plain / n)
+
+
+@inlined
+def careful_errors(I, like):
+    """The same for blocks, without an estimate, and where squares overflow."""
     n = I[L.N]
     u, new = row(I, L.W_U, like), row(I, L.W_NEW, like)
-    error, norm, stiffness = 0.0, 0.0, math.nan
+    error, norm = 0.0, 0.0
     if I[L.B_ERROR] == 0:
         if not is_finite(n, new, like):
             error = math.nan
@@ -117,6 +137,16 @@ def measure(I, R, t, h, like):
             error = math.nan
     if not is_finite(n, stage(I, I[L.STAGES] - 1, like), like):
         error = math.nan
+    return error, norm
+
+
+@inlined
+def measure(I, R, t, h, like):
+    """Scaled error, its norm, and the stiffness where the step is one to be accepted."""
+    u, stiffness = row(I, L.W_U, like), math.nan
+    error, norm = quick_errors(I, like)
+    if not error + norm < math.inf:
+        error, norm = careful_errors(I, like)
     wanted = I[L.STIFFNESS] != 0 or I[L.SWITCH] != 0
     if wanted and (error <= 1.0 or (I[L.ADAPTIVE] == 0 and error < math.inf)):
         if I[L.JVP] == 0:  # there are no products but with entries
