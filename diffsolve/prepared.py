@@ -80,12 +80,14 @@ class Prepared:
 
     @classmethod
     def of(
-        cls, prob: ODEProblem | SDEProblem, alg: Any, options: Options, transformed: bool
+        cls, prob: ODEProblem | SDEProblem, alg: Any, values: tuple[Any, ...], transformed: bool
     ) -> Prepared:
         """Those of a problem.
 
         Parameters
         ----------
+        values
+            Those of ``Options``, in order.
         transformed
             Whether a ``torch.func`` transform looks on.
 
@@ -95,8 +97,9 @@ class Prepared:
             If one of them is wrong.
         """
         latest: Prepared | None = prob.__dict__.get("_prepared")
-        if latest is not None and latest.still_holds(prob, alg, options, transformed):
+        if latest is not None and latest.still_holds(prob, alg, values, transformed):
             return latest
+        options = Options(*values)
         field, alg_given = _field_of(prob), alg
         if isinstance(prob, SDEProblem):
             alg = stochastic_method(alg, prob)
@@ -114,13 +117,13 @@ class Prepared:
             prob.__dict__["_prepared"] = found
         return found
 
-    def still_holds(self, prob: Any, alg: Any, options: Options, transformed: bool) -> bool:
+    def still_holds(self, prob: Any, alg: Any, values: tuple[Any, ...], transformed: bool) -> bool:
         """Whether the same arguments, as far as they are numbers and methods, mean the same now."""
         assert self.given is not None
         known_alg, known = self.given
         if transformed or not (alg is known_alg or _are_same(alg, known_alg)):
             return False
-        if not (all(map(is_, options, known)) or _are_equal(options, known)):
+        if not (all(map(is_, values, known)) or _are_equal(values, known)):
             return False
         structure = self._field.structure
         return StateStructure.of(prob.u0) is structure and not is_autocasting(structure.device)
@@ -138,10 +141,10 @@ def _are_same(a: Any, b: Any) -> bool:
     return isinstance(a, Algorithm) and isinstance(b, Algorithm) and a.key == b.key
 
 
-def _are_equal(options: Options, known: Options) -> bool:
+def _are_equal(values: tuple[Any, ...], known: Options) -> bool:
     """Whether options are the numbers that are known."""
-    plain = _PLAIN.issuperset(map(type, options[:8])) and options[:8] == known[:8]
-    return plain and all(map(is_, options[8:], known[8:]))
+    plain = _PLAIN.issuperset(map(type, values[:8])) and values[:8] == known[:8]
+    return plain and all(map(is_, values[8:], known[8:]))
 
 
 def _may_be_kept(prob: ODEProblem | SDEProblem, options: Options, field: VectorField) -> bool:

@@ -28,7 +28,7 @@ from diffsolve.engines.native.stochastic_field import find as find_stochastic
 from diffsolve.engines.native.stochastic_memory import template as stochastic_template
 from diffsolve.engines.native.template import template
 from diffsolve.engines.torch_engine import Settings, Trajectory
-from diffsolve.prepared import Options, Prepared
+from diffsolve.prepared import Prepared
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
@@ -176,8 +176,9 @@ def solve(
     if not (seed is None and noise is None) and not isinstance(prob, SDEProblem):
         refuse_noise(seed, noise)
     transformed = transforms_active()
-    options = Options(
-        *(rtol, atol, dt, adaptive, dtmin, dtmax, maxiters, progress), tstops, controller, norm
+    options = (
+        *(rtol, atol, dt, adaptive, dtmin, dtmax, maxiters, progress),
+        *(tstops, controller, norm),
     )
     prepared = Prepared.of(prob, alg, options, transformed)
     alg, settings, field = prepared.alg, prepared.settings, prepared.field()

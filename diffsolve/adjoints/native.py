@@ -52,7 +52,9 @@ def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
 def run_discrete(job: Job, checkpoints: int | None) -> Outputs:
     """Integrate; the outputs' gradient is the compiled sweep through the steps."""
     carrier = Carrier(job, checkpoints)
-    u, estimates = _NativeDiscrete.apply(carrier, job.u0, *job.field.params)  # type: ignore[misc]
+    # Function.apply looks for torch.func transforms first, under which nothing is native
+    apply: Any = super(torch.autograd.Function, _NativeDiscrete).apply  # type: ignore[misc]
+    u, estimates = apply(carrier, job.u0, *job.field.params)
     return Outputs(carrier.handed_over(), u, estimates)
 
 

@@ -57,8 +57,12 @@ class Fingerprint:
         else:
             self._references.append(weakref.ref(x))
 
+    def is_where_it_was(self, f: Any) -> bool:
+        """Whether the places where a plain function looks tell that nothing was replaced."""
+        return self._places is not None and _same_places(f, *self._places)
+
     def still_holds(self, f: Any) -> bool:
-        if self._places is not None and _same_places(f, *self._places):
+        if len(f) == 1 and self.is_where_it_was(f[0]):
             return True
         items: list[Any] = []
         _visit(f, items, None, _DEPTH)
@@ -110,15 +114,17 @@ def _stays_itself(x: Any) -> bool:
     return x is _ABSENT or type(x) in _PLAIN or type(x) is types.BuiltinFunctionType
 
 
-def _same_places(around: Any, code: Any, outside: Any, inside: Any) -> bool:
-    (f,) = around
+def _same_places(f: Any, code: Any, outside: Any, inside: Any) -> bool:
     if f.__code__ is not code or not _is_bare(f):
         return False
     names = f.__globals__
     for name, x in outside:
         if names.get(name, _ABSENT) is not x:
             return False
-    return all(table.get(key, _ABSENT) is x for table, key, x in inside)
+    for table, key, x in inside:  # noqa: SIM110  # in half of the time
+        if table.get(key, _ABSENT) is not x:
+            return False
+    return True
 
 
 def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
