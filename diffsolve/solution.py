@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class ReturnCode(Enum):
         return self in (ReturnCode.SUCCESS, ReturnCode.TERMINATED)
 
 
-@dataclass
+@dataclass(init=False)
 class Stats:
     """Work done by a solve.
 
@@ -69,6 +70,9 @@ class Stats:
     kernel_s: float = 0.0
     compile_s: float = 0.0
     adjoint: Stats | None = None
+
+    def __init__(self, engine: str = "torch", alg: str = ""):
+        self.engine, self.alg = engine, alg  # the others are those of the class, until they change
 
     def count(self, counts: tuple[int, ...]) -> None:
         """Note work done: ``nf, njac, nlu, nsolve, nnewton``, and ``ng`` for an SDE."""
@@ -143,7 +147,7 @@ class Solution:
         tolerances, with another method, or backward. None for an ODE.
     """
 
-    t: Tensor
+    _t: Any = field(repr=False)  # an array where nobody has asked yet
     u: Any
     retcode: ReturnCode
     stats: Stats
@@ -152,6 +156,13 @@ class Solution:
     noise: Any = field(default=None, repr=False)
     _interpolate: Callable[[Any, int], Any] | None = field(default=None, repr=False)
     _job: Any = field(default=None, repr=False)  # how it was solved, for local regularizers
+
+    @property
+    def t(self) -> Tensor:
+        """Saved times."""
+        if isinstance(self._t, np.ndarray):
+            self._t = torch.from_numpy(self._t.copy())
+        return self._t
 
     @property
     def steps(self) -> Steps:
@@ -192,7 +203,7 @@ class Solution:
         return self._interpolate(t, derivative)
 
     def __len__(self) -> int:
-        return len(self.t)
+        return len(self._t)
 
     def __repr__(self) -> str:
         span = f"t in [{self.t[0]:.6g}, {self.t[-1]:.6g}]" if len(self.t) else "no times"

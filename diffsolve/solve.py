@@ -286,9 +286,11 @@ def _check_jacobian(field: VectorField, t: Tensor, u: Tensor) -> None:
 
 def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> Solution:
     trajectory, field, stats = outputs.trajectory, job.field, job.stats
-    u, times = outputs.u, saves.as_tensor(job.span, trajectory.t)
-    moving = saves.inside(times, job.span) if sensealg.handles_time else times
-    u = attach_saved(u, moving, field, job.t0, job.t1)
+    u, times = outputs.u, saves.array
+    if times is None or trajectory.t is not times or saves.differentiable(job.span):
+        times = saves.as_tensor(job.span, trajectory.t)
+        moving = saves.inside(times, job.span) if sensealg.handles_time else times
+        u = attach_saved(u, moving, field, job.t0, job.t1)
     steps = _steps_of(trajectory, outputs)
     if u.requires_grad and not sensealg.handles_steps:
         steps = _refusing_gradients(steps() if callable(steps) else steps, u, sensealg)
@@ -302,7 +304,7 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
     stats.naccept, stats.nreject = trajectory.naccept, trajectory.nreject
 
     return Solution(
-        t=times,
+        _t=times,
         u=field.structure.unravel(u),
         retcode=trajectory.retcode,
         stats=stats,

@@ -107,9 +107,6 @@ class SaveTimes:
         """The times that were reached, ``(T,)`` float64, on the tape where a time is."""
         if self.given is not None:
             return self.given[: len(reached)].to(device="cpu", dtype=torch.float64)
-        array = self.array
-        if array is not None and reached is array and not self.differentiable(span):
-            return torch.from_numpy(array.copy())
         values = torch.tensor(reached, dtype=torch.float64)
         t0, t1 = span
         if not self.from_start or not self.differentiable(span) or not len(values):
