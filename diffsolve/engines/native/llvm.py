@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsolve.engines.native.expression import COMPARE, Node, needed
+from diffsolve.engines.native.vector_math import definitions, function_name
 
 #: Raised by one whenever the generated code changes for the same graph.
 _FORMAT = 1
@@ -101,6 +102,9 @@ _ARITHMETIC = {
     "div": "fdiv",
     "fmod": "frem",
 }
+#: Functions that have a form for vectors, and how many calls make it worth while.
+_BY_VECTORS = {"exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "sigmoid"}
+_FEWEST = 4
 _ORDERED = {"lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge", "eq": "oeq", "ne": "une"}
 
 
@@ -118,6 +122,7 @@ class Emitter:
         self.names: dict[int, str] = {}
         self.declared: dict[str, str] = {}
         self.count = 0
+        self.vector_calls: set[str] = set()  # functions that are called with vectors
 
     def fresh(self, text: str) -> str:
         self.count += 1
@@ -205,8 +210,7 @@ class Emitter:
             return self.half_power(args[0], node.args[1].data)
         if op == "sigmoid":
             minus = self.fresh(f"fneg {kind} {args[0]}")
-            below = self.fresh(f"fadd {kind} {self.call('exp', [minus])}, {one}")
-            return self.fresh(f"fdiv {kind} {one}, {below}")
+            return self.one_over_one_plus(self.call("exp", [minus]))
         return self.call(op, args)
 
     def body(self) -> str:
@@ -232,30 +236,123 @@ class Emitter:
             for name, types in sorted(self.declared.items())
         ]
 
+    def emit_together(self, nodes: Sequence[Node]) -> None:
+        """The same function of several numbers, by vectors; the last one is filled up."""
+        op, kind, lanes = nodes[0].op, self.kind, lanes_of(self.kind == "float")
+        inner = "exp" if op == "sigmoid" else op
+        self.vector_calls.add(inner)
+        vector, name = f"<{lanes} x {kind}>", function_name(inner, kind == "float")
+        for begin in range(0, len(nodes), lanes):
+            some = nodes[begin : begin + lanes]
+            args = [self.names[node.args[0].index] for node in some]
+            if op == "sigmoid":
+                args = [self.fresh(f"fneg {kind} {arg}") for arg in args]
+            x = "poison"
+            for i, arg in enumerate([*args, *args[:1] * (lanes - len(args))]):
+                x = self.fresh(f"insertelement {vector} {x}, {kind} {arg}, i32 {i}")
+            y = self.fresh(f"call {vector} @{name}({vector} {x})")
+            for i, node in enumerate(some):
+                value = self.fresh(f"extractelement {vector} {y}, i32 {i}")
+                if op == "sigmoid":
+                    value = self.one_over_one_plus(value)
+                self.names[node.index] = value
+
+    def one_over_one_plus(self, x: str) -> str:
+        below = self.fresh(f"fadd {self.type} {x}, {self.constant(1.0)}")
+        return self.fresh(f"fdiv {self.type} {self.constant(1.0)}, {below}")
+
+    def store(self, out: Output) -> None:
+        kind, value = self.kind, self.names[out.node.index]
+        place = self.address(out.block, out.index)
+        if out.add:
+            before = self.fresh(f"load {kind}, ptr {place}")
+            value = self.fresh(f"fadd {kind} {before}, {value}")
+        self.lines.append(f"store {kind} {value}, ptr {place}")
+
+    def vector_definitions(self) -> str:
+        """Of the functions of vectors that are called."""
+        single, found = self.kind == "float", []
+        for op in sorted(self.vector_calls):
+            library = op + ("f" if single else "")
+            found += definitions(op, 1, library, lanes_of(single), single)
+        return "\n".join(found)
+
     def function(self, name: str, outputs: Sequence[Output]) -> str:
         kind = self.kind
         ends: dict[int, list[Output]] = {}
         for out in outputs:
             ends.setdefault(out.node.index, []).append(out)
-        for node in needed([out.node for out in outputs]):
-            value = self.names[node.index] = self.emit(node)
-            for out in ends.get(node.index, ()):
-                place = self.address(out.block, out.index)
-                stored = value
-                if out.add:
-                    before = self.fresh(f"load {kind}, ptr {place}")
-                    stored = self.fresh(f"fadd {kind} {before}, {value}")
-                self.lines.append(f"store {kind} {stored}, ptr {place}")
+        for group in in_groups(needed([out.node for out in outputs])):
+            if len(group) > 1:
+                self.emit_together(group)
+            else:
+                self.names[group[0].index] = self.emit(group[0])
+            for node in group:
+                for out in ends.get(node.index, ()):
+                    self.store(out)
         scalars = [f"{kind} %{s}" for s in self.signature.scalars]
         arrays = [f"ptr noalias %{a}" for a in self.signature.arrays]
         body = self.body()
         head = f"define void @{name}({', '.join(scalars + arrays)}) #0 {{"
         declared = "\n".join(self.declarations())
-        return (
-            f"{head}\n{body}\nret void\n}}\n{declared}\n"
+        vectors = ""
+        if self.vector_calls:
+            attributes = "attributes #2 = { nounwind willreturn memory(none) }"
+            vectors = f"{self.vector_definitions()}\n{attributes}\n"
+        return once(
+            f"{head}\n{body}\nret void\n}}\n{declared}\n{vectors}"
             "attributes #0 = { nounwind }\n"
             "attributes #1 = { nounwind willreturn memory(none) }\n"
         )
+
+
+def once(text: str) -> str:
+    """Without the second declaration of one function."""
+    seen: set[str] = set()
+    kept = []
+    for line in text.split("\n"):
+        if line.startswith("declare "):
+            name = line.split("@", 1)[1].split("(", 1)[0]
+            if name in seen:
+                continue
+            seen.add(name)
+        kept.append(line)
+    return "\n".join(kept)
+
+
+def lanes_of(single: bool) -> int:
+    """How many numbers are computed at a time: as many as a register holds, at least four."""
+    wide = 8 if "+avx512f" in machine().features and "+avx512dq" in machine().features else 4
+    return 2 * wide if single else wide
+
+
+def in_groups(nodes: Sequence[Node]) -> list[list[Node]]:
+    """Nodes in an order in which they can be computed, those together that a vector function takes.
+
+    Such are at least `_FEWEST` calls of one function, none of which needs another.
+    """
+    depth: dict[int, int] = {}  # calls in a row that a node waits for
+    calls: dict[tuple[str, int], list[Node]] = {}
+    for node in nodes:
+        known = max((depth[x.index] for x in node.args), default=0)
+        if node.op in _BY_VECTORS:
+            known += 1
+            calls.setdefault((node.op, known), []).append(node)
+        depth[node.index] = known
+    calls = {key: group for key, group in calls.items() if len(group) >= _FEWEST}
+    if not calls:
+        return [[node] for node in nodes]
+    first = {group[0].index: group for group in calls.values()}
+    grouped = {node.index for group in calls.values() for node in group}
+    # the calls of a depth come before all else that has it
+    ordered = sorted(nodes, key=lambda x: 2 * depth[x.index] - (x.op in _BY_VECTORS))
+    found = []
+    for node in ordered:
+        if node.index in first:
+            found.append(first[node.index])
+        elif node.index not in grouped:
+            found.append([node])
+    return found
 
 
 def number(x: float) -> str:

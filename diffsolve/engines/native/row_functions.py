@@ -8,7 +8,7 @@ size of a batch.
 
 from __future__ import annotations
 
-from diffsolve.engines.native.llvm import NEVER, Code, cached_code, number
+from diffsolve.engines.native.llvm import NEVER, Code, cached_code, number, once
 from diffsolve.engines.native.rows import Array, Routine, RoutineEmitter
 from diffsolve.engines.native.vector_math import definitions
 
@@ -366,21 +366,7 @@ def row_function_ir(routine: Routine, lanes: int, single: bool) -> str:
         for op, arguments, library in functions.values():
             parts += definitions(op, arguments, library, lanes, single)
     text = "\n".join([*parts, *declared, _ATTRIBUTES])
-    return _once(text)
-
-
-def _once(text: str) -> str:
-    """Without the second declaration of one function."""
-    seen: set[str] = set()
-    kept = []
-    for line in text.split("\n"):
-        if line.startswith("declare "):
-            name = line.split("@", 1)[1].split("(", 1)[0]
-            if name in seen:
-                continue
-            seen.add(name)
-        kept.append(line)
-    return "\n".join(kept)
+    return once(text)
 
 
 def compile_rows(routine: Routine, lanes: int, single: bool) -> Code:

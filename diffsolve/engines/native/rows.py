@@ -20,7 +20,6 @@ from diffsolve.engines.native.llvm import (
     Emitter,
     Output,
     Signature,
-    machine,
     number,
 )
 from diffsolve.engines.native.vector_math import function_name
@@ -114,12 +113,6 @@ class Routine:
             if isinstance(x, Call):
                 found |= {y.name: y for y in x.routine.routines()}
         return list(found.values())
-
-
-def lanes_of(single: bool) -> int:
-    """How many rows are computed at a time: as many numbers as a register holds, at least four."""
-    wide = 8 if "+avx512f" in machine().features and "+avx512dq" in machine().features else 4
-    return 2 * wide if single else wide
 
 
 class RoutineEmitter(Emitter):

@@ -15,9 +15,9 @@ from typing import Any
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.derivative import vjp
 from diffsolve.engines.native.expression import Node, Pool, needed
-from diffsolve.engines.native.llvm import Code, Output
+from diffsolve.engines.native.llvm import Code, Output, lanes_of
 from diffsolve.engines.native.row_functions import TooWide, compile_rows
-from diffsolve.engines.native.rows import Array, Each, Routine, lanes_of
+from diffsolve.engines.native.rows import Array, Each, Routine
 from diffsolve.engines.native.stochastic_step import (
     MOST_IN_DERIVATIVE,
     Step,
