@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.problems.autocast import is_autocasting
-from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.ode import PREPARED, ODEProblem
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import StateStructure, detached
@@ -96,7 +96,7 @@ class Prepared:
         TypeError, ValueError
             If one of them is wrong.
         """
-        latest: Prepared | None = prob.__dict__.get("_prepared")
+        latest: Prepared | None = prob.__dict__.get(PREPARED)
         if latest is not None and latest.still_holds(prob, alg, values, transformed):
             return latest
         options = Options(*values)
@@ -114,7 +114,7 @@ class Prepared:
         given = (alg_given, options) if keeps else None
         found = cls(alg, t0, t1, direction, settings, given, field)
         if keeps:
-            prob.__dict__["_prepared"] = found
+            prob.__dict__[PREPARED] = found
         return found
 
     def still_holds(self, prob: Any, alg: Any, values: tuple[Any, ...], transformed: bool) -> bool:
@@ -153,8 +153,8 @@ def _may_be_kept(prob: ODEProblem | SDEProblem, options: Options, field: VectorF
         isinstance(prob, ODEProblem)
         and isinstance(prob.u0, Tensor)
         and _PLAIN.issuperset(map(type, (*prob.tspan, *options[:8])))
-        and options.tstops == ()
         and isinstance(options.tstops, tuple)
+        and not options.tstops
         and options.norm is None
         and field.f is prob.f  # no autocast is bound to it
     )

@@ -71,8 +71,10 @@ class Stats:
     compile_s: float = 0.0
     adjoint: Stats | None = None
 
-    def __init__(self, engine: str = "torch", alg: str = ""):
+    def __init__(self, engine: str = "torch", alg: str = "", **others: Any):
         self.engine, self.alg = engine, alg  # the others are those of the class, until they change
+        if others:
+            self.__dict__.update(others)
 
     def count(self, counts: tuple[int, ...]) -> None:
         """Note work done: ``nf, njac, nlu, nsolve, nnewton``, and ``ng`` for an SDE."""
@@ -163,6 +165,10 @@ class Solution:
         if isinstance(self._t, np.ndarray):
             self._t = torch.from_numpy(self._t.copy())
         return self._t
+
+    @t.setter
+    def t(self, times: Tensor) -> None:
+        self._t = times
 
     @property
     def steps(self) -> Steps:

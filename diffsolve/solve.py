@@ -245,7 +245,7 @@ def solve(
         native=native,
         stats=stats,
     )
-    stats.sensealg = sensealg.text
+    stats.sensealg = repr(sensealg)
     outputs = sensealg.run(job)
     solution = _wrap(job, sensealg, outputs, saves)
     job.stats.wall_s = time.perf_counter() - started
@@ -272,7 +272,7 @@ def _make_ready(
     else:
         native.template = template(native.compiled, alg, prepared)
     sensealg.compile(native, alg)
-    field.memo["ready"] = wanted, native.template
+    field.memo["ready"] = wanted, native.template  # an SDE's field is made anew, and forgets it
 
 
 def _check_jacobian(field: VectorField, t: Tensor, u: Tensor) -> None:

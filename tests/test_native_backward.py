@@ -139,3 +139,35 @@ def test_untouched_numbers_changed_in_place_do_not_matter(sensealg):
     rate.fill_(5.0)
     sol.u[-1].sum().backward()
     assert float(u0.grad) == pytest.approx(np.exp(-1), rel=1e-6)
+
+
+@each(REVERSIBLE)
+def test_saved_tensors_may_be_moved(sensealg):
+    """Hooks, and checkpoints of torch, put other tensors in the place of those that were saved."""
+    u0, p = leaf([1.0, 0.5]), leaf([[-1.0, 0.3], [0.1, -0.7]])
+
+    def loss(u0, p):
+        sol = run(linear, u0=u0, p=p, sensealg=sensealg, engine="native")
+        return sol.u.square().sum() + (sol.steps.error.sum() if sensealg.handles_steps else 0.0)
+
+    expected = torch.autograd.grad(loss(u0, p), (u0, p))
+    with torch.autograd.graph.save_on_cpu():
+        value = loss(u0, p)
+    moved = torch.autograd.grad(value, (u0, p))
+    again = torch.utils.checkpoint.checkpoint(loss, u0, p, use_reentrant=False)
+    repeated = torch.autograd.grad(again, (u0, p))
+    for a, b, c in zip(expected, moved, repeated, strict=True):
+        assert a.abs().min() > 0
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_a_solve_inside_of_a_compiled_function():
+    u0, p = leaf([1.0, 0.5]), leaf([[-1.0, 0.3], [0.1, -0.7]])
+
+    def loss(p):
+        return run(linear, u0=u0, p=p, engine="native").u.square().sum()
+
+    (expected,) = torch.autograd.grad(loss(p), p)
+    (got,) = torch.autograd.grad(torch.compile(loss, backend="eager")(p), p)
+    assert torch.equal(got, expected)

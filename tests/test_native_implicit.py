@@ -458,3 +458,19 @@ def test_steps_that_are_too_long_for_one_function(monkeypatch):
     assert not torch.equal(one[4], loops[4])  # they are two ways
     assert off(one[3], loops[3]) <= 1e-10
     assert off(one[4], loops[4]) <= 1e-8
+
+
+@pytest.mark.parametrize("n", [13, 20, 30])
+@pytest.mark.parametrize("alg", [Rosenbrock23(), Rodas5P(), AutoTsit5()], ids=label)
+def test_steps_that_turn_out_to_be_too_long(alg, n):
+    """Their systems are short, their stages are not."""
+    generator = torch.Generator().manual_seed(n)
+    weights = torch.randn(n, n, generator=generator, dtype=DOUBLE) / n - 30 * torch.eye(n)
+    grads = []
+    for engine in ("torch", "native"):
+        u0 = torch.linspace(0.1, 1, n, dtype=DOUBLE, requires_grad=True)
+        prob = ODEProblem(lambda t, u: torch.tanh(weights @ u), u0, (0.0, 3.0))
+        sol = solve(prob, alg, rtol=1e-5, atol=1e-8, saveat=1.0, engine=engine)
+        grads.append(torch.autograd.grad(sol.u.square().sum(), u0)[0])
+        assert engine in sol.stats.engine
+    assert off(grads[1], grads[0]) <= 1e-6

@@ -7,6 +7,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from diffsolve import (
     Vern7,
     solve,
 )
+from diffsolve.problems.ode import PREPARED
 
 F64 = torch.float64
 ENGINES = pytest.mark.parametrize("engine", ["auto", "native", "torch"])
@@ -58,6 +60,7 @@ def same_as_new(prob: ODEProblem, *args: Any, **options: Any) -> None:
         {"dtmax": 0.05},
         {"tstops": [0.3]},
         {"tstops": (0.3,)},
+        {"tstops": np.array([0.3])},
         {"norm": lambda x: 100 * x.abs().max()},
         {"controller": PIController.for_order(2)},
         {"saveat": [0.5, 1.0]},
@@ -200,5 +203,22 @@ def test_copies_of_a_problem_that_was_solved() -> None:
     prob = problem()
     solve(prob, Tsit5())
     for other in (copy.copy(prob), copy.deepcopy(prob), pickle.loads(pickle.dumps(prob))):
-        assert "_prepared" not in vars(other)
+        assert PREPARED not in vars(other)
         torch.testing.assert_close(solve(other, Tsit5()).u, solve(prob, Tsit5()).u)
+
+
+def test_what_is_kept_is_not_a_part_of_f() -> None:
+    """Where f reaches its problem, a solve with other options does not make it another f."""
+
+    class Model:
+        def __init__(self) -> None:
+            self.rate = torch.tensor(1.0, dtype=F64)
+            self.prob = ODEProblem(self.f, torch.ones(2, dtype=F64), (0.0, 1.0))
+
+        def f(self, t: Tensor, u: Tensor) -> Tensor:
+            return -self.rate * u
+
+    prob, seconds = Model().prob, []
+    for rtol in (1e-3, 1e-6, 1e-3, 1e-6):
+        seconds.append(solve(prob, Tsit5(), rtol=rtol, engine="native").stats.compile_s)
+    assert seconds[0] > 0 and seconds[1:] == [0, 0, 0]  # traced once

@@ -52,8 +52,10 @@ def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
 def run_discrete(job: Job, checkpoints: int | None) -> Outputs:
     """Integrate; the outputs' gradient is the compiled sweep through the steps."""
     carrier = Carrier(job, checkpoints)
-    # Function.apply looks for torch.func transforms first, under which nothing is native
-    apply: Any = super(torch.autograd.Function, _NativeDiscrete).apply  # type: ignore[misc]
+    apply: Any = _NativeDiscrete.apply
+    if not torch.compiler.is_compiling():
+        # beneath its look for torch.func transforms, under which nothing is native
+        apply = super(torch.autograd.Function, _NativeDiscrete).apply  # type: ignore[misc]
     u, estimates = apply(carrier, job.u0, *job.field.params)
     return Outputs(carrier.handed_over(), u, estimates)
 
@@ -75,10 +77,12 @@ class _NativeDiscrete(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, of_saved: Tensor | None, of_steps: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        ctx.inputs = _, *params = saved[: ctx.counts]
+        saved = ctx.saved_tensors  # raises if a parameter was changed in place
         started = time.perf_counter()
         job, native = ctx.carrier.job, ctx.native
+        # by identity: hooks may have put other tensors in the place of those that were saved
+        params = job.field.params
+        ctx.inputs = saved[0], *params
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
         pull: Any = stochastic_sweep if isinstance(native, NativeSDE) else sweep
         cotangents = of_saved, *_rows(of_steps)
@@ -142,10 +146,11 @@ class _NativeContinuous(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, bars: Tensor) -> Any:
         saved_tensors = ctx.saved_tensors  # raises if a parameter was changed in place
-        ctx.inputs = u0, *params = saved_tensors[: ctx.counts]
         saved, *path = saved_tensors[ctx.counts :]
         started = time.perf_counter()
         job = ctx.carrier.job
+        u0, params = saved_tensors[0], job.field.params
+        ctx.inputs = u0, *params
         stats = job.stats.adjoint = Stats(engine=job.stats.engine)
         size = float(bars.abs().max()) if bars.numel() else 0.0
         if not size < float("inf"):

@@ -146,11 +146,6 @@ class Sensealg(ABC):
     handles_noise: bool = False
     handles_steps: bool = False
 
-    @functools.cached_property
-    def text(self) -> str:
-        """How it is written."""
-        return repr(self)
-
     @abstractmethod
     def run(self, job: Job) -> Outputs:
         """Integrate and return outputs that autograd can go back through."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from diffsolve.problems.ode import PREPARED
+
 _PRODUCTS = {
     torch.nn.functional.linear,
     torch.matmul,
@@ -162,7 +164,8 @@ def _children(x: Any) -> list[Any]:
     slots = [s for c in type(x).__mro__ for s in _names(getattr(c, "__slots__", ()))]
     kept = [getattr(x, s) for s in slots if hasattr(x, s)]
     called = [type(x).__call__] if callable(x) else []
-    return [*getattr(x, "__dict__", {}).values(), *kept, *called]
+    own = [v for k, v in getattr(x, "__dict__", {}).items() if k != PREPARED]
+    return [*own, *kept, *called]
 
 
 def _names(slots: Any) -> tuple[str, ...]:

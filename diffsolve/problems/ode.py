@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from diffsolve.problems.structure import detached
 
+PREPARED = "_diffsolve_prepared"  # attribute where a solve leaves what its next one may use
 _SUPPORTED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -80,7 +81,7 @@ class ODEProblem:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made of: not what a solve has left here."""
-        return {name: x for name, x in self.__dict__.items() if name != "_prepared"}
+        return {name: x for name, x in self.__dict__.items() if name != PREPARED}
 
     def remake(self, **changes: Any) -> ODEProblem:
         """A new problem with some fields changed."""

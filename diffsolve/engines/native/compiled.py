@@ -304,9 +304,9 @@ class Compiled:
     ) -> tuple[Signature, list[Output]] | None:
         try:
             made = RosenbrockStep(self._outputs, self.jacobian(), stages)
+            return _ROSENBROCK, made.outputs()
         except TooLong:
             return None
-        return _ROSENBROCK, made.outputs()
 
     def rosenbrock_vjp(self, stages: RosenbrockStages, active: tuple[bool, ...]) -> int:
         """Its reverse, or 0."""

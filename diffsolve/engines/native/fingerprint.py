@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.problems.ode import PREPARED
+
 _DEPTH = 4
 _MOST_ITEMS = 100
 _MOST_IN_ALL = 5_000  # about a millisecond
@@ -169,7 +171,8 @@ def _visit(x: Any, items: list[Any], note: Any, depth: int) -> None:
         _visit_items([*x.args, *x.keywords.values()], items, note, depth - 1)
     else:
         _identify(x, items, note)
-        _visit_items(getattr(x, "__dict__", {}).values(), items, note, depth - 1)
+        own = [v for k, v in getattr(x, "__dict__", {}).items() if k != PREPARED]
+        _visit_items(own, items, note, depth - 1)
         for slots in (getattr(base, "__slots__", ()) for base in kind.__mro__):
             names = (slots,) if isinstance(slots, str) else slots
             _visit_items([getattr(x, n) for n in names if hasattr(x, n)], items, note, depth - 1)

@@ -37,7 +37,7 @@ class Memory:
     n
         Size of the state.
     params
-        Flat parameters that ``field`` is given.
+        Flat parameters that ``field`` is given; a copy of them where states are kept.
     field, jacobian
         Address of what is integrated, and its Jacobian; default: the right-hand side.
     wanted
@@ -85,11 +85,11 @@ class Memory:
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
             integers[L.N_BREAKS] = len(breaks)
-        if kept is None or wanted is None or work is None:
-            self.work()
-        else:
+        if kept is not None and wanted is not None and work is not None:  # all, or none
             self.held[L.WORK] = work.array
             self._make_first_room(kept, wanted.times)
+        else:
+            self.work()
 
     def prepare_stiff(self) -> Any:
         """Make what the reverse pass of the stiff method needs; where one is wanted, set anew."""

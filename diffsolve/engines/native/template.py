@@ -154,7 +154,7 @@ class Template:
                 fused = compiled.step_vjp(stages, active)
             else:
                 of_jacobian = compiled.jacobian_vjp(active)
-            if self.method.family == "rosenbrock":
+            if self.method.family == "rosenbrock" and self.integers[L.FUSED]:
                 fused = compiled.rosenbrock_vjp(stages, active)
             found = self._reverse[active] = (compiled.vjp(active), fused, of_jacobian, sweep)
         return found
@@ -259,7 +259,11 @@ class Kept:
         self._spare: list[WorkSpace] = []
 
     def borrow(self) -> WorkSpace:
-        """A work space that no other solve uses, often one that was used before."""
+        """A work space that no other solve uses, often one that was used before.
+
+        Of what lies there the kernels expect one thing: that ``JAC_BAR`` is zero. Each reverse step
+        leaves it so; a pass that was broken off does not give its work space back.
+        """
         try:
             return self._spare.pop()
         except IndexError:

@@ -71,10 +71,11 @@ def take_step(I, R, t, h, like):
 @inlined
 def recall(I, R, t, h, inside, like):
     """Make the stages of a step and its results for the reverse pass, where it reads them."""
-    if I[L.STATE_ROWS] > 2:
-        combine_results(I, h, like)
-        return True
     estimated = I[L.ERROR_BARS] != 0 or I[L.ERROR_NORM_BARS] != 0 or I[L.STIFFNESS_BARS] != 0
+    if I[L.STATE_ROWS] > 2:
+        if I[L.FUSED_VJP] == 0 or estimated:
+            combine_results(I, h, like)
+        return True
     completed = inside > 0 and I[L.EXTRA] > 0 and I[L.SAVED_BARS] != 0
     if I[L.FUSED_VJP] == 0 or estimated or completed:
         return take_step(I, R, t, h, like)
