@@ -15,7 +15,7 @@ from diffsolve import DiscreteAdjoint, ODEProblem, Tsit5, solve
 from diffsolve.engines.native.engine import evaluate
 from diffsolve.engines.native.expression import Pool, needed
 from diffsolve.engines.native.field import find
-from diffsolve.engines.native.llvm import in_groups
+from diffsolve.engines.native.groups import in_groups
 from diffsolve.problems.vector_field import VectorField
 
 FUNCTIONS = {

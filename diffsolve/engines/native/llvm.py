@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsolve.engines.native.expression import COMPARE, Node, needed
+from diffsolve.engines.native.groups import in_groups
 from diffsolve.engines.native.vector_math import definitions, function_name
 
 #: Raised by one whenever the generated code changes for the same graph.
@@ -102,9 +103,6 @@ _ARITHMETIC = {
     "div": "fdiv",
     "fmod": "frem",
 }
-#: Functions that have a form for vectors, and how many calls make it worth while.
-_BY_VECTORS = {"exp", "expm1", "log", "log1p", "sin", "cos", "tanh", "sigmoid"}
-_FEWEST = 4
 _ORDERED = {"lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge", "eq": "oeq", "ne": "une"}
 
 
@@ -324,35 +322,6 @@ def lanes_of(single: bool) -> int:
     """How many numbers are computed at a time: as many as a register holds, at least four."""
     wide = 8 if "+avx512f" in machine().features and "+avx512dq" in machine().features else 4
     return 2 * wide if single else wide
-
-
-def in_groups(nodes: Sequence[Node]) -> list[list[Node]]:
-    """Nodes in an order in which they can be computed, those together that a vector function takes.
-
-    Such are at least `_FEWEST` calls of one function, none of which needs another.
-    """
-    depth: dict[int, int] = {}  # calls in a row that a node waits for
-    calls: dict[tuple[str, int], list[Node]] = {}
-    for node in nodes:
-        known = max((depth[x.index] for x in node.args), default=0)
-        if node.op in _BY_VECTORS:
-            known += 1
-            calls.setdefault((node.op, known), []).append(node)
-        depth[node.index] = known
-    calls = {key: group for key, group in calls.items() if len(group) >= _FEWEST}
-    if not calls:
-        return [[node] for node in nodes]
-    first = {group[0].index: group for group in calls.values()}
-    grouped = {node.index for group in calls.values() for node in group}
-    # the calls of a depth come before all else that has it
-    ordered = sorted(nodes, key=lambda x: 2 * depth[x.index] - (x.op in _BY_VECTORS))
-    found = []
-    for node in ordered:
-        if node.index in first:
-            found.append(first[node.index])
-        elif node.index not in grouped:
-            found.append([node])
-    return found
 
 
 def number(x: float) -> str:
