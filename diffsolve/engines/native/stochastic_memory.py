@@ -27,7 +27,7 @@ from diffsolve.engines.native.method import address, set_controller
 from diffsolve.engines.native.stochastic import Functions
 from diffsolve.engines.native.stochastic_field import NativeSDE
 from diffsolve.engines.native.stochastic_methods import Formulas, step_method
-from diffsolve.engines.native.template import STEPS, Wanted, write_tolerance
+from diffsolve.engines.native.template import STEPS, Wanted, remembered, write_tolerance
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
@@ -36,7 +36,6 @@ FIRST_ROOM = 256  # steps
 _MOST_AHEAD = 4_096  # normals that are drawn at once
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python
 _FIRST_INTERVALS = 8
-_MOST_TEMPLATES = 50
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 if hasattr(os, "register_at_fork"):
@@ -141,17 +140,9 @@ def template(
         *(settings.adaptive, settings.dt, settings.dtmin, settings.dtmax),
         *(settings.maxiters, settings.h_on_tape),
     )
-    known = compiled.templates
-    try:
-        found = known.get(key)
-    except TypeError:  # a controller of the user's, with a list among its numbers
-        return StochasticTemplate(compiled, alg, noise, settings)
-    if found is None:
-        found = StochasticTemplate(compiled, alg, noise, settings)
-        if len(known) > _MOST_TEMPLATES:
-            known.clear()
-        known[key] = found
-    return found
+    return remembered(
+        compiled.templates, key, lambda: StochasticTemplate(compiled, alg, noise, settings)
+    )
 
 
 def check_checkpoints(template: StochasticTemplate) -> None:

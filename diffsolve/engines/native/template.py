@@ -183,11 +183,7 @@ class Template:
             *(wanted.dense, wanted.complete),
         )
         found = self._kept.get(key)
-        if found is None:
-            if len(self._kept) >= _MOST_TEMPLATES:
-                self._kept.clear()
-            found = self._kept[key] = Kept(self, wanted)
-        return found
+        return remembered(self._kept, key, lambda: Kept(self, wanted)) if found is None else found
 
 
 def systems(jacobian: Jacobian, n: int) -> list[Part]:
@@ -335,14 +331,17 @@ def _find_template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Te
         *(settings.adaptive, settings.dt, settings.dtmin, settings.dtmax),
         *(settings.maxiters, settings.progress, settings.h_on_tape),
     )
-    known = compiled.templates
+    return remembered(compiled.templates, key, lambda: Template(compiled, alg, settings))
+
+
+def remembered(known: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """What was made for a key before, or is made now."""
     try:
         found = known.get(key)
     except TypeError:  # a controller of the user's, with a list among its numbers
-        return Template(compiled, alg, settings)
+        return make()
     if found is None:
-        found = Template(compiled, alg, settings)
-        if len(known) > _MOST_TEMPLATES:
+        if len(known) >= _MOST_TEMPLATES:
             known.clear()
-        known[key] = found
+        found = known[key] = make()
     return found
