@@ -148,7 +148,7 @@ class _Continuous(torch.autograd.Function):
     ) -> Tensor:
         carrier.trajectory, tensors, restore = sensealg.forward(carrier.job, u0.detach())
         saved = carrier.job.stacked(carrier.trajectory.u)
-        ctx.sensealg, ctx.carrier, ctx.restore = sensealg, carrier, restore
+        ctx.sensealg, ctx.job, ctx.restore = sensealg, carrier.job, restore
         ctx.times = carrier.trajectory.t
         # autograd frees them after backward, and sees a parameter changed in place
         ctx.counts = 2 + len(params)
@@ -162,7 +162,7 @@ class _Continuous(torch.autograd.Function):
         saved, u0, *params = tensors[: ctx.counts]
         ctx.inputs = (u0, *params)
         started = time.perf_counter()
-        job = ctx.carrier.job
+        job = ctx.job
         stats = job.stats.adjoint = Stats(engine=job.stats.engine)
         direction = job.t1 - job.t0
         job.field.refuse_changed(job.t0, direction, u0.detach(), job.du0)

@@ -137,7 +137,7 @@ class _Discrete(torch.autograd.Function):
     def forward(ctx: Any, carrier: Carrier, u0: Tensor, *params: Tensor) -> Any:
         job, tape = carrier.job, carrier.kept
         carrier.trajectory = job.run(u0.detach(), tape)
-        ctx.carrier, ctx.final = carrier, carrier.trajectory.final
+        ctx.job, ctx.tape, ctx.final = job, tape, carrier.trajectory.final
         ctx.set_materialize_grads(False)
         # autograd frees the states after backward, and sees a parameter changed in place
         ctx.counts = 1 + len(params)
@@ -150,7 +150,7 @@ class _Discrete(torch.autograd.Function):
         saved = ctx.saved_tensors
         ctx.inputs = saved[: ctx.counts]
         started = time.perf_counter()
-        job, tape = ctx.carrier.job, ctx.carrier.kept.loaded(saved[ctx.counts :])
+        job, tape = ctx.job, ctx.tape.loaded(saved[ctx.counts :])
         if job.alg.is_implicit:  # steps are compared up to the tolerance only
             job.field.refuse_changed(job.t0, job.t1 - job.t0, saved[0].detach(), job.du0)
         stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)

@@ -71,7 +71,7 @@ class _NativeDiscrete(torch.autograd.Function):
         ctx.counts = 1 + len(params)
         # autograd frees the states after backward, and sees a parameter changed in place
         ctx.save_for_backward(u0, *params, found.memory.give())
-        ctx.carrier, ctx.native, ctx.memory = carrier, job.native, found.memory.records()
+        ctx.job, ctx.native, ctx.memory = job.for_reverse(), job.native, found.memory.records()
         return found.u, found.columns.estimates()
 
     @staticmethod
@@ -79,7 +79,7 @@ class _NativeDiscrete(torch.autograd.Function):
     def backward(ctx: Any, of_saved: Tensor | None, of_steps: Tensor | None) -> Any:
         saved = ctx.saved_tensors  # raises if a parameter was changed in place
         started = time.perf_counter()
-        job, native = ctx.carrier.job, ctx.native
+        job, native = ctx.job, ctx.native
         # by identity: hooks may have put other tensors in the place of those that were saved
         params = job.field.params
         ctx.inputs = saved[0], *params
@@ -130,7 +130,7 @@ class _NativeContinuous(torch.autograd.Function):
         dense = job.dense or (along and checkpoints is None)
         wanted = Wanted(job.saves.array, kept, checkpoints, dense, along and not kept)
         found = carrier.trajectory = job.run_native(u0.detach(), wanted)
-        ctx.sensealg, ctx.carrier, ctx.native = sensealg, carrier, job.native
+        ctx.sensealg, ctx.job, ctx.native = sensealg, job.for_reverse(), job.native
         ctx.times, ctx.counts = [float(t) for t in found.t], 1 + len(params)
         path = ()
         if along:
@@ -148,7 +148,7 @@ class _NativeContinuous(torch.autograd.Function):
         saved_tensors = ctx.saved_tensors  # raises if a parameter was changed in place
         saved, *path = saved_tensors[ctx.counts :]
         started = time.perf_counter()
-        job = ctx.carrier.job
+        job = ctx.job
         u0, params = saved_tensors[0], job.field.params
         ctx.inputs = u0, *params
         stats = job.stats.adjoint = Stats(engine=job.stats.engine)
@@ -169,7 +169,7 @@ def _reverse(
     ctx: Any, saved: Tensor, bars: Tensor, kept: Sequence[Tensor], stats: Stats
 ) -> tuple[Tensor, Tensor]:
     """Gradients by the flat initial state and by the flat parameters."""
-    sensealg, job, times = ctx.sensealg, ctx.carrier.job, ctx.times
+    sensealg, job, times = ctx.sensealg, ctx.job, ctx.times
     native: NativeField = ctx.native
     memory: Memory = ctx.memory
     compiled, active, n = native.compiled, native.active, len(bars[0])

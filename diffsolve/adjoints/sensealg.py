@@ -63,6 +63,12 @@ class Job:
     native: NativeField | None = None
     stats: Stats = dataclasses.field(default_factory=Stats)
 
+    def for_reverse(self) -> Job:
+        """What a reverse pass in machine code reads of it: nothing that refers to ``f``."""
+        job = object.__new__(Job)
+        job.__dict__.update(self.__dict__, field=self.field.without_functions())
+        return job
+
     @property
     def save_times(self) -> Sequence[float] | None:
         """Ordered times to save; None: every step."""
@@ -225,13 +231,18 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *bars: Any) -> Any:
-        quiet = without_autocast(ctx.carrier.job.field.device)
+        if not ctx.__dict__:  # released
+            return ctx.saved_tensors  # which raises: the graph is freed
+        quiet = without_autocast(ctx.job.field.device)
         if not torch.is_grad_enabled():  # entering no_grad takes a microsecond
             with quiet:
-                return backward(ctx, *bars)
+                grads = backward(ctx, *bars)
+            release(ctx)
+            return grads
         with torch.no_grad(), quiet:
             grads = backward(ctx, *bars)
         inputs = [x for x in (*bars, *ctx.inputs) if isinstance(x, Tensor) and x.requires_grad]
+        release(ctx)
         if not inputs:
             return grads
         return tuple(
@@ -240,6 +251,19 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return wrapper
+
+
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # pyright: ignore
+
+
+def release(ctx: Any) -> None:
+    """Forget what a reverse pass needed, if autograd frees the graph after it.
+
+    ``f`` may belong to a model that keeps the solution. Python's collector does not see a cycle
+    through a graph, so that neither would ever be freed.
+    """
+    if not _keeps_graph():
+        ctx.__dict__.clear()
 
 
 class _Undifferentiable(torch.autograd.Function):

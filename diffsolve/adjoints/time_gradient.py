@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from diffsolve.adjoints.sensealg import release
 from diffsolve.problems.vector_field import VectorField
 
 
@@ -32,6 +33,7 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         u0, t0 = ctx.saved_tensors
         du = ctx.field(ctx.field.after(float(t0), ctx.direction), u0)
+        release(ctx)
         return g, -_inner(g, du).to(t0), None, None
 
 
@@ -54,6 +56,7 @@ class _Saved(torch.autograd.Function):
             # the side of a jump that belongs to the solution up to t
             side = field.after(t, forward if t == ctx.t0 else -forward)
             slopes.append(_inner(g_i, field(side, u_i)).to(times))
+        release(ctx)
         return g, torch.stack(slopes), None, None, None
 
 

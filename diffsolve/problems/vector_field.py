@@ -132,6 +132,12 @@ class VectorField:
         field.params, field.used, field.scratch = [], set(), {}
         return field
 
+    def without_functions(self) -> VectorField:
+        """The parameters, the structure and the breaks alone."""
+        field = object.__new__(VectorField)
+        field.structure, field.params, field.breaks = self.structure, self.params, self.breaks
+        return field
+
     @property
     def dtype(self) -> torch.dtype:
         return self.structure.dtype
