@@ -1,6 +1,8 @@
 """diffsolve: differentiable solvers of ODEs and SDEs for PyTorch that expose their estimates."""
 
-from diffsolve import nn, problems, regularization
+from diffsolve import nn as nn
+from diffsolve import problems as problems
+from diffsolve import regularization
 from diffsolve.adjoints.backsolve import BacksolveAdjoint, BacksolveWarning
 from diffsolve.adjoints.discrete import DiscreteAdjoint
 from diffsolve.adjoints.interpolating import InterpolatingAdjoint
@@ -69,6 +71,7 @@ from diffsolve.solvers.switching import AutoSwitch, AutoTsit5, AutoVern7
 
 __version__ = "0.1.0"
 
+# not nn and problems: "import *" would take the place of the user's torch.nn
 __all__ = [
     "BS3",
     "DP5",
@@ -152,8 +155,6 @@ __all__ = [
     "VirtualBrownianTree",
     "check_jacobian",
     "jacobian_sparsity",
-    "nn",
-    "problems",
     "regularization",
     "solve",
 ]

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch import Tensor
 
 import diffsolve as ds
 from diffsolve import ODEProblem, Solution, solve
 from diffsolve.problems import library
+from diffsolve.solvers.jacobian_layout import checked_pattern
 
 F64 = torch.float64
 ROSENBROCK = (
@@ -325,6 +327,36 @@ def test_sparsity_gives_the_same_jacobian_with_fewer_products() -> None:
     wrong[0, 1] = False
     with pytest.raises(ValueError, match="jac_sparsity is wrong"):
         solve(prob.remake(jac_sparsity=wrong), ds.Rodas4(), **options)
+
+
+def test_patterns_of_every_kind_are_read() -> None:
+    """An entry that a sparse matrix stores may become other than zero, whatever it is now."""
+    stored = ([0, 1, 2, 2], [0, 1, 0, 2])
+    values = [1.0, -2.0, 0.0, 3.0]
+    pattern = torch.zeros(3, 3, dtype=torch.bool)
+    pattern[stored] = True
+    kinds = {"csr_matrix", "csc_array", "coo_array", "csc_matrix", "bsr_array", "lil_array"}
+    of_scipy = {k: getattr(sparse, k)(sparse.coo_array((values, stored))) for k in kinds}
+    of_scipy["lil_array"][2, 0] = 0.5  # this kind keeps no zeros
+    coo = torch.sparse_coo_tensor(torch.tensor(stored), torch.tensor(values), (3, 3))
+    of_torch = [coo, coo.to_sparse_csr(), pattern, pattern.double(), pattern.to_sparse_csc()]
+    others = [pattern.numpy(), pattern.tolist()]
+    for given in (*of_scipy.values(), *of_torch, *others):
+        assert torch.equal(checked_pattern(given, 3), pattern), given
+    for wrong in (sparse.eye_array(2), "dense", object()):
+        with pytest.raises(ValueError, match=r"jac_sparsity has shape .* expected \(3, 3\)"):
+            checked_pattern(wrong, 3)
+
+
+def test_pattern_of_scipy_in_a_solve() -> None:
+    prob = library.brusselator_1d(n=15, tspan=(0.0, 1.0))
+    pattern = ds.jacobian_sparsity(prob)
+    options = {"rtol": 1e-6, "atol": 1e-8, "save_everystep": False, **ENGINE}
+    matrix = sparse.csr_array(pattern.to_dense().numpy())
+    one, other = (
+        solve(prob.remake(jac_sparsity=x), ds.Rodas4(), **options) for x in (pattern, matrix)
+    )
+    assert torch.equal(one.u, other.u)
 
 
 @pytest.mark.parametrize("name", ["Rodas5P", "KenCarp4", "TRBDF2"])

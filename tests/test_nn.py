@@ -186,3 +186,50 @@ def test_repr_shows_the_settings():
     assert "tspan=(0.0, 2.0)" in shown
     assert "Tsit5()" in shown
     assert "Linear" in shown
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("saveat", [None, [0.5, 1.0]], ids=["end", "saveat"])
+def test_half_precision_of_autocast_is_lifted_and_given_back(low, saveat):
+    """Between other layers, whose outputs autocast lowers: steps stay in float32."""
+    module = net().float()
+    layer = NeuralODE(module, (0.0, 1.0), Tsit5(), rtol=1e-4, atol=1e-5, saveat=saveat)
+    model = nn.Sequential(nn.Linear(2, 2), layer, nn.Linear(2, 1))
+    x = U0.float()
+    plain = model(x)
+    grads = torch.autograd.grad(plain.sum(), list(model.parameters()))
+    with torch.autocast("cpu", dtype=low):
+        state = model[0](x)
+        found, inside = layer(state), layer.solve(state).u
+        out = model(x)
+    assert (state.dtype, found.dtype, inside.dtype) == (low, low, torch.float32)
+    torch.testing.assert_close(out.float(), plain, rtol=0.03, atol=0.03)
+    cast = torch.autograd.grad(out.float().sum(), list(model.parameters()))
+    for a, b in zip(cast, grads, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.05
+    with pytest.raises(ValueError, match="float32"):  # without autocast f would be half as well
+        layer(state)
+
+
+def test_states_of_several_precisions_come_back_as_they_were():
+    def f(u):
+        return {"a": -u["a"], "b": -2 * u["b"]}
+
+    layer = NeuralODE(f, (0.0, 1.0), Tsit5(), rtol=1e-6, atol=1e-8)
+    u0 = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(3)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(u0)
+    assert (found["a"].dtype, found["b"].dtype) == (torch.bfloat16, torch.float32)
+    assert found["b"] == pytest.approx(math.exp(-2) * torch.ones(3), rel=1e-5)
+
+
+def test_misspelt_options_are_named_when_the_layer_is_made():
+    with pytest.raises(TypeError, match=r"NeuralODE: rtoll .* did you mean rtol\?"):
+        NeuralODE(net(), rtoll=1e-6)
+
+
+def test_star_import_leaves_the_modules_of_others():
+    names: dict = {}
+    exec("from torch import nn\nfrom diffsolve import *", names)
+    assert names["nn"] is nn
+    assert "problems" not in names and "solve" in names

@@ -523,3 +523,22 @@ def test_what_was_compiled_for_logqp_serves_the_next_solve(takes_time):
     first = module.split(again.u)[1][-1]
     module.prior = f  # another function is seen: then nothing diverges
     assert module.split(module.solve(U0, logqp=True).u)[1][-1].abs().max() == 0 < first.min()
+
+
+def test_half_precision_of_autocast_is_lifted_and_given_back() -> None:
+    layer = NeuralSDE(
+        lambda u: -u, lambda u: 0.1 + 0 * u, prior=lambda u: -2 * u, seed=3, rtol=1e-2, atol=1e-3
+    )
+    u0 = torch.ones(4, 2)
+    expected, expected_kl = layer(u0, logqp=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(u0.bfloat16())
+        larger, kl = layer(u0.bfloat16(), logqp=True)
+    assert (found.dtype, larger.dtype, kl.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(larger.float(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(kl, expected_kl, rtol=0.05, atol=0.0)
+
+
+def test_misspelt_options_are_named_when_the_layer_is_made() -> None:
+    with pytest.raises(TypeError, match=r"NeuralSDE: atoll .* did you mean atol\?"):
+        NeuralSDE(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), atoll=1e-3)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diffsolve.adjoints.sensealg import Sensealg
+from diffsolve.nn.options import as_it_came, check_options, lifted
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.solution import Solution
 from diffsolve.solve import solve
@@ -58,20 +59,25 @@ class NeuralODE(nn.Module):
         self.alg = alg
         self.sensealg = sensealg
         self.takes_time = takes_time
+        check_options("NeuralODE", options)
         self.options = options
 
     def forward(self, u0: Any) -> Any:
         """State at ``t1``, in the shape of ``u0``; ``(T, *state)`` where ``saveat`` was given.
+
+        What autocast made half precise is solved in float32, and given back as it came.
 
         Raises
         ------
         SolveError
             If the solve fails.
         """
-        if self.options.get("saveat") is not None:
-            return self.solve(u0).u
-        u = self.solve(u0, saveat=None, save_everystep=False).u
-        return u[-1] if isinstance(u, Tensor) else last(u)
+        whole = self.options.get("saveat") is not None
+        options: dict[str, Any] = {} if whole else {"saveat": None, "save_everystep": False}
+        u = self.solve(u0, **options).u
+        if not whole:
+            u = u[-1] if isinstance(u, Tensor) else last(u)
+        return as_it_came(u, u0)
 
     def solve(self, u0: Any, **overrides: Any) -> Solution:
         """The whole solution, with its statistics and the estimates of its steps.
@@ -79,7 +85,7 @@ class NeuralODE(nn.Module):
         Parameters
         ----------
         u0
-            Initial state.
+            Initial state; what autocast made half precise is solved in float32.
         **overrides
             Options of ``solve`` that replace those of the layer; also ``tspan``, ``alg`` and
             ``sensealg``.
@@ -92,7 +98,7 @@ class NeuralODE(nn.Module):
             **overrides,
         }
         f = self.module if self.takes_time else self._without_time
-        return solve(ODEProblem(f, u0, options.pop("tspan")), **options)
+        return solve(ODEProblem(f, lifted(u0), options.pop("tspan")), **options)
 
     def _without_time(self, t: Tensor, u: Any) -> Any:
         return self.module(u)

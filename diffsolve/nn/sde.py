@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from diffsolve.adjoints.sensealg import Sensealg
 from diffsolve.nn.ode import last
+from diffsolve.nn.options import as_it_came, check_options, lifted
 from diffsolve.nn.path_kl import PathKL, split
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.structure import detached
@@ -86,10 +87,13 @@ class NeuralSDE(nn.Module):
         self.interpretation = interpretation
         self.takes_time = takes_time
         self.seed = seed
+        check_options("NeuralSDE", options)
         self.options = options
 
     def forward(self, u0: Any, *, seed: Any = None, logqp: bool = False) -> Any:
         """State at ``t1``, in the shape of ``u0``; ``(T, *state)`` where ``saveat`` was given.
+
+        What autocast made half precise is solved in float32, and given back as it came.
 
         Parameters
         ----------
@@ -117,7 +121,10 @@ class NeuralSDE(nn.Module):
             options["seed"] = seed
         u = self.solve(u0, logqp=logqp, **options).u
         u = u if whole else last(u)
-        return self.split(u) if logqp else u
+        if not logqp:
+            return as_it_came(u, u0)
+        states, divergence = self.split(u)
+        return as_it_came(states, u0), divergence
 
     def solve(self, u0: Any, *, logqp: bool = False, **overrides: Any) -> Solution:
         """The whole solution, with its noise, its statistics and the estimates of its steps.
@@ -146,7 +153,7 @@ class NeuralSDE(nn.Module):
             raise ValueError("logqp needs the drift of the prior: NeuralSDE(..., prior=...)")
         prob = SDEProblem(
             *self._functions(),
-            u0,
+            lifted(u0),
             options.pop("tspan"),
             noise=self.noise,
             interpretation=self.interpretation,

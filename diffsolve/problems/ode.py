@@ -41,8 +41,9 @@ class ODEProblem:
         Gradients never use it, and the native engine, which has the exact one, does not either.
         ``check_jacobian`` compares the two.
     jac_sparsity
-        Which entries of the Jacobian can be other than zero, ``(N, N)``, dense or sparse. Where it
-        is computed by autograd, rows that share no column are then computed at once; a pattern that
+        Which entries of the Jacobian can be other than zero, ``(N, N)``: a tensor or an array, or
+        a sparse matrix of torch or SciPy, of which every stored entry counts. Where the Jacobian is
+        computed by autograd, rows that share no column are then computed at once; a pattern that
         lacks an entry is refused when that is found. Linear systems are dense all the same.
     mass_matrix
         ``M`` in ``M du/dt = f``; refused by methods that cannot use it.

@@ -21,6 +21,7 @@ from diffsolve.problems.autocast import under_current_autocast
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.structure import (
     StateStructure,
+    advice_for,
     detached,
     outside_transforms,
     under_transform,
@@ -289,7 +290,7 @@ class SDEField(VectorField):
     def _describe(self, leaf: Any) -> str | None:
         """What is wrong with a tensor that ``g`` returned, other than its shape."""
         if not isinstance(leaf, Tensor):
-            return f"{type(leaf).__name__}, expected a tensor"
+            return f"{type(leaf).__name__}, expected a tensor{advice_for(leaf)}"
         if leaf.dtype != self.dtype:
             return (
                 f"{leaf.dtype}, the state has {self.dtype}: give the parameters and constants "

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -83,7 +84,7 @@ class StateStructure:
             return f"it returned {type(du).__name__}, not in the structure of u: {error}"
         for leaf, shape in zip(leaves, self.shapes, strict=True):
             if not isinstance(leaf, Tensor):
-                return f"it returned {type(leaf).__name__}, expected a tensor"
+                return f"it returned {type(leaf).__name__}, expected a tensor{advice_for(leaf)}"
             if leaf.shape != shape:
                 return f"it returned shape {tuple(leaf.shape)}, the state has {tuple(shape)}"
             if leaf.dtype != self.dtype:
@@ -94,6 +95,17 @@ class StateStructure:
             if leaf.device != self.device:
                 return f"it returned a tensor on {leaf.device}, the state is on {self.device}"
         return None
+
+
+def advice_for(returned: Any) -> str:
+    """How to return a tensor instead of a list, an array or a number, in words."""
+    if isinstance(returned, (list, tuple)):
+        return ": return torch.stack([...], -1), which keeps the gradient, as torch.tensor does not"
+    if isinstance(returned, np.ndarray):
+        return ": compute it with the functions of torch, since NumPy's have no gradient"
+    if isinstance(returned, (int, float, complex, np.generic)):
+        return ": compute it from u, or return torch.full_like(u, ...) where it is a constant"
+    return ""
 
 
 @lru_cache(maxsize=100)

@@ -288,7 +288,7 @@ class VectorField:
             if isinstance(error, TypeError) and not _can_call(f, 2 + len(self._args)):
                 raise TypeError(
                     f"{name} must be callable as {name}({self._signature}): {error}"
-                    + ("; the problem has no p" if not self._args else "")
+                    + self._how_to_call(f, name)
                 ) from error
             error.add_note(f"raised while {name} was evaluated first, at t = {float(t):.8g}")
             raise
@@ -297,6 +297,17 @@ class VectorField:
                 f"{name} changes the state u in place: compute what it returns from a copy of it"
             )
         return found, probe
+
+    def _how_to_call(self, f: Callable[..., Any], name: str) -> str:
+        """What to do with an ``f`` that takes other arguments than it is given."""
+        if _can_call(f, 1):
+            takes = f"lambda {self._signature}: {name}(u)"
+            return f"; where {name} is a function of the state alone, pass {takes}"
+        if not self._args:
+            return "; the problem has no p"
+        if _can_call(f, 2):
+            return f"; it takes no p: pass lambda t, u, p: {name}(t, u), or a problem without p"
+        return ""
 
     def _learn(
         self, f: Callable[..., Any], name: str, probe: Probe, of_state: bool, on_tape: bool
@@ -411,8 +422,10 @@ def root(x: Tensor) -> Tensor:
 
 
 def _can_call(f: Callable[..., Any], count: int) -> bool:
+    f = f.f if isinstance(f, (Substitute, Autocasting)) else f
     try:
-        inspect.signature(f).bind(*[None] * count)
+        # the call of a module takes anything, and hands it on
+        inspect.signature(f.forward if isinstance(f, torch.nn.Module) else f).bind(*[None] * count)
     except TypeError:
         return False
     except ValueError:  # a builtin without a signature

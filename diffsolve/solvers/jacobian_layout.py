@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,15 +140,37 @@ def first_layout(field: VectorField, rows: bool = True) -> Layout:
 def checked_pattern(pattern: Any, n: int) -> Tensor:
     """A pattern as a dense tensor of booleans on the CPU.
 
+    Every entry that a sparse matrix stores belongs to it, whatever its value.
+
     Raises
     ------
     ValueError
         If it is no matrix of ``n`` rows and columns.
     """
-    found = pattern.to_dense() if isinstance(pattern, Tensor) else torch.as_tensor(pattern)
+    if isinstance(pattern, Tensor) and pattern.layout is not torch.strided:
+        stored = pattern.detach().to_sparse_coo().coalesce()
+        found = _of_entries(stored.indices(), stored.shape)
+    elif isinstance(pattern, Tensor):
+        found = pattern.detach() != 0
+    elif hasattr(pattern, "tocoo"):  # one of SciPy's
+        stored = pattern.tocoo()
+        entries = torch.from_numpy(np.stack([stored.row, stored.col]).astype(np.int64))
+        found = _of_entries(entries, stored.shape)
+    else:
+        found = torch.as_tensor(np.asarray(pattern) != 0)
     if found.shape != (n, n):
-        raise ValueError(f"jac_sparsity has shape {tuple(found.shape)}, expected {(n, n)}")
-    return (found.detach() != 0).cpu()
+        raise ValueError(
+            f"jac_sparsity has shape {tuple(found.shape)}, expected {(n, n)}: a tensor, an array, "
+            "or a sparse matrix of torch or SciPy"
+        )
+    return found.cpu()
+
+
+def _of_entries(entries: Tensor, shape: Sequence[int]) -> Tensor:
+    """A matrix of booleans that is true at entries ``(2, k)``."""
+    found = torch.zeros(*shape, dtype=torch.bool)
+    found[tuple(entries.cpu())] = True
+    return found
 
 
 def random_signs(field: VectorField) -> Tensor:
