@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import comb, perm
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from diffsolve.solvers.order_conditions import Array
+from diffsolve.solvers.order_conditions import TOLERANCE, Array
 
 
 @dataclass(frozen=True, eq=False)
 class Interpolant:
     """Continuous extension ``u(t + theta h) = u + h sum_i w_i(theta) k_i``.
+
+    Given by powers of theta, as the literature prints it. Powers with large coefficients cancel,
+    by five digits for methods of high order, so it is evaluated in the form of Bernstein, whose
+    terms are no larger than the weights, and which is exact at both ends.
 
     Parameters
     ----------
@@ -25,12 +30,24 @@ class Interpolant:
         Rows and nodes of the extra stages, evaluated only when the interpolant is asked for. Each
         row covers the stages of the method, the derivative at the new point, and the extra stages
         before it.
+
+    Attributes
+    ----------
+    bernstein
+        ``(n, d)``: ``w_i(theta) = sum_j bernstein[i, j-1] * theta**j * (1-theta)**(d-j)``, the sum
+        over ``j = 1, ..., d``.
+
+    References
+    ----------
+    Farouki, Rajan, On the numerical condition of polynomials in Bernstein form, Comput. Aided
+    Geom. Des. 4 (1987) 191.
     """
 
     order: int
     polynomial: Array
     a_extra: tuple[Array, ...] = ()
     c_extra: tuple[float, ...] = ()
+    bernstein: Array = field(init=False, repr=False)
 
     def __init__(
         self,
@@ -45,15 +62,63 @@ class Interpolant:
         object.__setattr__(self, "a_extra", rows)
         object.__setattr__(self, "c_extra", tuple(float(c) for c in c_extra))  # type: ignore[union-attr]
 
+        object.__setattr__(self, "bernstein", _by_bernstein(self.polynomial))
+
+    def ending_at(self, b: Array) -> Interpolant:
+        """The same where its end is the solution with weights ``b``, but for rounding: without it.
+
+        Coefficients that are rounded leave a gap between the steps, as large as they are.
+        """
+        weights = np.append(b, np.zeros(max(0, len(self.polynomial) - len(b))))
+        if len(weights) != len(self.polynomial) or not _close(weights, self.bernstein[:, -1]):
+            return self
+        made = Interpolant(self.order, self.polynomial, self.a_extra, self.c_extra)
+        exact, d = made.bernstein, self.bernstein.shape[1]
+        exact[:, -1] = weights
+        slope = np.eye(len(weights))[len(b) - 1]  # the last row of a step is the derivative there
+        if d > 2 and _close(d * weights - slope, exact[:, -2]):
+            exact[:, -2] = d * weights - slope
+        return made
+
+    def coefficients(self, derivative: int = 0) -> Array:
+        """``(n, 1 + m)``: of ``theta**j (1-theta)**(m-j)``, ``m = d - derivative``, in a weight."""
+        d = self.bernstein.shape[1]
+        m = max(d - derivative, 0)
+        full = np.pad(self.bernstein, ((0, 0), (1, derivative)))
+        found = np.zeros((len(full), 1 + m))
+        for r in range(derivative + 1):  # Leibniz' rule
+            for j in range(min(m, d - r) + 1):
+                factor = comb(derivative, r) * perm(j + r, r) * perm(d - j - r, derivative - r)
+                found[:, j] += (-1) ** (derivative - r) * factor * full[:, j + r]
+        return found
+
     def weights(self, theta: float | Array, derivative: int = 0) -> Array:
         """Weights of the stages at ``theta``, or their derivative with respect to ``theta``."""
-        theta = np.asarray(theta, dtype=np.float64)
-        powers = np.arange(1, self.polynomial.shape[1] + 1)
-        factors = np.ones(len(powers))
-        for i in range(derivative):
-            factors = factors * (powers - i)
-        exponents = np.maximum(powers - derivative, 0)
-        return (factors * theta[..., None] ** exponents) @ self.polynomial.T
+        coefficients = self.coefficients(derivative)
+        theta = np.asarray(theta, dtype=np.float64)[..., None]
+        j = np.arange(coefficients.shape[1])
+        return (theta**j * (1 - theta) ** j[::-1]) @ coefficients.T
+
+
+def elevated(bernstein: Array, degree: int) -> Array:
+    """The same polynomials as ``Interpolant.bernstein`` has them for a higher degree."""
+    while bernstein.shape[1] < degree:  # times theta + (1 - theta)
+        bernstein = np.pad(bernstein, ((0, 0), (0, 1))) + np.pad(bernstein, ((0, 0), (1, 0)))
+    return bernstein
+
+
+def _by_bernstein(polynomial: Array) -> Array:
+    """Coefficients by powers as those of the form of Bernstein, added up in extended precision."""
+    d = polynomial.shape[1]
+    terms = [
+        [comb(d - j, i - j) if j <= i else 0 for j in range(1, d + 1)] for i in range(1, d + 1)
+    ]
+    exact = polynomial.astype(np.longdouble) @ np.array(terms, np.longdouble).T
+    return np.ascontiguousarray(exact, dtype=np.float64)
+
+
+def _close(x: Array, y: Array) -> bool:
+    return bool(np.abs(x - y).max() <= TOLERANCE * max(1.0, np.abs(x).max()))
 
 
 def cubic_hermite(b: Array, order: int) -> Interpolant:

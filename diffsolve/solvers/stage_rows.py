@@ -58,9 +58,10 @@ class RKInterpolant:
     def __call__(self, theta: Tensor, derivative: int = 0) -> Tensor:
         if not self.complete:
             self._add_stages()
-        exponents, coefficients = _basis(self.field, self.dense, derivative)
-        powers = theta.to(exponents)[:, None] ** exponents
-        weights = powers.to(coefficients.dtype) @ coefficients
+        # in double precision, and only the weights are rounded to that of the state
+        up, down, coefficients = _basis(self.field, self.dense, derivative, theta.device)
+        theta = theta.to(torch.float64)[:, None]
+        weights = ((theta**up * (1 - theta) ** down) @ coefficients).to(self.k)
         scale = as_scale(self.field, self.h)
         if derivative:
             return (weights * scale ** (1 - derivative)) @ self.k
@@ -100,21 +101,13 @@ def constant(field: VectorField, values: np.ndarray) -> Tensor:
     return field.scratch[key][1]
 
 
-def _basis(field: VectorField, dense: Interpolant, derivative: int) -> tuple[Tensor, Tensor]:
-    """Exponents of theta and the coefficients ``(d, n)`` of the stages, after differentiation."""
-    key = (id(dense), derivative)
+def _basis(
+    field: VectorField, dense: Interpolant, derivative: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exponents of theta and of ``1 - theta``, and the coefficients ``(m, n)`` of the stages."""
+    key = (id(dense), derivative, device)
     if key not in field.scratch:
-        powers = np.arange(1, dense.polynomial.shape[1] + 1)
-        factors = np.ones(len(powers))
-        for i in range(derivative):
-            factors = factors * (powers - i)
-        exponents = torch.as_tensor(
-            np.maximum(powers - derivative, 0),
-            dtype=field.structure.time_dtype,
-            device=field.device,
-        )
-        coefficients = torch.as_tensor(
-            (dense.polynomial * factors).T, dtype=field.dtype, device=field.device
-        )
-        field.scratch[key] = (dense, exponents, coefficients)
+        coefficients = torch.as_tensor(dense.coefficients(derivative).T, device=device)
+        up = torch.arange(len(coefficients), dtype=torch.float64, device=device)
+        field.scratch[key] = (dense, up, up.flip(0), coefficients)
     return field.scratch[key][1:]

@@ -16,12 +16,12 @@ from diffsolve.solvers.kernels.rows import (
     bar_row,
     field_at,
     forget,
-    interpolation_weight,
     marks_of,
     row,
     stage,
     stage_bar,
     vjp_at,
+    weight_at,
 )
 
 
@@ -129,7 +129,7 @@ def sweep_step(I, R, index, step, recall, estimates, reverse, complete, reverse_
                 theta = (times[save] - t) / h
                 add_scaled(n, 1.0, bars, total, like)
                 for j in range(rows):
-                    weight = interpolation_weight(I, j, theta)
+                    weight = weight_at(I[L.POLY], j, I[L.DEGREE], theta, 0)
                     add_scaled(n, weight * h, bars, stage_bar(I, j, like), like)
     estimates(I, R, t, h, index, like)
     if I[L.SAVED_BARS] != 0 and marks[L.MARK_INSIDE] > 0 and I[L.EXTRA] > 0:

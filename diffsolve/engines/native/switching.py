@@ -14,6 +14,7 @@ import numpy as np
 
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.method import address
+from diffsolve.solvers.continuous_extension import elevated
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.switching import FACTOR, NONSTIFF_STEPS, STIFF_STEPS
 
@@ -109,13 +110,16 @@ def degree_of(memory: Memory) -> int:
 
 
 def as_polynomials(dense: np.ndarray, run: Run, degree: int) -> np.ndarray:
-    """Records of states and stages of one method as coefficients ``(steps, 1 + degree, N)``."""
+    """Records of states and stages of one method as coefficients ``(steps, 1 + degree, N)``.
+
+    The form is that of ``Interpolant.bernstein``.
+    """
     method = run.template.method
-    found = np.zeros((len(dense), 1 + degree, dense.shape[2]), dense.dtype)
-    weights = method.stages.interpolant.polynomial
+    found = np.empty((len(dense), 1 + degree, dense.shape[2]), dense.dtype)
+    weights = elevated(method.stages.interpolant.bernstein, degree)
     found[:, 0] = dense[:, 0]
     stages = dense[:, 1 : 1 + method.rows]
-    found[:, 1 : 1 + method.degree] = np.einsum("jd,sjn->sdn", weights, stages)
+    found[:, 1:] = np.einsum("jd,sjn->sdn", weights, stages)
     return found
 
 

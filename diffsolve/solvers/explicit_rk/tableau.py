@@ -172,7 +172,7 @@ class Tableau:
                 raise TableauError(f"{self.name}: {len(weights)} error weights for {n} stages")
             return np.append(weights, np.zeros(n - len(weights)))
 
-        interpolant = self.interpolant or cubic_hermite(a[-1], self.order)
+        interpolant = (self.interpolant or cubic_hermite(a[-1], self.order)).ending_at(a[-1])
         return Stages(a, c, padded(self.b_error), padded(self.b_error_low), interpolant)
 
     def check(self) -> None:

@@ -48,26 +48,48 @@ def bar_row(I, index, like):
 
 
 @inlined
+def derived(coefficients, place, degree, i, derivative):
+    """Coefficient ``i`` of a derivative of a polynomial in the form of Bernstein."""
+    total = 0.0
+    for r in range(derivative + 1):  # Leibniz' rule
+        if i + r == 0:
+            continue
+        factor = 1.0 if (derivative - r) % 2 == 0 else -1.0
+        for d in range(r):
+            factor *= (i + r - d) * (derivative - d) / (d + 1.0)
+        for d in range(derivative - r):
+            factor *= degree - i - r - d
+        total += factor * coefficients[place + i + r - 1]
+    return total
+
+
+@inlined
+def weight_at(poly, j, degree, theta, derivative):
+    """Weight of row ``j`` in a continuous extension, or a derivative; see ``Interpolant``."""
+    coefficients = reals(poly)
+    place, rest, weight = j * degree, 1.0 - theta, 0.0
+    power = theta if derivative == 0 else 1.0
+    if derivative == 0:
+        for i in range(degree):
+            weight = weight * rest + coefficients[place + i] * power
+            power *= theta
+        return weight
+    for i in range(degree - derivative + 1):
+        weight = weight * rest + derived(coefficients, place, degree, i, derivative) * power
+        power *= theta
+    return weight
+
+
+@inlined
 def interpolate(n, rows, degree, poly, theta, h, derivative, dense, out, like):
     """Continuous extension of a step whose state and stages lie in ``1 + rows`` rows."""
-    coefficients = reals(poly)
     size = size_of(like)
     fill_zero(n, out, like)
     scale = h
     for _ in range(derivative):
         scale /= h
     for j in range(rows):
-        weight = 0.0
-        for i in range(degree - 1, -1, -1):  # Horner, of the derivative of theta**(i + 1)
-            power = i + 1
-            if power < derivative:
-                break
-            factor = 1.0
-            for d in range(derivative):
-                factor *= power - d
-            weight = weight * theta + factor * coefficients[j * degree + i]
-        if derivative == 0:
-            weight *= theta
+        weight = weight_at(poly, j, degree, theta, derivative)
         if weight != 0.0:
             add_scaled(n, weight * scale, dense + (j + 1) * n * size, out, like)
     if derivative == 0:
@@ -181,17 +203,6 @@ def through_combination(I, weights, offset, count, h, bar, like):
         a = coefficients[offset + j]
         if a != 0.0:
             add_scaled(n, a * h, bar, stage_bar(I, j, like), like)
-
-
-@inlined
-def interpolation_weight(I, j, theta):
-    """Weight of stage ``j`` in the continuous extension."""
-    degree = I[L.DEGREE]
-    coefficients = reals(I[L.POLY])
-    weight = 0.0
-    for i in range(degree - 1, -1, -1):
-        weight = weight * theta + coefficients[j * degree + i]
-    return weight * theta
 
 
 @inlined

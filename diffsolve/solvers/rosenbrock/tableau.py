@@ -264,6 +264,7 @@ class RosenbrockTableau:
             return rows
 
         rows = framed(a, m)
+        dense = self.interpolant or cubic_hermite(rows[-1], self.order)
         return RosenbrockStages(
             gamma=gamma,
             a=rows,
@@ -272,7 +273,7 @@ class RosenbrockTableau:
             d=np.pad(d, 1),
             b_error=None if e is None else np.pad(e, 1),
             b_error_low=None,
-            interpolant=self.interpolant or cubic_hermite(rows[-1], self.order),
+            interpolant=dense.ending_at(rows[-1]),
         )
 
     def check(self) -> None:

@@ -223,7 +223,7 @@ class SDIRKTableau:
             b_error=b_error,
             b_error_low=None,
             smoothed=self.smoothed,
-            interpolant=self.interpolant or cubic_hermite(a[-1], self.order),
+            interpolant=(self.interpolant or cubic_hermite(a[-1], self.order)).ending_at(a[-1]),
         )
 
     def check(self) -> None:
