@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import sqrt
 
+from diffsolve.solvers.continuous_extension import Interpolant
 from diffsolve.solvers.sdirk.tableau import SDIRKTableau
 
 __all__ = [
@@ -124,6 +125,12 @@ _K3_B = (
     _K3_GAMMA,
 )
 
+# Dense output of the methods of orders 4 and 5, derived for this library: polynomials over the rows
+# that have the order named, end at the solution, and stay bounded at infinity: the cubic Hermite
+# polynomial does not, and its order 3 is too low beside 5. Those of KenCarp4 and KenCarp5 are exact
+# for stiff problems whose solution is cubic in t. What freedom is left makes the errors of the next
+# order least.
+
 KVAERNO3 = SDIRKTableau(
     "Kvaerno3",
     f"{_KVAERNO}, the 3/2 pair; the last but one stage is the embedded solution",
@@ -147,6 +154,16 @@ _K4_B = (
     _K4_GAMMA,
 )
 
+# fmt: off
+_K4_DENSE = (
+    (0.9816820585727575, -1.3899735796614385, 0.6055080694015156),
+    (0.13692162983433243, 0.39316995394036014, -0.35324779986832155),
+    (0.09495806143306701, 2.3510634941999227, -1.6305793742821493),
+    (1.435871999983307, -5.531533212525068, 3.3333426364895815),
+    (-1.649433749823464, 4.177273344046227, -1.9550235317406273),
+)
+# fmt: on
+
 KVAERNO4 = SDIRKTableau(
     "Kvaerno4",
     f"{_KVAERNO}, the 4/3 pair, evaluated with more digits of gamma; the last but one stage is the "
@@ -162,6 +179,7 @@ KVAERNO4 = SDIRKTableau(
     b=_K4_B,
     c=(0, 2 * _K4_GAMMA, 0.5971049876523115, 1, 1),
     b_error=_minus(_K4_B, (*_K4_A3, 0)),
+    interpolant=Interpolant(3, _K4_DENSE),
     checked=False,
 )
 
@@ -172,6 +190,18 @@ _K5_A6 = (
 _K5_B = (
     0.13659751177640291, 0, -0.05496908796538376, -0.04118626728321046, 0.62993304899016403,
     0.06962479448202728, 0.26,
+)
+# fmt: on
+
+# fmt: off
+_K5_DENSE = (
+    (0.9903049908576627, -2.108941425114401, 1.8030680182346839, -0.5478340722015422),
+    (0, 0, 0, 0),
+    (-0.06194321647391704, 0.6069388455003409, -1.1858848003709552, 0.5859200833791482),
+    (-0.3249313491256517, -1.9034296553961108, 4.94234519436351, -2.7551704571249584),
+    (0.05198012140836431, 3.4547899885475917, -4.597849141921484, 1.7210120809556892),
+    (0.3941541723088273, -3.827091750825716, 7.693897722135832, -4.191335349136916),
+    (-0.04956471897528511, 3.777733997288287, -8.655576992441578, 5.187407714128576),
 )
 # fmt: on
 
@@ -191,6 +221,7 @@ KVAERNO5 = SDIRKTableau(
     b=_K5_B,
     c=(0, 0.52, 1.2303332099679081, 0.8957659843500761, 0.43639360985864756, 1, 1),
     b_error=_minus(_K5_B, (*_K5_A6, 0)),
+    interpolant=Interpolant(4, _K5_DENSE),
     checked=False,
 )
 
@@ -233,6 +264,17 @@ KENCARP3 = SDIRKTableau(
 
 _KC4_B = (82889 / 524892, 0, 15625 / 83664, 69875 / 102672, -2260 / 8211, 1 / 4)
 
+# fmt: off
+_KC4_DENSE = (
+    (0.6881076758212816, -1.2572039578311598, 0.7270125771715499),
+    (-0.1870766793952634, -1.384325173882468, 1.5714018532777307),
+    (1.1532169152497072, -0.00038877089896482975, -0.9660692038267418),
+    (-1.1578242040764752, 4.4166452362409965, -2.578255736855186),
+    (0.500366413590703, -1.5246596402578347, 0.7490526956721243),
+    (0.0032098788100462516, -0.250067693370569, 0.49685781456052336),
+)
+# fmt: on
+
 KENCARP4 = SDIRKTableau(
     "KenCarp4",
     f"{_KENNEDY_CARPENTER}: the implicit part of ARK4(3)6L[2]SA",
@@ -264,6 +306,7 @@ KENCARP4 = SDIRKTableau(
             61727 / 225920,
         ),
     ),
+    interpolant=Interpolant(3, _KC4_DENSE),
     checked=False,
 )
 
@@ -277,6 +320,19 @@ _KC5_B = (
     32727382324388 / 42900044865799,
     41 / 200,
 )
+
+# fmt: off
+_KC5_DENSE = (
+    (0.326573491007915, 0.23465585240971, -1.1564817636868678, 0.49970383351785186),
+    (0, 0, 0, 0),
+    (-5.6079141319198476, 34.36453438286155, -47.85861477421181, 19.101994523270072),
+    (6.110367377017471, -33.57935685514154, 53.06306539288806, -23.255383110998753),
+    (-0.7785073926918764, 5.7093511501991445, -10.094839877954374, 5.023564364364618),
+    (-0.6337576558964737, 5.031692597917203, -15.659611323244949, 9.19108867326769),
+    (1.1700478837125505, -8.805186520827586, 16.838813308435213, -8.440799424294974),
+    (0.4131904287702663, -2.9556906074185143, 4.867669037774738, -2.120168859126486),
+)
+# fmt: on
 
 KENCARP5 = SDIRKTableau(
     "KenCarp5",
@@ -339,5 +395,6 @@ KENCARP5 = SDIRKTableau(
     ),
     # through the first two rows: from 0.20, 0.26 and 0.41, the latest, it is too far to 0.92
     predictor={4: (-51 / 41, 92 / 41)},
+    interpolant=Interpolant(4, _KC5_DENSE),
     checked=False,
 )
