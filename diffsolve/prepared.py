@@ -35,6 +35,7 @@ _MOST_UNKNOWNS = 500  # up to which alg=None may use dense matrices
 _TSIT5, _VERN7, _AUTO_TSIT5, _AUTO_VERN7 = Tsit5(), Vern7(), AutoTsit5(), AutoVern7()
 _PLAIN = frozenset((float, int, bool, type(None)))
 _MOST_SETTINGS = 100
+_RTOL, _ATOL = 1e-3, 1e-6
 _known_settings: dict[Any, Settings] = {}  # nothing changes settings
 
 
@@ -108,7 +109,7 @@ class Prepared:
         t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
         stops, field.breaks = ordered_stops(options.tstops, t0, t1)
         settings = _settings(alg, field, options, stops)
-        field.accuracy = settings.tolerance
+        field.accuracy, field.retries = settings.accuracy, settings.adaptive
         direction = 1.0 if t1 >= t0 else -1.0
         keeps = not transformed and _may_be_kept(prob, options, field)
         given = (alg_given, options) if keeps else None
@@ -217,10 +218,13 @@ def _settings(
         if found is not None:
             return found
     settings = Settings(
-        tolerance=Tolerance.build(rtol, atol, structure, norm),
+        tolerance=Tolerance.build(
+            _RTOL if rtol is None else rtol, _ATOL if atol is None else atol, structure, norm
+        ),
         controller=controller,
         controller_stiff=stiff,
         adaptive=adaptive and alg.adaptive,
+        to_rounding=rtol is None and atol is None and not (adaptive and alg.adaptive),
         dt=None if dt is None else _constant("dt", dt),
         dtmin=float(dtmin),
         dtmax=float(dtmax),

@@ -43,7 +43,8 @@ class BacksolveAdjoint(ContinuousAdjoint):
     Parameters
     ----------
     alg, rtol, atol
-        Method and tolerances of the reverse solve; None: those of the forward solve.
+        Method and tolerances of the reverse solve; None: those of the forward solve. Behind fixed
+        steps the reverse ones are fixed too.
     checkpointing
         Reset the state at saved times to the stored one.
 

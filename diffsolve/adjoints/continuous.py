@@ -49,7 +49,8 @@ class ContinuousAdjoint(Sensealg):
     Parameters
     ----------
     alg
-        Method of the reverse solve; None: that of the forward solve. For an SDE ``EulerHeun()`` or
+        Method of the reverse solve; None: that of the forward solve. Behind fixed steps it takes
+        fixed ones, of the same size. For an SDE ``EulerHeun()`` or
         ``LambaEulerHeun()``; None: the latter where the forward steps are adaptive, else the other.
     rtol, atol
         Tolerances of the reverse solve, numbers; None: those of the forward solve. ``atol``
@@ -134,7 +135,8 @@ class ContinuousAdjoint(Sensealg):
                 if isinstance(alg, AutoSwitch)
                 else None
             ),
-            adaptive=forward.adaptive if same else alg.adaptive,
+            adaptive=forward.adaptive and alg.adaptive,
+            to_rounding=forward.to_rounding and self.rtol is None and self.atol is None,
             dt=None if forward.adaptive else forward.dt,
             tstops=tuple(stops),
             progress=False,

@@ -49,7 +49,8 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     Parameters
     ----------
     alg, rtol, atol
-        Method and tolerances of the reverse solve; None: those of the forward solve.
+        Method and tolerances of the reverse solve; None: those of the forward solve. Behind fixed
+        steps the reverse ones are fixed too.
     checkpoints
         Number of states to keep; the solution between them is computed again. None: keep all.
 

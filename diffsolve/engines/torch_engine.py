@@ -39,6 +39,8 @@ class Settings:
         Scaling and norm of the error, and what the step size follows from it.
     adaptive
         False: every step has size ``dt``.
+    to_rounding
+        Whether the equations of steps are solved to rounding, not to a part of the tolerance.
     dt
         First, or fixed, step size; None: by Hairer's rule. Positive.
     dtmin, dtmax
@@ -59,6 +61,7 @@ class Settings:
     tolerance: Tolerance
     controller: Controller
     adaptive: bool = True
+    to_rounding: bool = False
     dt: float | None = None
     dtmin: float = 0.0
     dtmax: float = math.inf
@@ -67,6 +70,11 @@ class Settings:
     h_on_tape: bool = False
     progress: bool = False
     controller_stiff: Controller | None = None
+
+    @property
+    def accuracy(self) -> Tolerance | None:
+        """What iterations within a step are measured by; None: rounding."""
+        return None if self.to_rounding else self.tolerance
 
 
 @dataclass(slots=True)
@@ -243,7 +251,8 @@ class _Loop:
         bar = progress_bar(self.t0, self.t1) if self.settings.progress else None
         self.t, self.h = self.t0, math.nan
         # only for now: a norm may be a method of the right-hand side
-        outside, self.rhs.accuracy = self.rhs.accuracy, self.settings.tolerance
+        outside, self.rhs.accuracy = self.rhs.accuracy, self.settings.accuracy
+        retried, self.rhs.retries = self.rhs.retries, self.settings.adaptive
         try:
             self._start(du0)
             while self.result.retcode is ReturnCode.SUCCESS and self.stop < len(self.stops):
@@ -255,7 +264,7 @@ class _Loop:
             error.add_note(f"raised during a step from t = {_plain(self.t):.8g}, h = {self.h:.3g}")
             raise
         finally:
-            self.rhs.accuracy = outside
+            self.rhs.accuracy, self.rhs.retries = outside, retried
             if bar is not None:
                 bar.close()
         result = self.result
@@ -366,7 +375,8 @@ class _Loop:
         self.result.nreject += 1
         self.rejections += 1
         self.not_finite = self.trouble in (Trouble.NOT_FINITE, Trouble.JACOBIAN)
-        self.size = size * _AFTER_FAILURE
+        if self.settings.adaptive:
+            self.size = size * _AFTER_FAILURE
         if not self.settings.adaptive or self.trouble is Trouble.JACOBIAN:
             self._fail(self._why_too_small(), None)  # a smaller step would have the same Jacobian
 

@@ -60,6 +60,9 @@ class VectorField:
     accuracy
         Tolerance that iterations within a step are measured by, set by who takes the steps; None:
         they go on to rounding.
+    retries
+        Whether a step whose equations could not be solved is tried again with half the size; if
+        not, iterations spare no effort.
     largest_matrix
         Most unknowns that a dense Jacobian is made for. Default 5000: 200 MB, seconds to factor.
     first_order
@@ -86,6 +89,7 @@ class VectorField:
     jac: Callable[..., Any] | None = None
     jac_sparsity: Any = None
     accuracy: Any = None
+    retries = False
     largest_matrix = 5000
     first_order = False
     work = 0
@@ -399,7 +403,8 @@ class VectorField:
         """``field`` with what does not depend on its functions."""
         field.breaks, field._buffer = self.breaks, self._buffer
         field.jac, field.jac_sparsity = self.jac, self.jac_sparsity
-        field.accuracy, field.largest_matrix = self.accuracy, self.largest_matrix
+        field.accuracy, field.retries = self.accuracy, self.retries
+        field.largest_matrix = self.largest_matrix
         return field
 
 

@@ -1,8 +1,14 @@
 """Simplified Newton iterations for the stages of a step, with a matrix that is used again.
 
 What they decide is the reference for the native engine. The convergence test is that of Hairer,
-Wanner, Solving ODEs II (1996), section IV.8; when a Jacobian and a factorisation are made anew
-follows Hairer's code RADAU5 and OrdinaryDiffEq.jl.
+Wanner, Solving ODEs II (1996), section IV.8, but for the first increment, which counts as the error
+that it leaves: the rate of another stage says little of this one. When a Jacobian and a
+factorisation are made anew follows Hairer's code RADAU5 and OrdinaryDiffEq.jl.
+
+Without a tolerance an iteration goes on to rounding, until increments are that small or fall no
+more (Hairer, McLachlan, Razakarivony, Achieving Brouwer's law with implicit Runge-Kutta methods,
+BIT 48 (2008) 231). A step that cannot be tried again with half the size insists: where the matrix
+is too far from a stage, each iteration takes the one at its own state.
 """
 
 from __future__ import annotations
@@ -26,9 +32,12 @@ MOST_ITERATIONS = 10
 SLOW = 0.2
 #: Change of the step size up to which the factors are kept.
 REUSE = 0.2
-#: An increment so small, at the first iteration, that the equation was solved already.
-EXACT = 1e-5
-_SMALLEST_ETA = 2.2e-16
+#: Iterations with a matrix at each state, which may approach the solution slowly at first.
+_MOST_INSISTENT = 20
+#: Units of rounding of each component below which increments are rounding ...
+_UNITS = 4.0
+#: ... and of the largest component, where increments fall no more.
+_MOST_UNITS = 1e3
 
 
 def kappa(rtol: float, eps: float) -> float:
@@ -56,26 +65,22 @@ class Newton:
         self.jacobian: Any = None
         self.lu: Any = None
         self.stale = False
-        self.eta = 1.0  # of the last stage that converged: theta / (1 - theta)
         self.slowest = 0.0  # rate of convergence in this step
         self.trouble = Trouble.DIVERGED
         self._at: tuple[float, Tensor] | None = None  # where the Jacobian was evaluated
         self._factored_h = math.nan
-        rtol = float(self.tolerance.rtol.min())
-        eps = torch.finfo(field.structure.time_dtype).eps
-        self.kappa = kappa(rtol, eps)
+        self._eps = torch.finfo(field.structure.time_dtype).eps
+        tolerance: Tolerance | None = field.accuracy
+        self.to_rounding = tolerance is None
+        self.kappa = 1.0
+        if tolerance is not None:
+            self.kappa = kappa(float(tolerance.rtol.min()), self._eps)
 
     @property
     def field(self) -> VectorField:
         field = self._field()
         assert field is not None
         return field
-
-    @property
-    def tolerance(self) -> Tolerance:
-        """What increments are measured by."""
-        field = self.field
-        return _rounding(field) if field.accuracy is None else field.accuracy
 
     def is_here(self, t: float, u: Tensor) -> bool:
         """Whether the Jacobian is that of this time and state."""
@@ -92,7 +97,7 @@ class Newton:
             Whether its error estimate needs the matrix of just this step.
         """
         self.slowest = 0.0
-        self._scale = self.tolerance.scale(u.abs())
+        self._magnitude = u.abs()
         if self.jacobian is None or ((self.stale or smoothed) and not self.is_here(t, u)):
             return self.renew(t, h, u)
         if self.lu is not None:
@@ -126,7 +131,7 @@ class Newton:
             self.stale = True
 
     def solve(
-        self, time: Tensor, base: Tensor, h: float, k: Tensor
+        self, time: Tensor, base: Tensor, h: float, k: Tensor, at: float | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """Solve ``k = f(time, base + h gamma k)``.
 
@@ -136,50 +141,106 @@ class Newton:
             Of the stage.
         k
             First guess.
+        at
+            The time as a float, where the iteration may insist: it starts again, with a matrix at
+            each of its states, if the one at hand does not lead to the solution.
 
         Returns
         -------
         tuple or None
             The stage and the state where ``f`` is evaluated; None: ``trouble`` says why.
         """
-        step = h * self.gamma
-        # factors of another step size converge no faster than that differs
-        eta = max(max(self.eta, _SMALLEST_ETA) ** 0.8, abs(h / self._factored_h - 1))
-        before = theta = 0.0
-        self.eta = 1.0  # unless the iteration converges
+        found = self._iterate(time, base, h, k)
+        if found is None and at is not None:
+            found = self._insist(time, base, h, k, at)
+        return found
+
+    def _iterate(
+        self, time: Tensor, base: Tensor, h: float, k: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """With the matrix at hand."""
+        step, g = h * self.gamma, torch.add(base, k, alpha=h * self.gamma)
+        before, theta, eta = 0.0, 0.0, 1.0
+        slowest = self.slowest
         for m in range(1, MOST_ITERATIONS + 1):
-            self.field.nnewton += 1
-            value = self.field(time, torch.add(base, k, alpha=step))
-            change = self.lu.solve((value - k) / self.gamma)
-            k = k + change
-            size = abs(step) * self._norm(change)
+            change, k, g = self._corrected(time, base, step, k, g)
+            size = self._size(change, step, k, g)
             if not size < math.inf:  # NaN too
                 self.trouble = Trouble.NOT_FINITE
                 return None
             if m > 1:
                 theta = max(0.3 * theta, size / before if before > 0 else 0.0)
-                self.slowest = max(self.slowest, theta)
+                slowest, self.slowest = self.slowest, max(self.slowest, theta)
                 if theta >= 1:
                     break
                 eta = theta / (1 - theta)
                 if theta ** (MOST_ITERATIONS - m) / (1 - theta) * size > self.kappa:
                     break
-            if eta * size < self.kappa or (m == 1 and size <= EXACT):
-                self.eta = eta
-                return k, torch.add(base, k, alpha=step)
+            if eta * size < self.kappa:
+                return k, g
+            before = size
+        if self._is_rounding(change, step, k, g, _MOST_UNITS * self._eps):
+            self.slowest = slowest  # the last rate is one of rounding
+            return k, g
+        self.trouble = Trouble.DIVERGED
+        return None
+
+    def _insist(
+        self, time: Tensor, base: Tensor, h: float, k: Tensor, at: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """With a matrix at each state; the next step then makes its own."""
+        step, g = h * self.gamma, torch.add(base, k, alpha=h * self.gamma)
+        self._at, self.stale, before = None, True, math.inf
+        for _ in range(_MOST_INSISTENT):
+            # looking back, since the stage belongs to the step before it
+            jacobian = linearise(self.field, at, -h, g)
+            if not jacobian.finite:
+                break
+            self.jacobian = jacobian
+            if not self._factor(h):
+                break
+            change, k, g = self._corrected(time, base, step, k, g)
+            size = self._size(change, step, k, g)
+            if not size < math.inf:
+                self.trouble = Trouble.NOT_FINITE
+                return None
+            theta = size / before if before > 0 else 0.0
+            left = size * theta / (1 - theta) if theta < 1 else math.inf
+            if (size if before == math.inf else left) < self.kappa:
+                return k, g
+            # such an iteration falls fast until there is nothing but rounding left
+            if theta > 0.5 and self._is_rounding(change, step, k, g, math.sqrt(self._eps)):
+                return k, g
             before = size
         self.trouble = Trouble.DIVERGED
         return None
 
-    def _norm(self, x: Tensor) -> float:
-        scaled = x / self._scale
-        if self.tolerance.norm is not None:
-            return float(self.tolerance.norm(scaled))
-        return float(torch.linalg.vector_norm(scaled)) / math.sqrt(max(x.numel(), 1))
+    def _corrected(
+        self, time: Tensor, base: Tensor, step: float, k: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """An increment, and the stage and the state after it."""
+        self.field.nnewton += 1
+        change = self.lu.solve((self.field(time, g) - k) / self.gamma)
+        k = k + change
+        return change, k, torch.add(base, k, alpha=step)
+
+    def _size(self, change: Tensor, step: float, k: Tensor, g: Tensor) -> float:
+        """Of an increment: in tolerances, or in units of rounding where there is none."""
+        tolerance: Tolerance | None = self.field.accuracy
+        if tolerance is None:
+            unit = _UNITS * self._eps * torch.maximum(g.abs(), k.abs() * abs(step))
+            return float((change.abs() * abs(step) / (unit + _tiny(unit))).amax())
+        return abs(step) * float(
+            tolerance.scaled_norm(change, torch.maximum(self._magnitude, g.abs()))
+        )
+
+    def _is_rounding(self, change: Tensor, step: float, k: Tensor, g: Tensor, units: float) -> bool:
+        """Whether an increment is small beside the largest component, where that is enough."""
+        if self.field.retries:
+            return False
+        largest = torch.maximum(g.abs().amax(), k.abs().amax() * abs(step))
+        return bool(change.abs().amax() * abs(step) <= units * largest)
 
 
-def _rounding(field: VectorField) -> Tolerance:
-    """For steps that are taken outside of a solve."""
-    dtype, device = field.structure.time_dtype, field.device
-    rtol = torch.tensor(1e5 * torch.finfo(dtype).eps, dtype=dtype, device=device)
-    return Tolerance(rtol, 1e-6 * rtol)
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny

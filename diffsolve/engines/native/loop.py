@@ -357,7 +357,8 @@ def attempt(I, R, step, measure, complete_step, value_at, like):
         I[L.REJECTED] += 1
         I[L.REJECTIONS] += 1
         R[L.LAST_ERROR] = R[L.LAST_STIFFNESS] = math.nan
-        R[L.SIZE] = _AFTER_NEWTON * size
+        if adaptive:
+            R[L.SIZE] = _AFTER_NEWTON * size
         if adaptive and I[L.FAILURE] != L.JAC_NOT_FINITE:
             return L.GO_ON
         return reason_to_stop(I)  # a smaller step would have the same Jacobian

@@ -128,7 +128,6 @@ class Memory:
 
     def _forget_systems(self) -> None:
         self.integers[L.HAS_JAC : L.FACTORED + 1] = _NO_JACOBIAN
-        self.reals[L.NEWTON_ETA] = 1.0
 
     def records(self) -> Memory:
         """What is noted of the steps, to be kept: without states, stages and results."""

@@ -126,9 +126,10 @@ class Template:
         self._kept: dict[Any, Kept] = {}
         if self.method.is_implicit:
             integers[L.JAC : L.HEAD + 1] = compiled.jacobian().slots
-        reals[L.NEWTON_ETA] = 1.0
         eps = float(np.finfo(np.float32 if compiled.single else np.float64).eps)
-        reals[L.KAPPA] = kappa(float(settings.tolerance.doubles[0].min()), eps)
+        integers[L.TO_ROUNDING], reals[L.KAPPA] = settings.to_rounding, 1.0
+        if not settings.to_rounding:
+            reals[L.KAPPA] = kappa(float(settings.tolerance.doubles[0].min()), eps)
         if self.stiff is not None:
             integers[L.SWITCH], integers[L.SWITCH_AFTER] = L.NONSTIFF, STIFF_STEPS
             integers[L.DENSE_ROWS], reals[L.STIFF_ABOVE] = 1 + self.most_rows, limit
@@ -328,7 +329,7 @@ def _find_template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Te
         settings.controller,
         settings.controller_stiff,
         id(settings.tolerance),
-        *(settings.adaptive, settings.dt, settings.dtmin, settings.dtmax),
+        *(settings.adaptive, settings.to_rounding, settings.dt, settings.dtmin, settings.dtmax),
         *(settings.maxiters, settings.progress, settings.h_on_tape),
     )
     return remembered(compiled.templates, key, lambda: Template(compiled, alg, settings))

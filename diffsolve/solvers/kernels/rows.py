@@ -220,4 +220,3 @@ def nothing_to_complete(I, R, t, h, like):
 def forget(I, R):
     """Drop what Newton's iteration has learnt from the steps before."""
     I[L.HAS_JAC] = I[L.FRESH] = I[L.STALE] = I[L.FACTORED] = 0
-    R[L.NEWTON_ETA] = 1.0

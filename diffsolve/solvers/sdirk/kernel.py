@@ -20,7 +20,7 @@ from diffsolve.solvers.kernels.linear import (
     solve_transposed,
     through_jacobian,
 )
-from diffsolve.solvers.kernels.memory import cast, inlined, integers, reals, view
+from diffsolve.solvers.kernels.memory import cast, inlined, integers, is_single, reals, view
 from diffsolve.solvers.kernels.norms import add_scaled, copy, fill_zero, scaled_norm
 from diffsolve.solvers.kernels.rows import (
     bar_row,
@@ -33,10 +33,62 @@ from diffsolve.solvers.kernels.rows import (
     vjp_at,
 )
 
-_MOST_ITERATIONS = 10
+_MOST_ITERATIONS, _MOST_INSISTENT = 10, 20
 _SLOW = 0.2  # rate of convergence that asks for a new Jacobian
 _REUSE = 0.2  # change of the step size up to which the matrix is kept
-_EXACT = 1e-5  # a first correction that says that there is nothing to correct
+_UNITS, _MOST_UNITS = 4.0, 1e3  # of rounding, as in newton.py
+
+
+@inlined
+def epsilon(like):
+    return 2.0**-23 if is_single(like) else 2.0**-52
+
+
+@inlined
+def increment_size(I, step, delta, k, g, like):
+    """Size of an increment, in tolerances or in units of rounding."""
+    if I[L.TO_ROUNDING] == 0:
+        return abs(step) * scaled_norm(I, delta, row(I, L.W_U, like), g, like)
+    x, y, z = view(delta, like), view(k, like), view(g, like)
+    unit, largest = _UNITS * epsilon(like), 0.0
+    for j in range(I[L.N]):
+        size = abs(step * float(x[j]))
+        if not size < math.inf:
+            return math.inf
+        a, b = abs(float(z[j])), abs(step * float(y[j]))
+        size /= unit * (a if a > b else b) + 1e-300
+        largest = size if size > largest else largest
+    return largest
+
+
+@inlined
+def is_rounding(I, step, delta, k, g, units, like):
+    """Whether an increment is small beside the largest component, where that is enough."""
+    if I[L.ADAPTIVE] != 0:
+        return False
+    x, y, z = view(delta, like), view(k, like), view(g, like)
+    size, largest = 0.0, 0.0
+    for j in range(I[L.N]):
+        a, b, c = abs(step * float(x[j])), abs(step * float(y[j])), abs(float(z[j]))
+        size = a if a > size else size
+        largest = b if b > largest else largest
+        largest = c if c > largest else largest
+    return size <= units * largest
+
+
+@inlined
+def corrected(I, R, t, time, h, base, k, g, delta, like):
+    """Newton's increment in ``delta``, and the stage and the state ``g`` after it."""
+    n, gamma = I[L.N], reals(I[L.GAMMA])[0]
+    field_at(I, R, time, t, t + h, g, delta, like)
+    x, y, scale = view(delta, like), view(k, like), cast(1.0 / gamma, like)
+    for j in range(n):
+        x[j] = (x[j] - y[j]) * scale
+    solve(I, R, delta, like)
+    add_scaled(n, 1.0, delta, k, like)
+    copy(n, base, g, like)
+    add_scaled(n, h * gamma, k, g, like)
+    I[L.NNEWTON] += 1
 
 
 @inlined
@@ -45,54 +97,86 @@ def newton(I, R, t, h, i, base, like):
     n = I[L.N]
     node = reals(I[L.C])[i]
     step = h * reals(I[L.GAMMA])[0]
-    k, g = stage(I, i, like), row(I, L.W_NEW, like)
-    delta, u = row(I, L.W_LOW, like), row(I, L.W_U, like)
-    scale = cast(1.0 / reals(I[L.GAMMA])[0], like)
-    eta = R[L.NEWTON_ETA]
-    eta = (eta if eta > 2.2e-16 else 2.2e-16) ** 0.8
-    other = abs(h / R[L.FACTORED_H] - 1.0)  # no faster than the step size in the factors differs
-    eta = other if other > eta else eta
-    before, theta, slowest = 0.0, 0.0, 0.0
+    k, g, delta = stage(I, i, like), row(I, L.W_NEW, like), row(I, L.W_LOW, like)
+    before, theta, eta, slowest, earlier = 0.0, 0.0, 1.0, 0.0, 0.0
     I[L.FAILURE] = L.NOT_CONVERGED  # unless it converges
+    copy(n, base, g, like)
+    add_scaled(n, step, k, g, like)
     for m in range(1, _MOST_ITERATIONS + 1):
-        copy(n, base, g, like)
-        add_scaled(n, step, k, g, like)
-        field_at(I, R, t + node * h, t, t + h, g, delta, like)
-        x, y = view(delta, like), view(k, like)
-        for j in range(n):
-            x[j] = (x[j] - y[j]) * scale
-        solve(I, R, delta, like)
-        add_scaled(n, 1.0, delta, k, like)
-        I[L.NNEWTON] += 1
-        size = abs(step) * scaled_norm(I, delta, u, u, like)
+        corrected(I, R, t, t + node * h, h, base, k, g, delta, like)
+        size = increment_size(I, step, delta, k, g, like)
         if not size < math.inf:
             I[L.FAILURE] = L.NOT_FINITE
             return False, 1.0
         if m > 1:
             rate = size / before if before > 0.0 else 0.0
             theta = rate if rate > 0.3 * theta else 0.3 * theta
-            slowest = theta if theta > slowest else slowest
+            earlier, slowest = slowest, theta if theta > slowest else slowest
             if theta >= 1.0:
-                return False, 1.0
+                break
             eta = theta / (1.0 - theta)
             left = theta ** float(_MOST_ITERATIONS - m) / (1.0 - theta) * size
             if left > R[L.KAPPA]:
-                return False, 1.0
-        if eta * size < R[L.KAPPA] or (m == 1 and size <= _EXACT):
-            R[L.NEWTON_ETA], I[L.FAILURE] = eta, 0
-            copy(n, base, g, like)
-            add_scaled(n, step, k, g, like)
+                break
+        if eta * size < R[L.KAPPA]:
+            I[L.FAILURE] = 0
             return True, slowest
         before = size
+    if is_rounding(I, step, delta, k, g, _MOST_UNITS * epsilon(like), like):
+        I[L.FAILURE] = 0
+        return True, earlier  # the last rate is one of rounding
     return False, 1.0
+
+
+@inlined
+def insist(I, R, t, h, i, base, like):
+    """The same with a matrix at each state; the next step then makes its own."""
+    n = I[L.N]
+    time, step = t + reals(I[L.C])[i] * h, h * reals(I[L.GAMMA])[0]
+    k, g, delta = stage(I, i, like), row(I, L.W_NEW, like), row(I, L.W_LOW, like)
+    before, I[L.HAS_JAC], I[L.FRESH] = math.inf, 0, 0
+    predict(I, i, like)
+    copy(n, base, g, like)
+    add_scaled(n, step, k, g, like)
+    for _ in range(_MOST_INSISTENT):
+        if not evaluate_jacobian(I, R, time, t, t + h, g, like) or not factor(I, R, h, like):
+            break
+        corrected(I, R, t, time, h, base, k, g, delta, like)
+        size = increment_size(I, step, delta, k, g, like)
+        if not size < math.inf:
+            I[L.FAILURE] = L.NOT_FINITE
+            return False
+        theta = size / before if before > 0.0 else 0.0
+        left = size * theta / (1.0 - theta) if theta < 1.0 else math.inf
+        done = (size if before == math.inf else left) < R[L.KAPPA]
+        # such an iteration falls fast until there is nothing but rounding left
+        if not done and theta > 0.5:
+            done = is_rounding(I, step, delta, k, g, math.sqrt(epsilon(like)), like)
+        if done:
+            I[L.FAILURE] = 0
+            return True
+        before = size
+    I[L.FAILURE] = L.NOT_CONVERGED
+    return False
+
+
+@inlined
+def predict(I, i, like):
+    """First guess of stage ``i``."""
+    n, stages = I[L.N], I[L.STAGES]
+    predictor, k = reals(I[L.PREDICTOR]), stage(I, i, like)
+    fill_zero(n, k, like)
+    for j in range(i):
+        if predictor[i * stages + j] != 0.0:
+            add_scaled(n, predictor[i * stages + j], stage(I, j, like), k, like)
 
 
 @inlined
 def solve_stages(I, R, t, h, like):
     """All stages from row 1 on; leaves the new state in ``W_NEW``."""
-    n, stages = I[L.N], I[L.STAGES]
-    implicit, nodes = integers(I[L.IMPLICIT]), reals(I[L.C])
-    predictor, base, slowest = reals(I[L.PREDICTOR]), row(I, L.W_TEMP, like), 0.0
+    stages, slowest = I[L.STAGES], 0.0
+    implicit, nodes, base = integers(I[L.IMPLICIT]), reals(I[L.C]), row(I, L.W_TEMP, like)
+    insists = I[L.ADAPTIVE] == 0 and I[L.FRESH] != 0  # a step that cannot be smaller
     for i in range(1, stages):
         k = stage(I, i, like)
         if implicit[i] == 0:
@@ -101,13 +185,11 @@ def solve_stages(I, R, t, h, like):
             field_at(I, R, t + nodes[i] * h, t, t + h, g, k, like)
             continue
         combine(I, I[L.A], i * stages, i, h, base, like)
-        fill_zero(n, k, like)
-        for j in range(i):
-            if predictor[i * stages + j] != 0.0:
-                add_scaled(n, predictor[i * stages + j], stage(I, j, like), k, like)
+        predict(I, i, like)
         converged, rate = newton(I, R, t, h, i, base, like)
+        if not converged and insists:
+            converged, rate = insist(I, R, t, h, i, base, like), 0.0
         if not converged:
-            R[L.NEWTON_ETA] = 1.0
             return False
         slowest = rate if rate > slowest else slowest
     if slowest > _SLOW:
@@ -130,12 +212,16 @@ def take_step(I, R, t, h, like):
             kept = False
         if not kept and not factor(I, R, h, like):
             return False
+        fresh = I[L.FRESH] != 0
         if solve_stages(I, R, t, h, like):
             break
-        if I[L.FRESH] != 0:
+        if fresh:
             return False
         if not jacobian_of_step(I, R, t, h, u, like):
             return False
+    lost = smoothed and I[L.FRESH] == 0  # the matrix is one of a stage
+    if lost and not (jacobian_of_step(I, R, t, h, u, like) and factor(I, R, h, like)):
+        return False
     if I[L.B_ERROR] != 0:
         combine_smoothed(I, R, h, like)
     return True

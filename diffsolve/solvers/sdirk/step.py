@@ -66,10 +66,13 @@ def _solved_step(
     u = state.u
     ready, found = newton.begin(t, h, u, stages.smoothed), None
     if ready:
-        found = _solve_stages(field, stages, newton, t, h, state)
-        if found is None and not newton.is_here(t, u):  # the Jacobian may be to blame
+        fresh = newton.is_here(t, u)
+        found = _solve_stages(field, stages, newton, t, h, state, fresh)
+        if found is None and not fresh:  # the Jacobian may be to blame
             ready = newton.renew(t, h, u)
-            found = _solve_stages(field, stages, newton, t, h, state) if ready else None
+            found = _solve_stages(field, stages, newton, t, h, state, True) if ready else None
+    if found is not None and stages.smoothed and not newton.is_here(t, u):
+        found = found if newton.renew(t, h, u) else None  # the matrix was one of a stage
     if found is None:
         return failed(field, state, newton.trouble)
     rows, new = found
@@ -91,20 +94,31 @@ def _solved_step(
 
 
 def _solve_stages(
-    field: VectorField, stages: SDIRKStages, newton: Newton, t: float, h: float, state: RKState
+    field: VectorField,
+    stages: SDIRKStages,
+    newton: Newton,
+    t: float,
+    h: float,
+    state: RKState,
+    fresh: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """Rows ``(n, N)`` and the new state; None where Newton's iteration failed."""
+    """Rows ``(n, N)`` and the new state; None where Newton's iteration failed.
+
+    ``fresh``: its matrix is that of the step, so that a step which cannot be smaller insists.
+    """
     u, du = state
     rows = torch.empty(stages.n, len(u), dtype=u.dtype, device=u.device)
     rows[0] = du
     times = field.times(t, h, stages.c)
     a, predictor = constant(field, stages.a) * h, constant(field, stages.predictor)
-    g = u
+    g, insists = u, fresh and not field.retries
     for i in range(1, stages.n):
         before = rows[:i].T
         g = torch.addmv(u, before, a[i, :i])
         if stages.implicit[i]:
-            found = newton.solve(times[i], g, h, torch.mv(before, predictor[i, :i]))
+            guess = torch.mv(before, predictor[i, :i])
+            at = t + float(stages.c[i]) * h if insists else None
+            found = newton.solve(times[i], g, h, guess, at)
             if found is None:
                 return None
             rows[i], g = found

@@ -86,6 +86,8 @@ class DriftImplicit(StochasticMethod):
         found = newton.solve(then, base, h, f)
         if found is None:
             found = _solved_afresh(newton, t, h, then, base)
+        if found is None and not field.retries:
+            found = newton.solve(then, base, h, f, at=t + h)
         if found is None:
             return _failed(field, t, h, u, G, newton.trouble)
         k, new = found
