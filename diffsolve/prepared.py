@@ -7,6 +7,7 @@ kept with the problem, and used as long as none of them could have changed.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -36,6 +37,7 @@ _TSIT5, _VERN7, _AUTO_TSIT5, _AUTO_VERN7 = Tsit5(), Vern7(), AutoTsit5(), AutoVe
 _PLAIN = frozenset((float, int, bool, type(None)))
 _MOST_SETTINGS = 100
 _RTOL, _ATOL = 1e-3, 1e-6
+_COARSE = 1e-3  # part of the span that times may be off by
 _known_settings: dict[Any, Settings] = {}  # nothing changes settings
 
 
@@ -107,6 +109,7 @@ class Prepared:
         else:
             alg = _checked_algorithm(alg, prob, options, field, transformed)
         t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
+        _warn_of_coarse_times(field, t0, t1)
         stops, field.breaks = ordered_stops(options.tstops, t0, t1)
         settings = _settings(alg, field, options, stops)
         field.accuracy, field.retries = settings.accuracy, settings.adaptive
@@ -132,6 +135,19 @@ class Prepared:
     def field(self) -> VectorField:
         """The right-hand side for one solve."""
         return self._field if self.given is None else self._field.fresh()
+
+
+def _warn_of_coarse_times(field: VectorField, t0: float, t1: float) -> None:
+    """Warn where the times that ``f`` sees stand still from step to step."""
+    dtype = field.structure.time_dtype
+    unit = torch.finfo(dtype).eps * max(abs(t0), abs(t1))
+    if dtype == torch.float32 and t0 != t1 and unit > _COARSE * abs(t1 - t0):
+        warnings.warn(
+            f"f sees times in float32, the precision of the state, which tells times near "
+            f"{t0:.8g} apart by {unit:.3g} only, in a span of {abs(t1 - t0):.3g}. If f depends on "
+            "t, let time begin at zero, or use float64.",
+            stacklevel=4,
+        )
 
 
 def _field_of(prob: ODEProblem | SDEProblem) -> VectorField:

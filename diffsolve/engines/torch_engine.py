@@ -25,6 +25,7 @@ from diffsolve.solvers.switching import FACTOR, AutoSwitch, Switch
 
 _STRETCH = 1.01  # a step may grow by this much to land on a stop (Hairer's dopri5)
 _ROUNDING = 1 + 1e-8  # the same where sizes differ by rounding alone
+_FIRST_ULPS = 16  # units of rounding of t that a first step has at least
 _ULPS = 8  # units of rounding by which the time of a fixed step may be off
 _AFTER_FAILURE = 0.5  # factor of the size after a step whose equations were not solved
 
@@ -310,7 +311,8 @@ class _Loop:
         if not self.size < math.inf:  # NaN too
             self._fail(ReturnCode.UNSTABLE, None)
         elif settings.adaptive:
-            self.size = max(self.size, settings.dtmin)
+            # t must be able to tell the first step; the guess knows nothing of that
+            self.size = max(self.size, settings.dtmin, _FIRST_ULPS * math.ulp(_plain(self.t0)))
 
     def _advance(self) -> None:
         """One attempted step, accepted or not."""

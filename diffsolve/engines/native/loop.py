@@ -28,6 +28,7 @@ from diffsolve.solvers.kernels.rows import (
 
 _STRETCH = 1.01  # as in the torch engine
 _ROUNDING = 1 + 1e-8
+_FIRST_ULPS = 16  # as in the torch engine
 _ULPS = 8  # as in the torch engine
 _AFTER_NEWTON = 0.5  # factor of the step size where the stages could not be solved for
 _LEAST_MEMORY = math.log(1e-4)
@@ -117,8 +118,10 @@ def begin(I, R, like):
         R[L.SIZE] = size
     if not R[L.SIZE] < math.inf:
         return L.UNSTABLE
-    if I[L.ADAPTIVE] != 0 and R[L.SIZE] < R[L.DTMIN]:
-        R[L.SIZE] = R[L.DTMIN]
+    if I[L.ADAPTIVE] != 0:  # t must be able to tell the first step
+        least = _FIRST_ULPS * ulp(t)
+        least = R[L.DTMIN] if R[L.DTMIN] > least else least
+        R[L.SIZE] = least if R[L.SIZE] < least else R[L.SIZE]
     return L.GO_ON
 
 
