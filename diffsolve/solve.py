@@ -125,7 +125,9 @@ def solve(
     norm
         Norm of the scaled error, given in the structure of the state, instead of RMS.
     dense
-        Keep the continuous extension for ``sol(t)``. None: when every step is saved.
+        Keep the continuous extension for ``sol(t)``. None: when every step is saved. Between long
+        steps of implicit methods ``sol(t)`` is less accurate than at their ends; times in
+        ``saveat`` shorten such steps.
     save_everystep
         False without ``saveat``: save the two ends only.
     engine

@@ -346,8 +346,9 @@ class _Loop:
                 error = float(torch.as_tensor(error).detach())
         accept, factor = error < math.inf, 1.0
         if settings.adaptive:
+            judged = self._error_within(step, before, h, lands, error)
             accept, factor, memory = self.controller.propose(
-                error, self.memory, self.rejections > 0
+                judged, self.memory, self.rejections > 0
             )
             # one cut short has an error of no account
             if not (lands and size * _ROUNDING < self.size):
@@ -371,6 +372,25 @@ class _Loop:
             stiffness = relative_stiffness(step, before, settings.tolerance, estimates.stiffness)
             self._consider_switching(stiffness, h, bool(step.solved))
         return None
+
+    def _error_within(self, step: Step, before: Tensor, h: Any, lands: bool, error: Any) -> Any:
+        """The error of a step, or that of the values saved inside of it where it is larger."""
+        times = self.saving.times
+        if times is None or self.saved >= len(times):
+            return error
+        end = self.stops[self.stop] if lands else self.t + h
+        if not self.direction * times[self.saved] < self.direction * _plain(end):
+            return error
+        between = self.alg.interpolation_error(self.rhs, h, step)
+        if between is None:
+            return error
+        magnitude = torch.maximum(before.abs(), step.state[0].abs())
+        found = self.settings.tolerance.scaled_norm(between, magnitude)
+        if not self.settings.h_on_tape:
+            found = _plain(found)
+        elif isinstance(found, Tensor):
+            found = found.to("cpu", torch.float64)
+        return found if found > error else error
 
     def _give_up(self, size: Any) -> None:
         """The equations of a step were not solved: it says nothing of the error."""

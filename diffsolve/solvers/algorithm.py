@@ -161,6 +161,10 @@ class Algorithm(ABC):
     def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
         """Attempt a step; ``t`` and ``h`` are floats, or 0-d tensors to differentiate by them."""
 
+    def interpolation_error(self, field: VectorField, h: Any, step: Step) -> Tensor | None:
+        """Estimate ``(N,)`` of the error between the ends of a step; None: ``error`` sees it."""
+        return None
+
     def default_controller(self) -> Controller:
         """Step-size controller that the literature gives this method."""
         return pi_controller(self.order)

@@ -52,6 +52,7 @@ class Method:
             (L.C, stages.c),
             (L.B_ERROR, stages.b_error),
             (L.B_LOW, stages.b_error_low),
+            (L.B_DENSE, stages.b_dense),
             (L.POLY, dense.bernstein),
             (L.A_EXTRA, a_extra),
             (L.C_EXTRA, [*dense.c_extra, 0.0]),

@@ -38,6 +38,7 @@ A = _integer("A")  # float64 (STAGES, STAGES)
 C = _integer("C")
 B_ERROR = _integer("B_ERROR")  # 0: no estimate
 B_LOW = _integer("B_LOW")  # 0: no second estimate
+B_DENSE = _integer("B_DENSE")  # of the error of dense output; 0: no such estimate
 POLY = _integer("POLY")  # float64 (STAGES + EXTRA, DEGREE), see Interpolant.bernstein
 A_EXTRA = _integer("A_EXTRA")  # float64 (EXTRA, STAGES + EXTRA)
 C_EXTRA = _integer("C_EXTRA")

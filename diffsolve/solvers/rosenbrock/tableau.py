@@ -8,16 +8,20 @@ whose stages need no products with the Jacobian. ``RosenbrockTableau`` takes eit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
+from diffsolve.solvers.interpolation_error import interpolation_error
 from diffsolve.solvers.order_conditions import (
     Array,
     TableauError,
     check_order,
+    elementary_weights,
     require,
     triangle,
 )
@@ -70,6 +74,30 @@ class RosenbrockStages:
     def first_same_as_last(self) -> bool:
         """Whether the last stage evaluates ``f`` at the new point, so that it is known already."""
         return bool(self.c[-2] == 1 and np.array_equal(self.a[-2], self.a[-1]))
+
+    @cached_property
+    def b_dense(self) -> Array | None:
+        """``n`` weights of an estimate of the interpolant's error, or None."""
+        known = self.interpolant.error
+        return interpolation_error(self, smoothed=False) if known is None else known
+
+    def elementary_weights(self, order: int) -> dict[tuple, Array]:
+        """Of the rows: those of the stages ``K``, and ``V = Gamma K``."""
+        gamma, full = np.zeros((self.n, self.n)), np.eye(self.n)
+        inner = _inverse(np.eye(self.n - 2) / self.gamma - self.coupling[1:-1, 1:-1])
+        gamma[1:-1, 1:-1] = full[1:-1, 1:-1] = inner
+        alpha = self.a @ full
+        found = elementary_weights(alpha, order, alpha + gamma)
+        return {tree: full @ phi for tree, phi in found.items()}
+
+    def linear_rows(self, z: float, u: float, g: Callable[[float], float], slope: float) -> Array:
+        k = np.zeros(self.n)
+        k[0] = z * u + g(0.0)
+        for i in range(1, self.n - 1):
+            right = z * (u + self.a[i] @ k) + g(float(self.c[i]))
+            k[i] = (right + self.coupling[i] @ k + self.d[i] * slope) / (1 / self.gamma - z)
+        k[-1] = z * (u + self.a[-1] @ k) + g(1.0)
+        return k
 
 
 @dataclass(frozen=True, eq=False)

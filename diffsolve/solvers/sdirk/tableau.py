@@ -7,17 +7,20 @@ of the step is the first row, the derivative at the new point the last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
+from diffsolve.solvers.interpolation_error import interpolation_error
 from diffsolve.solvers.order_conditions import (
     Array,
     TableauError,
     check_order,
+    elementary_weights,
     require,
     triangle,
 )
@@ -66,6 +69,23 @@ class SDIRKStages:
     @property
     def n(self) -> int:
         return len(self.c)
+
+    @cached_property
+    def b_dense(self) -> Array | None:
+        """``n`` weights of an estimate of the interpolant's error, or None."""
+        known = self.interpolant.error
+        return interpolation_error(self, self.smoothed) if known is None else known
+
+    def elementary_weights(self, order: int) -> dict[tuple, Array]:
+        return elementary_weights(self.a, order)
+
+    def linear_rows(self, z: float, u: float, g: Callable[[float], float], slope: float) -> Array:
+        k = np.zeros(self.n)
+        k[0] = z * u + g(0.0)
+        for i in range(1, self.n):
+            right = z * (u + self.a[i, :i] @ k[:i]) + g(float(self.c[i]))
+            k[i] = right / (1 - z * self.a[i, i])
+        return k
 
 
 @dataclass(frozen=True, eq=False)
