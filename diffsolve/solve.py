@@ -29,6 +29,7 @@ from diffsolve.engines.native.stochastic_memory import template as stochastic_te
 from diffsolve.engines.native.template import template
 from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.prepared import Prepared
+from diffsolve.problems.capture import reachable_tensors
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
@@ -205,6 +206,8 @@ def solve(
                 raise Declined("a torch.func transform looks on")
             if noise is not None:
                 raise Declined("it draws its noise itself, and cannot follow a path that is given")
+            if recording and isinstance(asked, Sensealg):
+                _refuse_native(asked, field, moving)
             look: Any = find_stochastic if isinstance(field, SDEField) else find
             native = look(field, t0, u0, direction, guard=engine == "auto")
             if recording:
@@ -259,6 +262,16 @@ def solve(
             solution.message, solution.retcode, trajectory.final_t, trajectory.final_h, solution
         )
     return solution
+
+
+def _refuse_native(sensealg: Sensealg, field: VectorField, moving: bool) -> None:
+    """Decline a sensealg that needs torch before ``f`` is traced in vain."""
+    try:
+        sensealg.refuse_native()
+    except Declined:
+        functions = field.f, getattr(field, "g", None), field.p
+        if moving or any(x.requires_grad for x in reachable_tensors(functions)):
+            raise
 
 
 def _make_ready(

@@ -160,6 +160,15 @@ class Sensealg(ABC):
         """Settings as this way needs them."""
         return settings
 
+    def refuse_native(self) -> None:  # noqa: B027
+        """Say before anything is traced that the native engine never goes this way.
+
+        Raises
+        ------
+        Declined
+            If it does not.
+        """
+
     def compile(self, native: NativeField, alg: Algorithm) -> None:  # noqa: B027
         """Make the machine code that the reverse pass needs, before the solve.
 
