@@ -71,6 +71,7 @@ class Method:
             (L.EXTRA, extra),
             (L.DEGREE, self.degree),
             (L.STIFF_STAGE, 0 if self.is_implicit else stiffness_stage(stages)),
+            (L.AT_END, stages.at_end if family == "rosenbrock" else 0),
             (L.SMOOTHED, family == "sdirk" and stages.smoothed),
             (L.ORDER, order),
             (L.DENSE_ROWS, 1 + self.rows),

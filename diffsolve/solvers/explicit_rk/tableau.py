@@ -23,6 +23,7 @@ from diffsolve.solvers.order_conditions import (
     elementary_weights,
     require,
     triangle,
+    warn_if_blind,
 )
 
 
@@ -206,6 +207,7 @@ class Tableau:
         if self.stages.b_error is not None:
             b_hat = a[-1] - self.stages.b_error
             check_order(f"{self.name}: embedded solution", a, b_hat, self.error_order or 1)
+            warn_if_blind(self.name, c, a, self.stages.b_error)
         if self.stages.b_error_low is not None:
             check_order(f"{self.name}: second estimate", a, a[-1] - self.stages.b_error_low, 1)
         self._check_interpolant()

@@ -49,6 +49,7 @@ IMPLICIT = _integer("IMPLICIT")  # integers (STAGES): whether a stage is implici
 PREDICTOR = _integer("PREDICTOR")  # float64 (STAGES, STAGES): a stage's first guess
 COUPLING = _integer("COUPLING")  # float64 (STAGES, STAGES): sums of stages beside f (Rosenbrock)
 TIME_WEIGHTS = _integer("TIME_WEIGHTS")  # float64 (STAGES): of the time derivative (Rosenbrock)
+AT_END = _integer("AT_END")  # the stage whose f is that at the new point; 0: none (Rosenbrock)
 SMOOTHED = _integer("SMOOTHED")  # whether the error goes through the matrix of the stages
 
 # -- the Jacobian and what is solved with it -----------------------------------------------------

@@ -23,6 +23,7 @@ from diffsolve.solvers.order_conditions import (
     elementary_weights,
     require,
     triangle,
+    warn_if_blind,
 )
 
 
@@ -261,6 +262,7 @@ class SDIRKTableau:
         if form.b_error is not None:
             label = f"{self.name}: embedded solution"
             check_order(label, a, b - form.b_error, self.error_order or 1)
+            warn_if_blind(self.name, form.c, a, form.b_error)
         predicted = form.predictor[form.implicit]
         require(np.abs(predicted.sum(1) - 1).max(), predicted, f"{self.name}: predictors")
         dense = form.interpolant
