@@ -254,6 +254,7 @@ class _Loop:
         # only for now: a norm may be a method of the right-hand side
         outside, self.rhs.accuracy = self.rhs.accuracy, self.settings.accuracy
         retried, self.rhs.retries = self.rhs.retries, self.settings.adaptive
+        ended, self.rhs.span_end = self.rhs.span_end, _plain(self.t1)
         try:
             self._start(du0)
             while self.result.retcode is ReturnCode.SUCCESS and self.stop < len(self.stops):
@@ -265,7 +266,7 @@ class _Loop:
             error.add_note(f"raised during a step from t = {_plain(self.t):.8g}, h = {self.h:.3g}")
             raise
         finally:
-            self.rhs.accuracy, self.rhs.retries = outside, retried
+            self.rhs.accuracy, self.rhs.retries, self.rhs.span_end = outside, retried, ended
             if bar is not None:
                 bar.close()
         result = self.result

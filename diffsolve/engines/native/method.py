@@ -12,6 +12,7 @@ from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.controllers import Controller, IController, PIController, PIDController
 from diffsolve.solvers.explicit_rk.step import stiffness_stage
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.sdirk.tableau import INSIDE
 
 
 def address(x: np.ndarray) -> int:
@@ -66,6 +67,7 @@ class Method:
         if family == "sdirk":
             self._write(L.PREDICTOR, stages.predictor)
             self._write(L.IMPLICIT, stages.implicit, np.int64)
+            self._write(L.INSIDE, np.vstack([INSIDE, stages.inside]))
         for slot, value in (
             (L.STAGES, stages.n),
             (L.EXTRA, extra),

@@ -47,6 +47,7 @@ ORDER = _integer("ORDER")
 GAMMA = _integer("GAMMA")  # float64: the diagonal of the method's matrix
 IMPLICIT = _integer("IMPLICIT")  # integers (STAGES): whether a stage is implicit
 PREDICTOR = _integer("PREDICTOR")  # float64 (STAGES, STAGES): a stage's first guess
+INSIDE = _integer("INSIDE")  # float64 (1 + STAGES, 4): nodes, and weights for those beyond 1
 COUPLING = _integer("COUPLING")  # float64 (STAGES, STAGES): sums of stages beside f (Rosenbrock)
 TIME_WEIGHTS = _integer("TIME_WEIGHTS")  # float64 (STAGES): of the time derivative (Rosenbrock)
 AT_END = _integer("AT_END")  # the stage whose f is that at the new point; 0: none (Rosenbrock)

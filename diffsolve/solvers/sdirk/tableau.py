@@ -26,6 +26,9 @@ from diffsolve.solvers.order_conditions import (
     warn_if_blind,
 )
 
+#: Nodes from which ``f`` is extrapolated in time to a node beyond 1.
+INSIDE = np.array([0.0, 1 / 3, 2 / 3, 1.0])
+
 
 @dataclass(frozen=True, eq=False)
 class SDIRKStages:
@@ -55,6 +58,9 @@ class SDIRKStages:
         Whether the estimate is multiplied by ``(I - h gamma J)^-1``.
     interpolant
         Continuous extension over the ``n`` rows.
+    inside
+        ``(n, 4)``: weights of ``f`` at ``INSIDE`` that extrapolate it to a node beyond 1, where the
+        step ends at a time beyond which ``f`` must not be evaluated; zero for the other rows.
     """
 
     gamma: float
@@ -66,6 +72,7 @@ class SDIRKStages:
     b_error_low: None
     smoothed: bool
     interpolant: Interpolant
+    inside: Array
 
     @property
     def n(self) -> int:
@@ -245,6 +252,7 @@ class SDIRKTableau:
             b_error_low=None,
             smoothed=self.smoothed,
             interpolant=(self.interpolant or cubic_hermite(a[-1], self.order)).ending_at(a[-1]),
+            inside=np.array([_weights_inside(x) for x in c]),
         )
 
     def check(self) -> None:
@@ -274,6 +282,13 @@ class SDIRKTableau:
         for theta in (0.25, 0.5, 0.75, 1.0):
             label = f"{self.name}: interpolant at theta={theta}"
             check_order(label, a, dense.weights(theta), dense.order, theta)
+
+
+def _weights_inside(node: float) -> Array:
+    """Lagrange's weights for ``node``, if that is beyond 1: an error of order 4 in a row."""
+    if node <= 1:
+        return np.zeros(len(INSIDE))
+    return np.array([np.prod([(node - b) / (a - b) for b in INSIDE if b != a]) for a in INSIDE])
 
 
 def extrapolations(c: Array, implicit: np.ndarray) -> Array:

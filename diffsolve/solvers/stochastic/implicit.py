@@ -84,11 +84,11 @@ class DriftImplicit(StochasticMethod):
         if not newton.begin(t, h, u, True):
             return _failed(field, t, h, u, G, newton.trouble)
         jacobian, lu = newton.jacobian, newton.lu  # those of the estimates
-        found = newton.solve(then, base, h, f)
+        found = newton.solve(functools.partial(newton.field, then), base, h, f)
         if found is None:
             found = _solved_afresh(newton, t, h, then, base)
         if found is None and not field.retries:
-            found = newton.solve(then, base, h, f, at=t + h)
+            found = newton.solve(functools.partial(newton.field, then), base, h, f, at=t + h)
         if found is None:
             return _failed(field, t, h, u, G, newton.trouble)
         k, new = found
@@ -110,7 +110,7 @@ class DriftImplicit(StochasticMethod):
         W = field.increment(t, h).W
         base, parts = self.noise(field, h, (now, then), u, G, W)
         scale = as_scale(field, h)
-        k, new = stage_on_tape(field, then, base, scale, 1.0, known)
+        k, new = stage_on_tape(field, functools.partial(field, then), base, scale, 1.0, known)
         lu = linearise(field, t, h, u, exact=True).factor(float(detached(h)), 1.0)
         if lu is None:
             return _failed(field, t, h, u, G, Trouble.SINGULAR)
@@ -257,7 +257,7 @@ def _solved_afresh(
         if not newton.renew(t, h, x):
             newton.trouble = trouble  # of the step; what there is at x belongs to its size
             return None
-        found = newton.solve(then, base, h, k)
+        found = newton.solve(functools.partial(newton.field, then), base, h, k)
         if found is not None:
             return found
         k = k + newton.lu.solve(newton.field(then, x) - k)
