@@ -308,7 +308,7 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
         times = saves.as_tensor(job.span, trajectory.t)
         moving = saves.inside(times, job.span) if sensealg.handles_time else times
         u = attach_saved(u, moving, field, job.t0, job.t1)
-    steps = _steps_of(trajectory, outputs)
+    steps = _steps_of(job, trajectory, outputs)
     if u.requires_grad and not sensealg.handles_steps:
         steps = _refusing_gradients(steps() if callable(steps) else steps, u, sensealg)
     elif u.requires_grad and isinstance(job.alg, StochasticMethod) and not transforms_active():
@@ -334,14 +334,17 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
 
 
 def _steps_of(
-    trajectory: Trajectory | NativeTrajectory, outputs: Outputs
+    job: Job, trajectory: Trajectory | NativeTrajectory, outputs: Outputs
 ) -> Steps | Callable[[], Steps]:
     """The steps, or what makes them: most users never look."""
     if isinstance(trajectory, NativeTrajectory):
         return partial(trajectory.columns.steps, cast("Tensor | None", outputs.estimates))
-    assert outputs.estimates is not None
     times = _as_column(trajectory.step_t), _as_column(trajectory.step_h)
-    return Steps(*times, *outputs.estimates)
+    if outputs.estimates is not None:
+        return Steps(*times, *outputs.estimates)
+    # without the states, which the solution has
+    light = Trajectory(estimates=trajectory.estimates, later=trajectory.later)
+    return lambda: Steps(*times, *job.estimates(light))
 
 
 def _dense_reader(

@@ -172,6 +172,7 @@ class Trajectory:
     final_h: float = math.nan
     retcode: ReturnCode = ReturnCode.SUCCESS
     message: str = ""
+    later: Callable[[], float] | None = None  # the stiffness of the last step, if not known yet
 
     @property
     def naccept(self) -> int:
@@ -328,7 +329,9 @@ class _Loop:
         self.h = h = self.direction * size
         before = self.state[0]
         try:
-            step = self.alg.step(self.rhs, t, h, self.state)
+            take: Any = self.alg.step
+            options = {"open_end": True} if lands and self._ends_open() else {}
+            step = take(self.rhs, t, h, self.state, **options)
         except MatrixTooLarge:
             if self.switch is None:
                 raise
@@ -392,6 +395,18 @@ class _Loop:
         elif isinstance(found, Tensor):
             found = found.to("cpu", torch.float64)
         return found if found > error else error
+
+    def _ends_open(self) -> bool:
+        """Whether nothing reads the derivative at the end of the step that lands on a stop.
+
+        That is the last of fixed steps, where no value inside of it is wanted, then or later.
+        """
+        saving, stop, times = self.saving, self.stops[-1], self.saving.times
+        is_last = self.stop == len(self.stops) - 1 and not self.settings.adaptive
+        kept = self.on_tape or saving.dense or saving.recorder is not None
+        if not is_last or kept or self.switch is not None or not self.alg.may_end_open:
+            return False
+        return times is None or self.saved >= len(times) or times[self.saved] == stop
 
     def _give_up(self, size: Any) -> None:
         """The equations of a step were not solved: it says nothing of the error."""
@@ -464,6 +479,7 @@ class _Loop:
         result.step_t.append(start)
         result.step_h.append(h)
         result.estimates.append(estimates)
+        result.later = step.later
         self.t, self.state = t_new, step.state
         self.rejections, self.not_finite, self.restarted = 0, False, False
         if lands:

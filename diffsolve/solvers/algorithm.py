@@ -83,6 +83,8 @@ class Step:
         Solutions of those equations that an iteration found, for ``step(..., solved=...)``.
     trouble
         What went wrong.
+    later
+        What computes the stiffness of a step with an open end, when it is asked for.
     """
 
     state: tuple[Tensor, ...]
@@ -93,6 +95,7 @@ class Step:
     converged: bool = True
     solved: tuple[Tensor, ...] = ()
     trouble: Trouble | None = None
+    later: Callable[[], float] | None = None
 
 
 def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
@@ -141,6 +144,14 @@ class Algorithm(ABC):
     kernels: ClassVar[str | None] = None
     carries_derivative: ClassVar[bool] = True
     is_implicit: ClassVar[bool] = False
+
+    @property
+    def may_end_open(self) -> bool:
+        """Whether ``step(..., open_end=True)`` leaves out the derivative at the new point.
+
+        Nothing may read it: no error estimate, no value inside, no step that follows.
+        """
+        return False
 
     @property
     def name(self) -> str:
