@@ -32,7 +32,8 @@ def test_fixed_steps_evaluate_nothing_that_is_not_read(alg: Any, stages: int, n:
     calls, prob = counted()
     whole = solve(prob, alg, **options)  # whose dense output reads it
     assert len(calls) == n * stages + 1
-    for saves in ({"save_everystep": False}, {"saveat": 1 / n}):
+    choices: list[dict[str, Any]] = [{"save_everystep": False}, {"saveat": 1 / n}]
+    for saves in choices:
         calls, prob = counted()
         sol = solve(prob, alg, **options, **saves)
         assert len(calls) == sol.stats.nf == n * stages

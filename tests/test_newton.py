@@ -368,7 +368,8 @@ def squared(t: Tensor, u: Tensor) -> Tensor:
 def test_fixed_steps_where_the_matrix_of_the_start_is_too_far(alg: Any, engine: str) -> None:
     u0 = torch.tensor([0.7, -0.3], dtype=F64)
     prob = ODEProblem(squared, u0, (0.0, 2.0))
-    for tolerances in ({}, {"rtol": 1e-8, "atol": 1e-9}):
+    choices: list[dict[str, Any]] = [{}, {"rtol": 1e-8, "atol": 1e-9}]
+    for tolerances in choices:
         sol = solve(prob, alg, dt=0.25, adaptive=False, engine=engine, **tolerances)
         assert sol.success and len(sol.t) == 9
 

@@ -166,7 +166,7 @@ class Newton:
     ) -> tuple[Tensor, Tensor] | None:
         """With the matrix at hand."""
         step, g = h * self.gamma, torch.add(base, k, alpha=h * self.gamma)
-        before, theta, eta = 0.0, 0.0, 1.0
+        before, theta, eta, change = 0.0, 0.0, 1.0, k
         slowest = self.slowest
         for m in range(1, MOST_ITERATIONS + 1):
             change, k, g = self._corrected(f, base, step, k, g)

@@ -286,9 +286,11 @@ class SDIRKTableau:
 
 def _weights_inside(node: float) -> Array:
     """Lagrange's weights for ``node``, if that is beyond 1: an error of order 4 in a row."""
-    if node <= 1:
-        return np.zeros(len(INSIDE))
-    return np.array([np.prod([(node - b) / (a - b) for b in INSIDE if b != a]) for a in INSIDE])
+    weights = np.zeros(len(INSIDE))
+    if node > 1:
+        for i, a in enumerate(INSIDE):
+            weights[i] = np.prod([(node - b) / (a - b) for b in INSIDE if b != a])
+    return weights
 
 
 def extrapolations(c: Array, implicit: np.ndarray) -> Array:
