@@ -50,11 +50,9 @@ class ReversibleAdjoint(Sensealg):
     handles_noise = True
     handles_steps = True
 
-    def refuse_native(self) -> None:
-        raise Declined("ReversibleAdjoint computes states backward with torch")
-
     def compile(self, native: NativeField, alg: Algorithm) -> None:
-        self.refuse_native()
+        _refuse_irreversible(alg)
+        raise Declined("ReversibleAdjoint computes states backward with torch")
 
     def run(self, job: Job) -> Outputs:
         _refuse_irreversible(job.alg)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from diffsolve.solvers.initial_step import initial_step
 from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.jacobian_layout import MatrixTooLarge
 from diffsolve.solvers.norms import Estimates, Tolerance, measure, relative_stiffness
+from diffsolve.solvers.stable_steps import StableSteps
 from diffsolve.solvers.switching import FACTOR, AutoSwitch, Switch
 
 _STRETCH = 1.01  # a step may grow by this much to land on a stop (Hairer's dopri5)
@@ -30,7 +32,7 @@ _ULPS = 8  # units of rounding by which the time of a fixed step may be off
 _AFTER_FAILURE = 0.5  # factor of the size after a step whose equations were not solved
 
 
-@dataclass(slots=True)
+@dataclass
 class Settings:
     """How to integrate.
 
@@ -57,6 +59,8 @@ class Settings:
     controller_stiff
         What takes the place of ``controller`` while the stiff method of an ``AutoSwitch`` is
         active; None: the same.
+    stable_steps
+        Whether explicit steps stay where they are stable for every mode (``StableSteps``).
     """
 
     tolerance: Tolerance
@@ -71,6 +75,12 @@ class Settings:
     h_on_tape: bool = False
     progress: bool = False
     controller_stiff: Controller | None = None
+    stable_steps: bool = False
+
+    @cached_property
+    def differentiated(self) -> Settings:
+        """The same for a solve whose steps are to be differentiated."""
+        return replace(self, stable_steps=True)
 
     @property
     def accuracy(self) -> Tolerance | None:
@@ -172,7 +182,6 @@ class Trajectory:
     final_h: float = math.nan
     retcode: ReturnCode = ReturnCode.SUCCESS
     message: str = ""
-    later: Callable[[], float] | None = None  # the stiffness of the last step, if not known yet
 
     @property
     def naccept(self) -> int:
@@ -248,6 +257,10 @@ class _Loop:
             if self.switch.stiff and self.settings.controller_stiff is not None:
                 self.controller = self.settings.controller_stiff
         self.memory = self.controller.start()
+        self.stable: StableSteps | None = None
+        sizes = self.alg.damped_sizes
+        if self.settings.stable_steps and self.settings.adaptive and sizes is not None:
+            self.stable = StableSteps(self.rhs, sizes[0], sizes[1])
 
     def run(self, du0: Tensor | None) -> Trajectory:
         bar = progress_bar(self.t0, self.t1) if self.settings.progress else None
@@ -255,7 +268,6 @@ class _Loop:
         # only for now: a norm may be a method of the right-hand side
         outside, self.rhs.accuracy = self.rhs.accuracy, self.settings.accuracy
         retried, self.rhs.retries = self.rhs.retries, self.settings.adaptive
-        ended, self.rhs.span_end = self.rhs.span_end, _plain(self.t1)
         try:
             self._start(du0)
             while self.result.retcode is ReturnCode.SUCCESS and self.stop < len(self.stops):
@@ -267,7 +279,7 @@ class _Loop:
             error.add_note(f"raised during a step from t = {_plain(self.t):.8g}, h = {self.h:.3g}")
             raise
         finally:
-            self.rhs.accuracy, self.rhs.retries, self.rhs.span_end = outside, retried, ended
+            self.rhs.accuracy, self.rhs.retries = outside, retried
             if bar is not None:
                 bar.close()
         result = self.result
@@ -319,6 +331,9 @@ class _Loop:
     def _advance(self) -> None:
         """One attempted step, accepted or not."""
         settings, t = self.settings, self.t
+        if self.stable is not None and self.rejections == 0:
+            asked = min(self.size, settings.dtmax)
+            self.stable.update(t, self.direction, self.state[0], self.state[1], asked)
         size, lands = self._fit()
         floor = max(settings.dtmin if settings.adaptive else 0.0, 4 * math.ulp(_plain(t)))
         if not lands and self.size < floor:
@@ -329,9 +344,7 @@ class _Loop:
         self.h = h = self.direction * size
         before = self.state[0]
         try:
-            take: Any = self.alg.step
-            options = {"open_end": True} if lands and self._ends_open() else {}
-            step = take(self.rhs, t, h, self.state, **options)
+            step = self.alg.step(self.rhs, t, h, self.state)
         except MatrixTooLarge:
             if self.switch is None:
                 raise
@@ -350,13 +363,17 @@ class _Loop:
                 error = float(torch.as_tensor(error).detach())
         accept, factor = error < math.inf, 1.0
         if settings.adaptive:
-            judged = self._error_within(step, before, h, lands, error)
             accept, factor, memory = self.controller.propose(
-                judged, self.memory, self.rejections > 0
+                error, self.memory, self.rejections > 0
             )
             # one cut short has an error of no account
             if not (lands and size * _ROUNDING < self.size):
                 self.memory = memory
+            if accept and self.stable is not None and size > settings.dtmin:
+                u, du = step.state[:2]
+                stiffness = estimates.stiffness
+                if self.stable.refuses(t + h, self.direction, u, du, size, stiffness):
+                    accept, factor = False, self.stable.limit / size
         if accept:
             self._accept(step, h, lands, estimates)
         else:
@@ -374,39 +391,10 @@ class _Loop:
             self.size = size * factor
         if accept and self.switch is not None:
             stiffness = relative_stiffness(step, before, settings.tolerance, estimates.stiffness)
+            if self.stable is not None:
+                stiffness = self.stable.stiffness_of(size, stiffness)
             self._consider_switching(stiffness, h, bool(step.solved))
         return None
-
-    def _error_within(self, step: Step, before: Tensor, h: Any, lands: bool, error: Any) -> Any:
-        """The error of a step, or that of the values saved inside of it where it is larger."""
-        times = self.saving.times
-        if times is None or self.saved >= len(times):
-            return error
-        end = self.stops[self.stop] if lands else self.t + h
-        if not self.direction * times[self.saved] < self.direction * _plain(end):
-            return error
-        between = self.alg.interpolation_error(self.rhs, h, step)
-        if between is None:
-            return error
-        magnitude = torch.maximum(before.abs(), step.state[0].abs())
-        found = self.settings.tolerance.scaled_norm(between, magnitude)
-        if not self.settings.h_on_tape:
-            found = _plain(found)
-        elif isinstance(found, Tensor):
-            found = found.to("cpu", torch.float64)
-        return found if found > error else error
-
-    def _ends_open(self) -> bool:
-        """Whether nothing reads the derivative at the end of the step that lands on a stop.
-
-        That is the last of fixed steps, where no value inside of it is wanted, then or later.
-        """
-        saving, stop, times = self.saving, self.stops[-1], self.saving.times
-        is_last = self.stop == len(self.stops) - 1 and not self.settings.adaptive
-        kept = self.on_tape or saving.dense or saving.recorder is not None
-        if not is_last or kept or self.switch is not None or not self.alg.may_end_open:
-            return False
-        return times is None or self.saved >= len(times) or times[self.saved] == stop
 
     def _give_up(self, size: Any) -> None:
         """The equations of a step were not solved: it says nothing of the error."""
@@ -444,6 +432,8 @@ class _Loop:
         """Size of the next step, and whether it lands on the next stop."""
         settings = self.settings
         size = min(self.size, settings.dtmax)
+        if self.stable is not None:
+            size = min(size, max(self.stable.limit, settings.dtmin))
         remaining = self.direction * (self.stops[self.stop] - self.t)
         if remaining > 2 * size:
             return size, False
@@ -479,9 +469,10 @@ class _Loop:
         result.step_t.append(start)
         result.step_h.append(h)
         result.estimates.append(estimates)
-        result.later = step.later
         self.t, self.state = t_new, step.state
         self.rejections, self.not_finite, self.restarted = 0, False, False
+        if self.stable is not None:
+            self.stable.accepted()
         if lands:
             self.anchor, self.since = t_new, 0
             self.stop += 1
@@ -494,6 +485,8 @@ class _Loop:
         self._begin_anew(u if self.on_stop is None else self.on_stop(self.t, u))
 
     def _begin_anew(self, u: Tensor) -> None:
+        if self.stable is not None:
+            self.stable.look_again()
         self.state = self.alg.init(self.rhs, self.t, u, self._derivative(self.t, u))
         self.restarted = True
 
@@ -539,6 +532,9 @@ class _Loop:
         self.saved += 1
 
     def _fail(self, code: ReturnCode, estimates: Estimates | None) -> None:
+        if estimates is not None and self.stable is not None:
+            stiffness = self.stable.stiffness_of(abs(self.h), estimates.stiffness)
+            estimates = replace(estimates, stiffness=stiffness)
         self.result.retcode = code
         self.result.message = explain(
             code,

@@ -83,8 +83,6 @@ class Step:
         Solutions of those equations that an iteration found, for ``step(..., solved=...)``.
     trouble
         What went wrong.
-    later
-        What computes the stiffness of a step with an open end, when it is asked for.
     """
 
     state: tuple[Tensor, ...]
@@ -95,7 +93,6 @@ class Step:
     converged: bool = True
     solved: tuple[Tensor, ...] = ()
     trouble: Trouble | None = None
-    later: Callable[[], float] | None = None
 
 
 def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
@@ -126,6 +123,9 @@ class Algorithm(ABC):
         Whether it can solve ``M du/dt = f``.
     is_one_step
         Whether the state of the method follows from ``(t, u)``, as ``init`` makes it.
+    damped_sizes
+        Of an explicit method the sizes of ``h lambda`` up to which its steps damp a mode
+        (``explicit_rk/stability.py``), and its evaluations in a step; None: nothing limits them.
     carries_derivative
         Whether ``init`` wants the derivative at ``t``, so that callers may make it for several.
     kernels
@@ -139,19 +139,12 @@ class Algorithm(ABC):
 
     order: float
     adaptive: bool
+    damped_sizes: tuple[Any, int] | None = None
     supports_mass_matrix: ClassVar[bool] = False
     is_one_step: ClassVar[bool] = False
     kernels: ClassVar[str | None] = None
     carries_derivative: ClassVar[bool] = True
     is_implicit: ClassVar[bool] = False
-
-    @property
-    def may_end_open(self) -> bool:
-        """Whether ``step(..., open_end=True)`` leaves out the derivative at the new point.
-
-        Nothing may read it: no error estimate, no value inside, no step that follows.
-        """
-        return False
 
     @property
     def name(self) -> str:
@@ -171,10 +164,6 @@ class Algorithm(ABC):
     @abstractmethod
     def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
         """Attempt a step; ``t`` and ``h`` are floats, or 0-d tensors to differentiate by them."""
-
-    def interpolation_error(self, field: VectorField, h: Any, step: Step) -> Tensor | None:
-        """Estimate ``(N,)`` of the error between the ends of a step; None: ``error`` sees it."""
-        return None
 
     def default_controller(self) -> Controller:
         """Step-size controller that the literature gives this method."""

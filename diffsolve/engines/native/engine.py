@@ -183,7 +183,10 @@ def message_of(status: int, memory: Memory, alg: Algorithm, settings: Settings, 
     reals = memory.reals
     last = None
     if memory.integers[L.ATTEMPTS]:
-        last = Estimates(reals[L.LAST_ERROR], 0.0, reals[L.LAST_STIFFNESS])
+        stiffness = reals[L.LAST_STIFFNESS]
+        if memory.integers[L.STABLE] and abs(reals[L.LAST_H]) >= reals[L.STABLE_SIZE]:
+            stiffness = max(stiffness, reals[L.STABLE_RATE])
+        last = Estimates(reals[L.LAST_ERROR], 0.0, stiffness)
     return explain(
         RETCODES[status],
         t=reals[L.T],

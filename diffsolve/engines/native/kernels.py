@@ -21,6 +21,8 @@ _SOURCES = (
     "solvers/kernels/norms.py",
     "solvers/kernels/rows.py",
     "solvers/kernels/estimates.py",
+    "solvers/kernels/stable_steps.py",
+    "solvers/stable_steps.py",
     "engines/native/loop.py",
     "engines/native/sweep.py",
     "engines/native/build.py",

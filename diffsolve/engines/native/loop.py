@@ -17,7 +17,6 @@ from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.memory import inlined, integers, reals, size_of, ulp, view
 from diffsolve.solvers.kernels.norms import add_scaled, copy, scaled_norm
 from diffsolve.solvers.kernels.rows import (
-    combine_error,
     field_at,
     forget,
     interpolate,
@@ -26,6 +25,7 @@ from diffsolve.solvers.kernels.rows import (
     row,
     stage,
 )
+from diffsolve.solvers.kernels.stable_steps import limit_size, limiting_stiffness, refuses
 
 _STRETCH = 1.01  # as in the torch engine
 _ROUNDING = 1 + 1e-8
@@ -90,6 +90,7 @@ def initial_step(I, R, like):
 def restart(I, R, like):
     """``W_DU`` just after the time at hand, on the side of the step to come."""
     I[L.RESTARTED] = 1
+    I[L.STABLE_AGE] = I[L.STABLE_WAIT]  # the right-hand side may have jumped
     if I[L.FIELD] == 0:  # a method that carries no derivative
         return
     t = R[L.T]
@@ -175,6 +176,9 @@ def propose(I, R, error, count):
 def fit(I, R):
     """Size of the next step, and whether it lands on the next stop."""
     size = R[L.DTMAX] if R[L.DTMAX] < R[L.SIZE] else R[L.SIZE]
+    if I[L.STABLE] != 0:
+        stable = R[L.STABLE_SIZE] if R[L.STABLE_SIZE] > R[L.DTMIN] else R[L.DTMIN]
+        size = stable if stable < size else size
     stop = reals(I[L.STOPS])[I[L.STOP]]
     remaining = R[L.DIRECTION] * (stop - R[L.T])
     if remaining > 2 * size:
@@ -290,6 +294,7 @@ def accept(I, R, h, lands, error, norm, stiffness, complete_step, value_at, like
     copy(n, row(I, L.W_NEW, like), row(I, L.W_U, like), like)
     copy(n, stage(I, I[L.STAGES] - 1, like), row(I, L.W_DU, like), like)
     I[L.REJECTIONS], I[L.FAILURE], I[L.RESTARTED], I[L.FRESH] = 0, 0, 0, 0
+    I[L.STABLE_AGE] += 1
     if lands:
         R[L.ANCHOR], I[L.SINCE] = t_new, 0
         I[L.STOP] += 1
@@ -341,23 +346,11 @@ def below_floor(I, R, t):
 
 
 @inlined
-def error_within(I, R, t, h, lands, error, like):
-    """The error of a step, or that of the values saved inside of it where it is larger."""
-    if I[L.B_DENSE] == 0 or I[L.N_SAVES] <= I[L.SAVED]:
-        return error
-    end = reals(I[L.STOPS])[I[L.STOP]] if lands else t + h
-    if not R[L.DIRECTION] * reals(I[L.SAVES])[I[L.SAVED]] < R[L.DIRECTION] * end:
-        return error
-    between = row(I, L.W_TEMP, like)
-    combine_error(I, I[L.B_DENSE], h, between, like)
-    found = scaled_norm(I, between, row(I, L.W_U, like), row(I, L.W_NEW, like), like)
-    return found if found > error else error
-
-
-@inlined
 def attempt(I, R, step, measure, complete_step, value_at, like):
     """One attempted step, accepted or not."""
     adaptive, t = I[L.ADAPTIVE] != 0, R[L.T]
+    if I[L.STABLE] != 0 and I[L.REJECTIONS] == 0:
+        limit_size(I, R, like)
     size, lands = fit(I, R)
     h = R[L.DIRECTION] * size
     if not lands and below_floor(I, R, t):
@@ -384,8 +377,9 @@ def attempt(I, R, step, measure, complete_step, value_at, like):
     accepted, factor = error < math.inf, 1.0
     if adaptive:
         # one cut short by a stop has an error of no account
-        judged = error_within(I, R, t, h, lands, error, like)
-        accepted, factor = propose(I, R, judged, not (lands and size * _ROUNDING < R[L.SIZE]))
+        accepted, factor = propose(I, R, error, not (lands and size * _ROUNDING < R[L.SIZE]))
+        if accepted and is_too_long(I, R, t + h, size, stiffness, like):
+            accepted, factor = False, R[L.STABLE_SIZE] / size
     if accepted:
         accept(I, R, h, lands, error, norm, stiffness, complete_step, value_at, like)
     else:
@@ -404,6 +398,15 @@ def attempt(I, R, step, measure, complete_step, value_at, like):
     if accepted and I[L.SWITCH] != 0:
         return consider_switch(I, R, size)
     return L.GO_ON
+
+
+@inlined
+def is_too_long(I, R, t, size, stiffness, like):
+    """Whether a step was too long to be differentiated, as its end shows."""
+    if I[L.STABLE] == 0 or size <= R[L.DTMIN]:
+        return False
+    u, du = row(I, L.W_NEW, like), stage(I, I[L.STAGES] - 1, like)
+    return refuses(I, R, t, size, stiffness, u, du, like)
 
 
 @inlined
@@ -432,7 +435,7 @@ def reason_to_stop(I):
 @inlined
 def consider_switch(I, R, size):
     """Whether the other method is to go on, as ``solvers/switching.py`` decides it."""
-    product = R[L.RELATIVE_STIFFNESS] * size
+    product = limiting_stiffness(I, R, size, R[L.RELATIVE_STIFFNESS]) * size
     if I[L.SWITCH] == L.STIFF:
         asks = product < R[L.STIFF_ABOVE]
     else:

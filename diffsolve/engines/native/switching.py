@@ -86,7 +86,7 @@ def switch(memory: Memory) -> None:
     integers[L.JVP] = 0 if memory.is_own_field else found.integers[L.JVP]
     reals[_CONTROLLER] = found.reals[_CONTROLLER]
     reals[L.MEMORY1] = reals[L.MEMORY2] = 0.0
-    integers[L.HAS_MEMORY] = integers[L.SWITCH_COUNT] = 0
+    integers[L.HAS_MEMORY] = integers[L.SWITCH_COUNT] = integers[L.STABLE_WAIT] = 0
     integers[L.SWITCH] = L.STIFF if to_stiff else L.NONSTIFF
     integers[L.SWITCH_AFTER] = NONSTIFF_STEPS if to_stiff else STIFF_STEPS
     reals[L.SIZE] *= FACTOR if to_stiff else 1 / FACTOR

@@ -20,6 +20,7 @@ from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.newton import kappa
 from diffsolve.solvers.norms import Tolerance
+from diffsolve.solvers.stable_steps import most_wait
 from diffsolve.solvers.switching import LIMIT, STIFF_STEPS, AutoSwitch
 
 #: Rows of the table of steps.
@@ -133,6 +134,11 @@ class Template:
         if self.stiff is not None:
             integers[L.SWITCH], integers[L.SWITCH_AFTER] = L.NONSTIFF, STIFF_STEPS
             integers[L.DENSE_ROWS], reals[L.STIFF_ABOVE] = 1 + self.most_rows, limit
+        if settings.stable_steps and settings.adaptive and alg.damped_sizes is not None:
+            sizes, evaluations = alg.damped_sizes
+            self.held[L.STABLE] = sizes
+            integers[L.STABLE] = address(sizes)
+            integers[L.STABLE_MOST_WAIT] = most_wait(evaluations)
         slots = L.RTOL, L.RTOL_STRIDE, L.ATOL, L.ATOL_STRIDE
         write_tolerance(settings.tolerance, slots, integers, self.held)
         integers[L.ADAPTIVE] = settings.adaptive
@@ -330,7 +336,7 @@ def _find_template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Te
         settings.controller_stiff,
         id(settings.tolerance),
         *(settings.adaptive, settings.to_rounding, settings.dt, settings.dtmin, settings.dtmax),
-        *(settings.maxiters, settings.progress, settings.h_on_tape),
+        *(settings.maxiters, settings.progress, settings.h_on_tape, settings.stable_steps),
     )
     return remembered(compiled.templates, key, lambda: Template(compiled, alg, settings))
 

@@ -10,6 +10,7 @@ from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.controllers import Controller, IController
 from diffsolve.solvers.explicit_rk import tableaus, tableaus_high_order
+from diffsolve.solvers.explicit_rk.stability import damped_sizes
 from diffsolve.solvers.explicit_rk.step import take_step
 from diffsolve.solvers.explicit_rk.tableau import Tableau
 from diffsolve.solvers.stage_rows import RKState
@@ -40,20 +41,12 @@ class ExplicitRK(TableauMethod):
     tableau_type = Tableau
 
     @property
-    def may_end_open(self) -> bool:
+    def damped_sizes(self) -> Any:  # type: ignore[override]
         stages = self.tableau.stages
-        unread = all(b is None or b[-1] == 0 for b in (stages.b_error, stages.b_error_low))
-        return unread and type(self).step is ExplicitRK.step
+        return damped_sizes(stages), stages.n - 1
 
-    def step(
-        self,
-        field: VectorField,
-        t: Any,
-        h: Any,
-        state: tuple[Tensor, ...],
-        open_end: bool = False,
-    ) -> Step:
-        return take_step(field, self.tableau.stages, t, h, RKState(*state), open_end)
+    def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+        return take_step(field, self.tableau.stages, t, h, RKState(*state))
 
 
 class _Named(Named, ExplicitRK):

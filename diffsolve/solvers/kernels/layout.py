@@ -38,19 +38,18 @@ A = _integer("A")  # float64 (STAGES, STAGES)
 C = _integer("C")
 B_ERROR = _integer("B_ERROR")  # 0: no estimate
 B_LOW = _integer("B_LOW")  # 0: no second estimate
-B_DENSE = _integer("B_DENSE")  # of the error of dense output; 0: no such estimate
 POLY = _integer("POLY")  # float64 (STAGES + EXTRA, DEGREE), see Interpolant.bernstein
 A_EXTRA = _integer("A_EXTRA")  # float64 (EXTRA, STAGES + EXTRA)
 C_EXTRA = _integer("C_EXTRA")
 ORDER = _integer("ORDER")
+STABLE = _integer("STABLE")  # float64: sizes of h lambda that limit the step, or 0
+STABLE_MOST_WAIT = _integer("STABLE_MOST_WAIT")
 # those of implicit methods
 GAMMA = _integer("GAMMA")  # float64: the diagonal of the method's matrix
 IMPLICIT = _integer("IMPLICIT")  # integers (STAGES): whether a stage is implicit
 PREDICTOR = _integer("PREDICTOR")  # float64 (STAGES, STAGES): a stage's first guess
-INSIDE = _integer("INSIDE")  # float64 (1 + STAGES, 4): nodes, and weights for those beyond 1
 COUPLING = _integer("COUPLING")  # float64 (STAGES, STAGES): sums of stages beside f (Rosenbrock)
 TIME_WEIGHTS = _integer("TIME_WEIGHTS")  # float64 (STAGES): of the time derivative (Rosenbrock)
-AT_END = _integer("AT_END")  # the stage whose f is that at the new point; 0: none (Rosenbrock)
 SMOOTHED = _integer("SMOOTHED")  # whether the error goes through the matrix of the stages
 
 # -- the Jacobian and what is solved with it -----------------------------------------------------
@@ -175,6 +174,13 @@ RUN_BEGIN = _integer("RUN_BEGIN")  # first step of the method at work, in a reve
 RUN_STATE = _integer("RUN_STATE")  # (2, N): the state that it took over
 DENSE_ROWS = _integer("DENSE_ROWS")  # rows of a record of DENSE
 
+# -- steps that are stable for every mode --------------------------------------------------------
+STABLE_WAIT = _integer("STABLE_WAIT")  # accepted steps from look to look; 0: begin anew
+STABLE_LAST_WAIT = _integer("STABLE_LAST_WAIT")  # that of the limit, 1 where it did not hold
+STABLE_AGE = _integer("STABLE_AGE")  # accepted steps since the last one
+STABLE_SURE = _integer("STABLE_SURE")  # whether that was made for a step near the limit
+STABLE_FOLLOWS = _integer("STABLE_FOLLOWS")  # whether W_MODE is a direction to go on with
+
 # -- the times at which a solution is read -------------------------------------------------------
 N_READ = _integer("N_READ")
 READ = _integer("READ")
@@ -252,6 +258,9 @@ PATH_END = _real("PATH_END")
 FACTORED_H = _real("FACTORED_H")  # step size in MATRIX
 KAPPA = _real("KAPPA")  # what Newton may leave: in tolerances, or in units of rounding
 STIFF_ABOVE = _real("STIFF_ABOVE")  # step size times stiffness that asks for the stiff method
+STABLE_SIZE = _real("STABLE_SIZE")  # the limit of the step size
+STABLE_SEEN = _real("STABLE_SEEN")  # size of the step at the last look
+STABLE_RATE = _real("STABLE_RATE")  # magnitude of the eigenvalue that it comes from
 RELATIVE_STIFFNESS = _real("RELATIVE_STIFFNESS")  # the estimate that is judged by
 NOISE_START = _real("NOISE_START")  # first point of the Brownian path
 KNOWN_FROM = _real("KNOWN_FROM")  # where the known intervals begin
@@ -310,7 +319,8 @@ W_STIFF = 3
 W_ERROR = 4
 W_LOW = 5
 W_TEMP = 6
-W_BASE = 7  # right before the stages
-W_STAGES = 8
+W_MODE = 7  # kept from step to step
+W_BASE = 8  # right before the stages
+W_STAGES = 9
 # and behind the stages, their times and their cotangents, the rows of the reverse sweep
 W_BARS = 6
