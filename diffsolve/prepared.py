@@ -111,6 +111,7 @@ class Prepared:
         t0, t1 = float(detached(prob.tspan[0])), float(detached(prob.tspan[1]))
         _warn_of_coarse_times(field, t0, t1)
         stops, field.breaks = ordered_stops(options.tstops, t0, t1)
+        field.span_end = t1
         settings = _settings(alg, field, options, stops)
         field.accuracy, field.retries = settings.accuracy, settings.adaptive
         direction = 1.0 if t1 >= t0 else -1.0

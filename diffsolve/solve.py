@@ -29,6 +29,7 @@ from diffsolve.engines.native.stochastic_memory import template as stochastic_te
 from diffsolve.engines.native.template import template
 from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.prepared import Prepared
+from diffsolve.problems.capture import reachable_tensors
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
@@ -125,7 +126,9 @@ def solve(
     norm
         Norm of the scaled error, given in the structure of the state, instead of RMS.
     dense
-        Keep the continuous extension for ``sol(t)``. None: when every step is saved.
+        Keep the continuous extension for ``sol(t)``. None: when every step is saved. Between long
+        steps of implicit methods ``sol(t)`` is less accurate than at their ends; times in
+        ``saveat`` shorten such steps.
     save_everystep
         False without ``saveat``: save the two ends only.
     engine
@@ -203,6 +206,8 @@ def solve(
                 raise Declined("a torch.func transform looks on")
             if noise is not None:
                 raise Declined("it draws its noise itself, and cannot follow a path that is given")
+            if recording and isinstance(asked, Sensealg):
+                _refuse_native(asked, field, moving)
             look: Any = find_stochastic if isinstance(field, SDEField) else find
             native = look(field, t0, u0, direction, guard=engine == "auto")
             if recording:
@@ -259,6 +264,16 @@ def solve(
     return solution
 
 
+def _refuse_native(sensealg: Sensealg, field: VectorField, moving: bool) -> None:
+    """Decline a sensealg that needs torch before ``f`` is traced in vain."""
+    try:
+        sensealg.refuse_native()
+    except Declined:
+        functions = field.f, getattr(field, "g", None), field.p
+        if moving or any(x.requires_grad for x in reachable_tensors(functions)):
+            raise
+
+
 def _make_ready(
     native: Any, alg: Algorithm, sensealg: Sensealg, settings: Settings, field: VectorField
 ) -> None:
@@ -293,7 +308,7 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
         times = saves.as_tensor(job.span, trajectory.t)
         moving = saves.inside(times, job.span) if sensealg.handles_time else times
         u = attach_saved(u, moving, field, job.t0, job.t1)
-    steps = _steps_of(trajectory, outputs)
+    steps = _steps_of(job, trajectory, outputs)
     if u.requires_grad and not sensealg.handles_steps:
         steps = _refusing_gradients(steps() if callable(steps) else steps, u, sensealg)
     elif u.requires_grad and isinstance(job.alg, StochasticMethod) and not transforms_active():
@@ -319,14 +334,17 @@ def _wrap(job: Job, sensealg: Sensealg, outputs: Outputs, saves: SaveTimes) -> S
 
 
 def _steps_of(
-    trajectory: Trajectory | NativeTrajectory, outputs: Outputs
+    job: Job, trajectory: Trajectory | NativeTrajectory, outputs: Outputs
 ) -> Steps | Callable[[], Steps]:
     """The steps, or what makes them: most users never look."""
     if isinstance(trajectory, NativeTrajectory):
         return partial(trajectory.columns.steps, cast("Tensor | None", outputs.estimates))
-    assert outputs.estimates is not None
     times = _as_column(trajectory.step_t), _as_column(trajectory.step_h)
-    return Steps(*times, *outputs.estimates)
+    if outputs.estimates is not None:
+        return Steps(*times, *outputs.estimates)
+    # without the states, which the solution has
+    light = Trajectory(estimates=trajectory.estimates, later=trajectory.later)
+    return lambda: Steps(*times, *job.estimates(light))
 
 
 def _dense_reader(

@@ -320,3 +320,37 @@ def test_layer_that_changes_itself_is_refused_until_eval(sensealg: Any) -> None:
         solve(prob, Tsit5(), sensealg=sensealg).u[-1].sum().backward()
     net.eval()
     solve(prob, Tsit5(), sensealg=sensealg).u[-1].sum().backward()
+
+
+# -- functions with corners ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alg", [diffsolve.KenCarp3(), diffsolve.KenCarp4()], ids=repr)
+@pytest.mark.parametrize("seed", range(10))
+def test_corners_are_no_change(alg: Any, seed: int) -> None:
+    # Newton's iteration takes the matrix of one side, the implicit function theorem another one's
+    found = []
+    for engine in ("native", "torch"):
+        g = torch.Generator().manual_seed(seed)
+        first, second = (torch.randn(6, 6, generator=g, dtype=F64) for _ in range(2))
+        u0 = torch.randn(6, generator=g, dtype=F64, requires_grad=True)
+
+        def f(t: Tensor, u: Tensor, a: Tensor = first, b: Tensor = 0.7 * second) -> Tensor:
+            return b @ torch.relu(a @ u) - 5 * u
+
+        sol = solve(ODEProblem(f, u0, (0.0, 1.0)), alg, saveat=[1.0], engine=engine)
+        found += torch.autograd.grad(sol.u.sum(), u0)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-3)
+
+
+def test_a_change_within_steps_of_newton_is_found() -> None:
+    scale = torch.ones(1, dtype=F64)
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return -torch.where(t > 0.5, scale, 1.0) * torch.relu(u)
+
+    u0 = torch.ones(1, dtype=F64, requires_grad=True)
+    sol = solve(ODEProblem(f, u0, (0.0, 1.0)), diffsolve.KenCarp4(), saveat=[1.0], engine="torch")
+    scale.mul_(3.0)  # which f(t0, u0) does not show
+    with pytest.raises(RuntimeError, match="f gives other values now"):
+        sol.u.sum().backward()

@@ -26,7 +26,7 @@ TABLEAUS = {**ROSENBROCK, **SDIRK}
 RODAS = [name for name in ROSENBROCK if name.startswith("RODAS")]
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.b_error is not None]
 KVAERNO = [name for name in SDIRK if name.startswith("KVAERNO")]
-EMBEDDED_IN_STAGE = [*RODAS, *KVAERNO]
+EMBEDDED_IN_STAGE = [name for name in (*RODAS, *KVAERNO) if name != "RODAS5"]
 
 # R at infinity, and whether the method is A-stable
 AT_INFINITY = dict.fromkeys(TABLEAUS, 0.0) | {
@@ -338,14 +338,31 @@ def test_transformed_table_is_checked():
 
 
 def test_ros3p_has_the_published_transformed_coefficients():
-    """Lang and Verwer print both forms: the weights of the solution and of the embedded one."""
+    """Lang and Verwer print both forms. The fourth stage, and with it the estimate, is ours."""
     form = rosenbrock.ROS3P.stages
-    np.testing.assert_allclose(form.a[-1, 1:-1], (2, 0.5773502691896258, 0.4226497308103742))
-    embedded = (form.a[-1] - form.b_error)[1:-1]
-    np.testing.assert_allclose(embedded, (2.113248654051871, 1, 0.4226497308103742))
+    np.testing.assert_allclose(form.a[-1, 1:-1], (2, 0.5773502691896258, 0.4226497308103742, 0))
     np.testing.assert_allclose(
-        form.d[1:-1], (0.7886751345948129, -0.2113248654051871, -1.0773502691896260)
+        form.d[1:-2], (0.7886751345948129, -0.2113248654051871, -1.0773502691896260)
     )
+    np.testing.assert_allclose(form.b_error[2:4], 0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_no_estimate_is_blind(name, recwarn):
+    TABLEAUS[name].check()
+    assert not recwarn.list
+
+
+def test_blind_estimates_are_told():
+    """The published weights of Rodas5 and ROS3P, and a difference of two rules of one node."""
+    e = np.zeros(9)
+    e[7] = 1.0
+    rodas = rosenbrock.RODAS5
+    published = e @ rodas.gamma  # of V into those of K
+    with pytest.warns(UserWarning, match=r"Rodas5: .* u' = g\(t\)"):
+        rebuilt(rodas, b_error=published)
+    with pytest.warns(UserWarning, match=r"ROS3P: .* linear systems"):
+        rebuilt(rosenbrock.ROS3P, b_error=(1 / 3, -1 / 3, 0, 0))
 
 
 def test_rosenbrock23_is_ode23s():
@@ -466,9 +483,9 @@ def test_stiff_accuracy(name):
 
 
 def test_known_derivative_at_the_new_point():
-    """Rosenbrock23's last stage evaluates f at the new point; no other method's does."""
-    known = [name for name, tableau in ROSENBROCK.items() if tableau.stages.first_same_as_last]
-    assert known == ["ROSENBROCK23"]
+    """Rosenbrock23's last stage evaluates f at the new point, as do the stages for estimates."""
+    known = {name: form.at_end for name, t in ROSENBROCK.items() if (form := t.stages).at_end}
+    assert known == {"RODAS5": 9, "ROS3P": 4, "ROSENBROCK23": 3}
 
 
 @pytest.mark.parametrize("name", TABLEAUS)

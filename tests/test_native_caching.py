@@ -18,7 +18,7 @@ from native_runs import compiled_of, ones, rate_of, run
 from torch import nn
 
 from diffsolve.engines.native import field as field_module
-from diffsolve.engines.native import llvm
+from diffsolve.engines.native import llvm, remembered
 from diffsolve.engines.native.kernels import kernel
 
 # -- caching -------------------------------------------------------------------------------------
@@ -116,11 +116,11 @@ def test_data_beside_f_is_not_gone_through():
 
 
 def test_traces_of_gone_functions_are_forgotten():
-    before = len(field_module._by_function)
+    before = len(remembered.by_function)
     for i in range(5):
         run(lambda t, u, i=i: -u * i)
     gc.collect()
-    assert len(field_module._by_function) <= before
+    assert len(remembered.by_function) <= before
     for i in range(field_module._MOST_KEPT + 3):
         compiled_of(lambda t, u, i=i: -u * (i + 0.123))
     assert len(field_module._by_content) <= field_module._MOST_KEPT

@@ -216,7 +216,7 @@ def test_counter_of_calls_does_not_cost_a_trace_each_time() -> None:
 # -- numbers in p --------------------------------------------------------------------------------
 
 
-def test_numbers_in_p_that_change_go_to_torch_after_a_while() -> None:
+def test_numbers_in_p_that_change_stay_native() -> None:
     def f(t: Tensor, u: Tensor, p: Any) -> Tensor:
         return -p[0] * u
 
@@ -226,10 +226,7 @@ def test_numbers_in_p_that_change_go_to_torch_after_a_while() -> None:
         sol = solve(prob, Tsit5(), rtol=1e-8, atol=1e-8)
         engines.append(sol.stats.engine)
         assert float(sol.u[-1, 0].detach()) == pytest.approx(np.exp(-1.0 - i), rel=1e-4)
-    assert engines[0] == "native"
-    assert "make it a tensor" in engines[-1]
-    first = ODEProblem(f, ones(), (0.0, 1.0), (1.0, 0.5))
-    assert solve(first, Tsit5()).stats.engine == "native"  # what is known stays known
+    assert set(engines) == {"native"}
 
 
 # -- results, and what f hides -------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def started(f: Any, h: float = 0.1, n: int = 1, **options: Any) -> tuple[Any, Ne
 @torch.no_grad()
 def test_solves_the_equation_of_a_stage() -> None:
     field, newton, u = started(lambda t, u: -20 * u**3, h=0.01)
-    found = newton.solve(torch.tensor(0.0), u, 0.01, -20 * u)
+    found = newton.solve(partial(field, torch.tensor(0.0)), u, 0.01, -20 * u)
     assert found is not None
     k, g = found
     torch.testing.assert_close(g, u + 0.005 * k)
@@ -63,9 +64,9 @@ def test_solves_the_equation_of_a_stage() -> None:
 def test_linear_equation_takes_two_iterations_or_one() -> None:
     field, newton, u = started(lambda t, u: -1e3 * u)
     for expected in (2, 4):  # a first increment has nothing to compare with, ...
-        found = newton.solve(torch.tensor(0.0), u, 0.1, 0 * u)
+        found = newton.solve(partial(field, torch.tensor(0.0)), u, 0.1, 0 * u)
         assert found is not None and field.nnewton == expected
-    assert newton.solve(torch.tensor(0.0), u, 0.1, found[0]) is not None
+    assert newton.solve(partial(field, torch.tensor(0.0)), u, 0.1, found[0]) is not None
     assert field.nnewton == 5  # ... unless it is no error itself
 
 
@@ -73,7 +74,7 @@ def test_linear_equation_takes_two_iterations_or_one() -> None:
 def test_diverges_without_waiting_for_the_last_iteration() -> None:
     # the Jacobian at u = 1 tells nothing of what comes beyond
     field, newton, u = started(lambda t, u: torch.where(u < 1.01, 0 * u, 1e5 * (u - 1.01)))
-    assert newton.solve(torch.tensor(0.0), u, 0.1, 10 + 0 * u) is None
+    assert newton.solve(partial(field, torch.tensor(0.0)), u, 0.1, 10 + 0 * u) is None
     assert newton.trouble is Trouble.DIVERGED
     assert field.nnewton <= 4
 
@@ -84,14 +85,14 @@ def test_too_slow_is_given_up_early() -> None:
         return torch.full((1, 1), -100.0, dtype=F64)
 
     field, newton, u = started(lambda t, u: -10 * u, h=1.0, jac=wrong)
-    assert newton.solve(torch.tensor(0.0), u, 1.0, 0 * u) is None
+    assert newton.solve(partial(field, torch.tensor(0.0)), u, 1.0, 0 * u) is None
     assert field.nnewton < 10
 
 
 @torch.no_grad()
 def test_values_that_are_not_finite_are_told_apart() -> None:
-    _field, newton, u = started(lambda t, u: torch.sqrt(1.1 - u), n=2)
-    assert newton.solve(torch.tensor(0.0), u, 1.0, 10 + 0 * u) is None
+    field, newton, u = started(lambda t, u: torch.sqrt(1.1 - u), n=2)
+    assert newton.solve(partial(field, torch.tensor(0.0)), u, 1.0, 10 + 0 * u) is None
     assert newton.trouble is Trouble.NOT_FINITE
 
 
@@ -367,7 +368,8 @@ def squared(t: Tensor, u: Tensor) -> Tensor:
 def test_fixed_steps_where_the_matrix_of_the_start_is_too_far(alg: Any, engine: str) -> None:
     u0 = torch.tensor([0.7, -0.3], dtype=F64)
     prob = ODEProblem(squared, u0, (0.0, 2.0))
-    for tolerances in ({}, {"rtol": 1e-8, "atol": 1e-9}):
+    choices: list[dict[str, Any]] = [{}, {"rtol": 1e-8, "atol": 1e-9}]
+    for tolerances in choices:
         sol = solve(prob, alg, dt=0.25, adaptive=False, engine=engine, **tolerances)
         assert sol.success and len(sol.t) == 9
 

@@ -201,7 +201,7 @@ def test_one_motion_of_general_noise_is_scalar_noise(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("alg", "ng"),
-    [(COMMUTE[0], 4), (COMMUTE[1], 2), (GENERAL[0], 4), (GENERAL[1], 5)],
+    [(COMMUTE[0], 5), (COMMUTE[1], 2), (GENERAL[0], 5), (GENERAL[1], 5)],
     ids=repr,
 )
 def test_evaluations_a_step(alg: Any, ng: int) -> None:

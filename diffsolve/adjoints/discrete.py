@@ -82,9 +82,12 @@ class DiscreteAdjoint(Sensealg):
         settings = settings.differentiated
         return replace(settings, h_on_tape=True) if self.through_step_size else settings
 
-    def compile(self, native: NativeField, alg: Algorithm) -> None:
+    def refuse_native(self) -> None:
         if self.tape:
             raise Declined("DiscreteAdjoint(tape=True) records the operations of torch")
+
+    def compile(self, native: NativeField, alg: Algorithm) -> None:
+        self.refuse_native()
         if self.checkpoints is not None and isinstance(native, NativeSDE):
             stochastic_checkpoints(native.template)
         native.template.reverse(native.compiled, native.active)

@@ -50,9 +50,11 @@ class ReversibleAdjoint(Sensealg):
     handles_noise = True
     handles_steps = True
 
-    def compile(self, native: NativeField, alg: Algorithm) -> None:
-        _refuse_irreversible(alg)
+    def refuse_native(self) -> None:
         raise Declined("ReversibleAdjoint computes states backward with torch")
+
+    def compile(self, native: NativeField, alg: Algorithm) -> None:
+        self.refuse_native()
 
     def run(self, job: Job) -> Outputs:
         _refuse_irreversible(job.alg)

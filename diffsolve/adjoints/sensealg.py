@@ -109,6 +109,9 @@ class Job:
     def estimates(self, trajectory: Trajectory) -> tuple[Tensor, Tensor, Tensor]:
         """``error, error_norm, stiffness`` of the accepted steps, ``(n,)`` each."""
         rows = [(e.error, e.error_norm, e.stiffness) for e in trajectory.estimates]
+        if trajectory.later is not None:
+            with torch.no_grad(), without_autocast(self.field.device):
+                rows[-1] = (*rows[-1][:2], trajectory.later())
         table = torch.tensor(
             rows, dtype=self.field.structure.time_dtype, device=self.field.device
         ).reshape(-1, 3)
@@ -124,7 +127,7 @@ class Outputs:
     ----------
     estimates
         ``error, error_norm, stiffness``, in order: rows of one tensor, or a tensor each. None:
-        those of the native trajectory, which nothing differentiates.
+        those of the trajectory, which nothing differentiates.
     """
 
     trajectory: Trajectory | NativeTrajectory
@@ -160,6 +163,15 @@ class Sensealg(ABC):
         """Settings as this way needs them."""
         return settings
 
+    def refuse_native(self) -> None:  # noqa: B027
+        """Say before anything is traced that the native engine never goes this way.
+
+        Raises
+        ------
+        Declined
+            If it does not.
+        """
+
     def compile(self, native: NativeField, alg: Algorithm) -> None:  # noqa: B027
         """Make the machine code that the reverse pass needs, before the solve.
 
@@ -182,7 +194,8 @@ class NoAdjoint(Sensealg):
             found = job.run_native(job.u0.detach(), Wanted(job.saves.array, dense=job.dense))
             return Outputs(found, found.u)
         trajectory = job.run(job.u0.detach())
-        return Outputs(trajectory, job.stacked(trajectory.u), job.estimates(trajectory))
+        known = None if trajectory.later is not None else job.estimates(trajectory)
+        return Outputs(trajectory, job.stacked(trajectory.u), known)
 
     def __repr__(self) -> str:
         return "none"

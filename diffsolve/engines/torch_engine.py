@@ -182,6 +182,7 @@ class Trajectory:
     final_h: float = math.nan
     retcode: ReturnCode = ReturnCode.SUCCESS
     message: str = ""
+    later: Callable[[], float] | None = None  # the stiffness of the last step, if not known yet
 
     @property
     def naccept(self) -> int:
@@ -268,6 +269,7 @@ class _Loop:
         # only for now: a norm may be a method of the right-hand side
         outside, self.rhs.accuracy = self.rhs.accuracy, self.settings.accuracy
         retried, self.rhs.retries = self.rhs.retries, self.settings.adaptive
+        ended, self.rhs.span_end = self.rhs.span_end, _plain(self.t1)
         try:
             self._start(du0)
             while self.result.retcode is ReturnCode.SUCCESS and self.stop < len(self.stops):
@@ -279,7 +281,7 @@ class _Loop:
             error.add_note(f"raised during a step from t = {_plain(self.t):.8g}, h = {self.h:.3g}")
             raise
         finally:
-            self.rhs.accuracy, self.rhs.retries = outside, retried
+            self.rhs.accuracy, self.rhs.retries, self.rhs.span_end = outside, retried, ended
             if bar is not None:
                 bar.close()
         result = self.result
@@ -344,7 +346,9 @@ class _Loop:
         self.h = h = self.direction * size
         before = self.state[0]
         try:
-            step = self.alg.step(self.rhs, t, h, self.state)
+            take: Any = self.alg.step
+            options = {"open_end": True} if lands and self._ends_open() else {}
+            step = take(self.rhs, t, h, self.state, **options)
         except MatrixTooLarge:
             if self.switch is None:
                 raise
@@ -363,8 +367,9 @@ class _Loop:
                 error = float(torch.as_tensor(error).detach())
         accept, factor = error < math.inf, 1.0
         if settings.adaptive:
+            judged = self._error_within(step, before, h, lands, error)
             accept, factor, memory = self.controller.propose(
-                error, self.memory, self.rejections > 0
+                judged, self.memory, self.rejections > 0
             )
             # one cut short has an error of no account
             if not (lands and size * _ROUNDING < self.size):
@@ -395,6 +400,37 @@ class _Loop:
                 stiffness = self.stable.stiffness_of(size, stiffness)
             self._consider_switching(stiffness, h, bool(step.solved))
         return None
+
+    def _error_within(self, step: Step, before: Tensor, h: Any, lands: bool, error: Any) -> Any:
+        """The error of a step, or that of the values saved inside of it where it is larger."""
+        times = self.saving.times
+        if times is None or self.saved >= len(times):
+            return error
+        end = self.stops[self.stop] if lands else self.t + h
+        if not self.direction * times[self.saved] < self.direction * _plain(end):
+            return error
+        between = self.alg.interpolation_error(self.rhs, h, step)
+        if between is None:
+            return error
+        magnitude = torch.maximum(before.abs(), step.state[0].abs())
+        found = self.settings.tolerance.scaled_norm(between, magnitude)
+        if not self.settings.h_on_tape:
+            found = _plain(found)
+        elif isinstance(found, Tensor):
+            found = found.to("cpu", torch.float64)
+        return found if found > error else error
+
+    def _ends_open(self) -> bool:
+        """Whether nothing reads the derivative at the end of the step that lands on a stop.
+
+        That is the last of fixed steps, where no value inside of it is wanted, then or later.
+        """
+        saving, stop, times = self.saving, self.stops[-1], self.saving.times
+        is_last = self.stop == len(self.stops) - 1 and not self.settings.adaptive
+        kept = self.on_tape or saving.dense or saving.recorder is not None
+        if not is_last or kept or self.switch is not None or not self.alg.may_end_open:
+            return False
+        return times is None or self.saved >= len(times) or times[self.saved] == stop
 
     def _give_up(self, size: Any) -> None:
         """The equations of a step were not solved: it says nothing of the error."""
@@ -469,6 +505,7 @@ class _Loop:
         result.step_t.append(start)
         result.step_h.append(h)
         result.estimates.append(estimates)
+        result.later = step.later
         self.t, self.state = t_new, step.state
         self.rejections, self.not_finite, self.restarted = 0, False, False
         if self.stable is not None:

@@ -71,6 +71,8 @@ class VectorField:
         Entries that one evaluation computes, about. Filled by ``discover``.
     scratch
         Work space that steps keep between calls; one field serves one solve.
+    span_end
+        Where the solve ends: ``f`` is not evaluated beyond. NaN: not known.
     breaks
         Times where ``f`` may jump, increasing: stages of a step stay on the step's side of them.
     memo
@@ -94,6 +96,7 @@ class VectorField:
     first_order = False
     work = 0
     breaks: tuple[float, ...] = ()
+    span_end = math.nan
     low_eps = 0.0
 
     def __init__(self, f: Callable[..., Any], p: Any, structure: StateStructure):
@@ -214,6 +217,12 @@ class VectorField:
         if not self.breaks:
             return self.time(t)
         return self.times(t, math.copysign(1.0, direction), _START)[0]
+
+    def leaves(self, t: float, h: float, c: float) -> bool:
+        """Whether ``t + c h`` is beyond a break, or the end of the span, that the step is not."""
+        sign, ahead = math.copysign(1.0, h), c * abs(h)
+        near = min(8 * math.ulp(max(abs(t), abs(t + h))), 0.125 * abs(c - 1) * abs(h))
+        return any(near < sign * (b - t) < ahead - near for b in (*self.breaks, self.span_end))
 
     def _beside_breaks(self, values: list[float], start: float, end: float) -> list[float]:
         """Move times at a break that bounds a step, or beyond it, just inside."""
@@ -402,6 +411,7 @@ class VectorField:
     def _share(self, field: Any) -> Any:
         """``field`` with what does not depend on its functions."""
         field.breaks, field._buffer = self.breaks, self._buffer
+        field.span_end = self.span_end
         field.jac, field.jac_sparsity = self.jac, self.jac_sparsity
         field.accuracy, field.retries = self.accuracy, self.retries
         field.largest_matrix = self.largest_matrix

@@ -83,6 +83,8 @@ class Step:
         Solutions of those equations that an iteration found, for ``step(..., solved=...)``.
     trouble
         What went wrong.
+    later
+        What computes the stiffness of a step with an open end, when it is asked for.
     """
 
     state: tuple[Tensor, ...]
@@ -93,6 +95,7 @@ class Step:
     converged: bool = True
     solved: tuple[Tensor, ...] = ()
     trouble: Trouble | None = None
+    later: Callable[[], float] | None = None
 
 
 def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
@@ -147,6 +150,14 @@ class Algorithm(ABC):
     is_implicit: ClassVar[bool] = False
 
     @property
+    def may_end_open(self) -> bool:
+        """Whether ``step(..., open_end=True)`` leaves out the derivative at the new point.
+
+        Nothing may read it: no error estimate, no value inside, no step that follows.
+        """
+        return False
+
+    @property
     def name(self) -> str:
         return type(self).__name__
 
@@ -164,6 +175,10 @@ class Algorithm(ABC):
     @abstractmethod
     def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
         """Attempt a step; ``t`` and ``h`` are floats, or 0-d tensors to differentiate by them."""
+
+    def interpolation_error(self, field: VectorField, h: Any, step: Step) -> Tensor | None:
+        """Estimate ``(N,)`` of the error between the ends of a step; None: ``error`` sees it."""
+        return None
 
     def default_controller(self) -> Controller:
         """Step-size controller that the literature gives this method."""

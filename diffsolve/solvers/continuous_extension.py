@@ -8,7 +8,7 @@ from math import comb, perm
 import numpy as np
 from numpy.typing import ArrayLike
 
-from diffsolve.solvers.order_conditions import TOLERANCE, Array
+from diffsolve.solvers.order_conditions import TOLERANCE, Array, TableauError
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,10 @@ class Interpolant:
         Rows and nodes of the extra stages, evaluated only when the interpolant is asked for. Each
         row covers the stages of the method, the derivative at the new point, and the extra stages
         before it.
+    error
+        Weights of an estimate of its error, over the stages of the method and the derivative at
+        the new point; the step size keeps it below the tolerance where values inside of a step are
+        saved. None: that of an implicit method is derived, one of an explicit method needs none.
 
     Attributes
     ----------
@@ -47,6 +51,7 @@ class Interpolant:
     polynomial: Array
     a_extra: tuple[Array, ...] = ()
     c_extra: tuple[float, ...] = ()
+    error: Array | None = None
     bernstein: Array = field(init=False, repr=False)
 
     def __init__(
@@ -55,6 +60,7 @@ class Interpolant:
         polynomial: ArrayLike,
         a_extra: ArrayLike | tuple = (),
         c_extra: ArrayLike | tuple = (),
+        error: ArrayLike | None = None,
     ):
         rows = tuple(np.asarray(row, dtype=np.float64) for row in a_extra)  # type: ignore[union-attr]
         object.__setattr__(self, "order", order)
@@ -62,6 +68,8 @@ class Interpolant:
         object.__setattr__(self, "a_extra", rows)
         object.__setattr__(self, "c_extra", tuple(float(c) for c in c_extra))  # type: ignore[union-attr]
 
+        weights = None if error is None else np.asarray(error, dtype=np.float64)
+        object.__setattr__(self, "error", weights)
         object.__setattr__(self, "bernstein", _by_bernstein(self.polynomial))
 
     def ending_at(self, b: Array) -> Interpolant:
@@ -69,10 +77,14 @@ class Interpolant:
 
         Coefficients that are rounded leave a gap between the steps, as large as they are.
         """
+        if self.error is not None and self.error.shape != b.shape:
+            raise TableauError(
+                f"the error of an interpolant has shape {self.error.shape}, for {len(b)} rows"
+            )
         weights = np.append(b, np.zeros(max(0, len(self.polynomial) - len(b))))
         if len(weights) != len(self.polynomial) or not _close(weights, self.bernstein[:, -1]):
             return self
-        made = Interpolant(self.order, self.polynomial, self.a_extra, self.c_extra)
+        made = Interpolant(self.order, self.polynomial, self.a_extra, self.c_extra, self.error)
         exact, d = made.bernstein, self.bernstein.shape[1]
         exact[:, -1] = weights
         slope = np.eye(len(weights))[len(b) - 1]  # the last row of a step is the derivative there
@@ -121,8 +133,13 @@ def _close(x: Array, y: Array) -> bool:
     return bool(np.abs(x - y).max() <= TOLERANCE * max(1.0, np.abs(x).max()))
 
 
-def cubic_hermite(b: Array, order: int) -> Interpolant:
-    """Third-order Hermite polynomial through both ends, written with the stages."""
+def cubic_hermite(b: ArrayLike, order: int, error: float | None = None) -> Interpolant:
+    """Third-order Hermite polynomial through both ends, written with the stages.
+
+    The estimate of its error is the fraction ``error`` of its cubic term.
+    """
+    b = np.asarray(b, dtype=np.float64)
     first, last = np.eye(len(b))[0], np.eye(len(b))[-1]
     columns = [first, 3 * b - 2 * first - last, first + last - 2 * b]
-    return Interpolant(min(3, order), np.stack(columns, 1))
+    of_cubic = None if error is None else error * columns[-1]
+    return Interpolant(min(3, order), np.stack(columns, 1), error=of_cubic)

@@ -7,6 +7,7 @@ a constant matrix, ``x = x_hat - R_x^{-1} R(x_hat, p)``, is ``x_hat`` with the d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,18 +20,18 @@ from diffsolve.solvers.linear import BlockLU, factor
 
 def stage_on_tape(
     field: VectorField,
-    time: Tensor,
+    f: Callable[[Tensor], Tensor],
     base: Tensor,
     step: Any,
     gamma: float,
     known: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The stage ``k = f(time, base + step gamma k)`` of a method, on the tape.
+    """The stage ``k = f(base + step gamma k)`` of a method, on the tape.
 
     Parameters
     ----------
-    field, time
-        Right-hand side and node.
+    field, f
+        Right-hand side, and what it is at the time of the stage.
     base, step, gamma
         Of the equation; ``step`` is the step size as a factor of states.
     known
@@ -49,9 +50,9 @@ def stage_on_tape(
     k, lu = known.detach(), None
     for _ in range(1 if field.first_order else 2):
         g = base + (step * gamma) * k
-        value = field(time, g)
+        value = f(g)
         if lu is None:
-            blocks = differentiator(field).exact_at(time, g, value)
+            blocks = differentiator(field).exact_at(f, g, value)
             lu = factor(field, blocks, -float(torch.as_tensor(step).detach()), gamma)
             if lu is None:
                 raise RuntimeError(

@@ -16,6 +16,7 @@ from diffsolve.solvers.norms import Tolerance
 
 _ONE = np.ones(1)
 _AIM = 0.25  # error of the first step of an SDE, in tolerances
+_AHEAD = (0.0437, 0.2861)  # where to look ahead of an SDE, in units of the longest step
 
 
 def initial_step(
@@ -80,6 +81,11 @@ def stochastic_step(
     and to ``h**(order + 1/2)`` for a method of that order. The guess is the step where the larger
     one is a quarter of the tolerance.
 
+    A small step does not see what changes with time alone, and a long one sees only its ends. So
+    before a step that would be a considerable part of the longest one, ``f`` and ``g`` are looked
+    at ahead, for the state at the start: noise that changes by ``dg`` in a time ``s`` leaves out
+    ``dg h / s`` times ``sqrt(h/3)``.
+
     References
     ----------
     After Hairer, Norsett, Wanner, Solving ODEs I (1993), section II.4. Their rule with the drift
@@ -114,6 +120,16 @@ def stochastic_step(
         h = min(h, math.sqrt(_AIM * h0 / df))
     if dg > 0:
         h = min(h, (_AIM * math.sqrt(h0) / dg) ** (1 / (order + 0.5)))
+    for ahead in [x * dtmax for x in _AHEAD]:
+        if h <= ahead:
+            break
+        (t,) = field.times(t0, direction * ahead, _ONE)
+        df = norm(field(t, u0) - f0) / 2
+        dg = norm(field.deviation(field.diffusion(t, u0) - G0)) / math.sqrt(3)
+        if 0 < df < math.inf:
+            h = min(h, math.sqrt(_AIM * ahead / df))
+        if 0 < dg < math.inf:
+            h = min(h, (_AIM * ahead / dg) ** (2 / 3))
     return h
 
 

@@ -128,7 +128,8 @@ class Differentiator:
                 self.by_differences = True
         with torch.no_grad():
             y = field(time, u)
-            blocks = self._differences(time, u, y) if given is None else given
+            f = functools.partial(field, time)
+            blocks = self._differences(f, u, y) if given is None else given
             return Jacobian(field, blocks, self._unseen_slope(t, h, u, y) if slope else None)
 
     # -- by autograd ---------------------------------------------------------------------------
@@ -140,7 +141,8 @@ class Differentiator:
             return Jacobian(self.field, given)
         if under_transform():
             return self._transformed(time, u, slope, given)
-        y, leaf, moving = self._graph(time, u, slope)
+        moving = time.detach().requires_grad_() if slope else time
+        y, leaf = self._graph(functools.partial(self.field, moving), u)
         blocks = self.of_graph(y, leaf) if given is None else given
         if not slope:
             return Jacobian(self.field, blocks)
@@ -155,31 +157,29 @@ class Differentiator:
                 pushed = self.time_difference(t, h, u, y.detach())
         return Jacobian(self.field, blocks, pushed)
 
-    def _graph(self, time: Tensor, u: Tensor, moving: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _graph(self, f: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
-            time = time.detach().requires_grad_() if moving else time
             try:
-                y = self.field(time, leaf)
+                y = f(leaf)
             except RuntimeError as error:  # as .numpy() does
                 raise _NotDifferentiable from error
         if not y.requires_grad:
             raise _NotDifferentiable
-        return y, leaf, time
+        return y, leaf
 
-    def exact_at(self, time: Tensor, u: Tensor, y: Tensor) -> Tensor:
-        """Blocks of ``df/du`` where ``y = f(time, u)`` may be on the tape."""
+    def exact_at(self, f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor) -> Tensor:
+        """Blocks of ``df/du`` at one time, where ``y = f(u)`` may be on the tape."""
         self.field.njac += 1
         if under_transform():
-            return self._transformed(time.detach(), u.detach(), False, None).blocks
+            return self._pulled(f, u.detach())
         try:
             if u.requires_grad and y.requires_grad:
                 return self.of_graph(y, u)
-            y, u, _ = self._graph(time.detach(), u.detach(), False)
-            return self.of_graph(y, u)
+            return self.of_graph(*self._graph(f, u))
         except _NotDifferentiable:
             with torch.no_grad():
-                return self._differences(time, u.detach(), self.field(time, u.detach()))
+                return self._differences(f, u.detach(), f(u.detach()))
 
     def of_graph(self, y: Tensor, u: Tensor) -> Tensor:
         """Blocks of ``dy/du``, off the tape, where ``y = f(u)`` is on it."""
@@ -220,26 +220,30 @@ class Differentiator:
 
     def _transformed(self, time: Tensor, u: Tensor, slope: bool, given: Tensor | None) -> Jacobian:
         """The same in the way of ``torch.func``, whose transforms nest."""
-        blocks = given
+        blocks = self._pulled(functools.partial(self.field, time), u) if given is None else given
+        pushed = _nested_push(self.field, time, u, None, 1.0).detach() if slope else None
+        return Jacobian(self.field, blocks, pushed)
+
+    def _pulled(self, f: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+        blocks = None
         while blocks is None:
-            pull: Any = torch.func.vjp(lambda x: self.field(time, x), u)[1]
+            pull: Any = torch.func.vjp(f, u)[1]
             (rows,) = torch.vmap(pull)(self.layout.cotangents)
             blocks = self.layout.blocks(rows.detach())
             if blocks is None:
                 self.layout = first_layout(self.field, rows=False)
-        pushed = _nested_push(self.field, time, u, None, 1.0).detach() if slope else None
-        return Jacobian(self.field, blocks, pushed)
+        return blocks
 
     # -- by differences ------------------------------------------------------------------------
 
-    def _differences(self, time: Tensor, u: Tensor, y: Tensor) -> Tensor:
+    def _differences(self, f: Callable[[Tensor], Tensor], u: Tensor, y: Tensor) -> Tensor:
         layout = self.layout
         while True:
             count, size = layout.shape
             steps = _difference_step(u).reshape(count, size)
 
             def moved(direction: Tensor) -> Tensor:
-                change = self.field(time, u + direction.reshape(-1)) - y
+                change = f(u + direction.reshape(-1)) - y
                 return change.reshape(count, size)  # noqa: B023
 
             columns = []

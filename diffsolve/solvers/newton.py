@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,18 +132,23 @@ class Newton:
             self.stale = True
 
     def solve(
-        self, time: Tensor, base: Tensor, h: float, k: Tensor, at: float | None = None
+        self,
+        f: Callable[[Tensor], Tensor],
+        base: Tensor,
+        h: float,
+        k: Tensor,
+        at: float | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """Solve ``k = f(time, base + h gamma k)``.
+        """Solve ``k = f(base + h gamma k)``.
 
         Parameters
         ----------
-        time, base, h
-            Of the stage.
+        f, base, h
+            The right-hand side at the time of the stage, and the stage's equation.
         k
             First guess.
         at
-            The time as a float, where the iteration may insist: it starts again, with a matrix at
+            That time, where the iteration may insist: it starts again, with a matrix at
             each of its states, if the one at hand does not lead to the solution.
 
         Returns
@@ -150,20 +156,20 @@ class Newton:
         tuple or None
             The stage and the state where ``f`` is evaluated; None: ``trouble`` says why.
         """
-        found = self._iterate(time, base, h, k)
+        found = self._iterate(f, base, h, k)
         if found is None and at is not None:
-            found = self._insist(time, base, h, k, at)
+            found = self._insist(f, base, h, k, at)
         return found
 
     def _iterate(
-        self, time: Tensor, base: Tensor, h: float, k: Tensor
+        self, f: Callable[[Tensor], Tensor], base: Tensor, h: float, k: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """With the matrix at hand."""
         step, g = h * self.gamma, torch.add(base, k, alpha=h * self.gamma)
-        before, theta, eta = 0.0, 0.0, 1.0
+        before, theta, eta, change = 0.0, 0.0, 1.0, k
         slowest = self.slowest
         for m in range(1, MOST_ITERATIONS + 1):
-            change, k, g = self._corrected(time, base, step, k, g)
+            change, k, g = self._corrected(f, base, step, k, g)
             size = self._size(change, step, k, g)
             if not size < math.inf:  # NaN too
                 self.trouble = Trouble.NOT_FINITE
@@ -186,7 +192,7 @@ class Newton:
         return None
 
     def _insist(
-        self, time: Tensor, base: Tensor, h: float, k: Tensor, at: float
+        self, f: Callable[[Tensor], Tensor], base: Tensor, h: float, k: Tensor, at: float
     ) -> tuple[Tensor, Tensor] | None:
         """With a matrix at each state; the next step then makes its own."""
         step, g = h * self.gamma, torch.add(base, k, alpha=h * self.gamma)
@@ -199,7 +205,7 @@ class Newton:
             self.jacobian = jacobian
             if not self._factor(h):
                 break
-            change, k, g = self._corrected(time, base, step, k, g)
+            change, k, g = self._corrected(f, base, step, k, g)
             size = self._size(change, step, k, g)
             if not size < math.inf:
                 self.trouble = Trouble.NOT_FINITE
@@ -216,11 +222,11 @@ class Newton:
         return None
 
     def _corrected(
-        self, time: Tensor, base: Tensor, step: float, k: Tensor, g: Tensor
+        self, f: Callable[[Tensor], Tensor], base: Tensor, step: float, k: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """An increment, and the stage and the state after it."""
         self.field.nnewton += 1
-        change = self.lu.solve((self.field(time, g) - k) / self.gamma)
+        change = self.lu.solve((f(g) - k) / self.gamma)
         k = k + change
         return change, k, torch.add(base, k, alpha=step)
 

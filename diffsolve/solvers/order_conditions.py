@@ -6,6 +6,7 @@ its children.
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import numpy as np
@@ -88,6 +89,38 @@ def check_order(
             raise TableauError(
                 f"{name}: order condition of a tree with {size} nodes fails (defect {defect:.3g}); "
                 f"the method does not have order {order}"
+            )
+
+
+def warn_if_blind(name: str, nodes: Array, single: Array, b_error: Array) -> None:
+    """Warn where an error estimate is zero for a whole class of problems, whatever the step.
+
+    Steps then grow without bound, and the solution is wrong at every tolerance.
+
+    Parameters
+    ----------
+    name
+        Name of the method.
+    nodes
+        Those of the stages.
+    single
+        Coefficients of vertices with a single child, as ``beta`` in ``check_order``.
+    b_error
+        Weights of the error estimate over the stages.
+    """
+    one = np.ones(len(nodes))
+    sums = single @ one
+    linear = [one]
+    for _ in nodes:
+        linear.append(single @ linear[-1])
+    by_time = [one, sums, *(nodes**k for k in range(2, len(nodes) + 2))]
+    for phis, problems in ((by_time, "u' = g(t)"), (linear, "linear systems u' = A u")):
+        if all(abs(b_error @ x) <= TOLERANCE * max(1.0, np.abs(b_error) @ np.abs(x)) for x in phis):
+            warnings.warn(
+                f"{name}: the error estimate is zero for {problems}, whatever the step. Adaptive "
+                "solves of such problems, or of some parts of one, are wrong at every tolerance; "
+                "use fixed steps there, or other weights b_error",
+                stacklevel=4,
             )
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.algorithm import Algorithm
-from diffsolve.solvers.stage_rows import RKState
+from diffsolve.solvers.algorithm import Algorithm, Step
+from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
 
 
 class TableauMethod(Algorithm):
@@ -41,6 +41,12 @@ class TableauMethod(Algorithm):
 
     def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
         return RKState(u, field(field.time(t), u) if du is None else du)
+
+    def interpolation_error(self, field: VectorField, h: Any, step: Step) -> Tensor | None:
+        weights, dense = self.tableau.stages.b_dense, step.interpolant
+        if weights is None or not isinstance(dense, RKInterpolant):
+            return None
+        return (constant(field, weights) * as_scale(field, h)) @ dense.k
 
     def __repr__(self) -> str:
         kind = type(self)

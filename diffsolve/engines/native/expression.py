@@ -209,6 +209,10 @@ class Pool:
             values = [a.data if isinstance(a.data, bool) else self.dtype(a.data) for a in args]
             return self.const(f(*values))
 
+    def again(self, node: Node, args: Sequence[Node]) -> Node:
+        """The same operation, as it is, of other arguments; an input stays what it is."""
+        return self._make(node.op, tuple(args), node.data)
+
     def unary(self, op: str, x: Any) -> Node:
         x = self.number(x)
         if x.is_const:

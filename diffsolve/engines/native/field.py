@@ -5,64 +5,47 @@ from __future__ import annotations
 import math
 import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from diffsolve.engines.native.code_reads import Watch
 from diffsolve.engines.native.compiled import Compiled
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.expression import content, needed
-from diffsolve.engines.native.fingerprint import Fingerprint
-from diffsolve.engines.native.trace import Lifted, trace
+from diffsolve.engines.native.expression import content
+from diffsolve.engines.native.objects import PLAIN
+from diffsolve.engines.native.remembered import (
+    CONTAINERS,
+    HIDDEN,
+    Entry,
+    Graph,
+    Known,
+    around_of,
+    described,
+    keep,
+    key_of,
+    known_of,
+    lasting,
+    match,
+    refuse_known,
+    refused,
+    remember,
+    settle,
+)
+from diffsolve.engines.native.surroundings import Survey
+from diffsolve.engines.native.trace import trace
 from diffsolve.problems.autocast import Autocasting
 from diffsolve.problems.capture import Probe, reachable_tensors, reached_leaves
 from diffsolve.problems.vector_field import VectorField
 
 _MOST_KEPT = 64  # compiled right-hand sides that nothing else holds on to
 _lock = threading.RLock()
-_by_function: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 _by_content: OrderedDict[Any, Compiled] = OrderedDict()
-
-
-@dataclass
-class _Entry:
-    """What is remembered of a function: its machine code, or why there is none."""
-
-    fingerprint: Fingerprint
-    compiled: Compiled | None
-    declined: str
-    inputs: list[Lifted]
-    constants: list[tuple[Tensor, int]]
-    detached: str | None
-    used: list[bool]
-    dtype: torch.dtype
-    reachable: list[Tensor] | None = None
-    is_current: bool = True  # until it is traced again
-
-    def __post_init__(self) -> None:
-        found = [x.tensor for x in self.inputs if x.tensor is not None]
-        self.captured = [(x, x.shape) for x in found]
-        self.is_plain = not (found or self.constants)  # nothing but code and p
-
-    def still_holds(self, f: Any, p: Any) -> bool:
-        return self.is_current and self.holds(_around(f, p))
-
-    def holds(self, around: Any) -> bool:
-        """Whether all that a trace depends on is as it was."""
-        if not self.fingerprint.still_holds(around):
-            return False
-        for x, shape in self.captured:
-            if x.shape != shape or x.dtype is not self.dtype:
-                return False
-        return not self.constants or all(
-            x.is_inference() or x._version == version for x, version in self.constants
-        )
 
 
 class _Again:
@@ -70,26 +53,42 @@ class _Again:
 
     Parameters
     ----------
-    p
-        Its parameters, a tensor or None.
+    leaves
+        Those of its parameters.
     """
 
-    __slots__ = ("_inference", "_shape", "entry")
+    __slots__ = ("_compiled", "_default", "_inference", "_leaves", "_shape", "entry", "survey")
 
-    def __init__(self, entry: _Entry, p: Tensor | None):
-        self.entry = entry
-        self._shape = None if p is None else p.shape
+    def __init__(self, entry: Entry, survey: Survey, field: VectorField, leaves: list[Any]):
+        self.entry, self.survey = entry, survey
+        self._compiled = entry.compiled  # so that it stays
+        self._shape = field.p.shape if isinstance(field.p, Tensor) else None
+        self._leaves = leaves
         self._inference = torch.is_inference_mode_enabled()
+        self._default = torch.get_default_dtype()
+
+    @staticmethod
+    def serves(survey: Survey, p: Any, leaves: list[Any]) -> bool:
+        """Whether a survey shows all that may change of such parameters."""
+        if p is None or isinstance(p, Tensor):
+            return True
+        found = {id(x) for x in survey.tensors}
+        return type(p) in CONTAINERS and all(id(x) in found or type(x) in PLAIN for x in leaves)
 
     def holds(self, field: VectorField) -> bool:
         entry, p = self.entry, field.p
-        if self._inference is not torch.is_inference_mode_enabled():
+        if self._inference is not torch.is_inference_mode_enabled() or not entry.is_current:
             return False
-        if p is not None and not (p.shape == self._shape and p.dtype is entry.dtype and p.is_cpu):
+        if self._default is not torch.get_default_dtype():
             return False
-        if entry.is_plain and entry.is_current and entry.fingerprint.is_where_it_was(field.f):
-            return True
-        return entry.still_holds(field.f, p)
+        if self._shape is not None and not (
+            p.shape == self._shape and p.dtype is entry.dtype and p.is_cpu
+        ):
+            return False
+        return self.survey.still_holds() and entry.holds_constants(self.survey)
+
+    def leaves(self, p: Any) -> list[Any]:
+        return [p] if self._shape is not None else self._leaves
 
 
 class NativeField:
@@ -108,16 +107,14 @@ class NativeField:
         What the kernels are given in such solves, filled in by the engine.
     """
 
-    def __init__(self, entry: _Entry, leaves: list[Any], trace_s: float):
-        assert entry.compiled is not None
+    def __init__(self, entry: Entry, survey: Survey, leaves: list[Any], trace_s: float):
         self.compiled = entry.compiled
-        self._trace_s = trace_s - entry.compiled.compile_s
-        self._entry = entry
+        assert self.compiled is not None
+        self._trace_s = trace_s - self.compiled.compile_s
+        self._entry, self._survey = entry, survey
         self.template: Any = None
         self._active: tuple[bool, ...] | None = None
-        self.tensors: list[Tensor] = [
-            leaves[x.p_position or 0] if x.tensor is None else x.tensor for x in entry.inputs
-        ]
+        self.tensors: list[Tensor] = [survey.tensor(x, leaves) for x in entry.sources]
         flat = [x.detach() if x.dim() == 1 else x.detach().reshape(-1) for x in self.tensors]
         self._borrowed = len(flat) == 1 and flat[0].is_contiguous()
         self.params = flat[0] if self._borrowed else torch.cat(flat) if flat else _NOTHING
@@ -163,18 +160,27 @@ class NativeField:
             If ``f`` keeps gradients from flowing somewhere.
         """
         entry = self._entry
-        if entry.reachable is None:
-            entry.reachable = [x for x in reachable_tensors(field.f) if x.is_leaf]
-        found = {id(x): x for x in (*self.tensors, *entry.reachable) if x.requires_grad}
+        found = {id(x): x for x in (*self.tensors, *self._reachable(field)) if x.requires_grad}
         if (found or by_state) and entry.detached is not None:
             raise Declined(f"it switches gradients off by {entry.detached}")
         return list(found.values())
 
+    def _reachable(self, field: VectorField) -> list[Tensor]:
+        """Tensors that ``f`` could use, looked for where those that it uses are others."""
+        mine, part = self._survey.tensors, getattr(field.f, "__func__", None)
+        cache = lasting(field.f)
+        known = cache.get(("reachable", part))
+        if known is not None and len(known[0]) == len(mine) and all(map(is_, known[0], mine)):
+            return known[1]
+        found = [x for x in self._reachable_anew(field) if x.is_leaf]
+        cache["reachable", part] = mine, found
+        return found
+
+    def _reachable_anew(self, field: Any) -> list[Tensor]:
+        return reachable_tensors(field.f)
+
 
 _NOTHING = torch.empty(0, dtype=torch.float64)
-_MOST_OF_ONE = 32  # traces of one function
-_MOST_NUMBERS = 8
-_NUMBERS = "a number in p is another one at every solve: make it a tensor, which is an input"
 _FROZEN = "values of f go around torch's operations, so that the trace does not see them change"
 _NOT_ITSELF = "f gives other values at each evaluation: random numbers, or the time of day"
 
@@ -198,41 +204,42 @@ def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: boo
     f, p = field.f, field.p
     again: _Again | None = field.memo.get(_Again)
     if again is not None and again.holds(field):
-        native = NativeField(again.entry, [p], 0.0)
+        native = NativeField(again.entry, again.survey, again.leaves(p), 0.0)
         if not guard or _is_confirmed(field, native, t0, u0.detach(), direction):
             return native
     u0 = u0.detach()
     if isinstance(f, Autocasting):
         raise Declined("autocast is active")
     leaves = [p] if isinstance(p, Tensor) else pytree.tree_leaves(p)
-    owner, key = _key(field, leaves)
+    key, around = key_of(field, leaves), (f, *around_of(p, leaves, field.structure.dtype))
     # nothing of the user's runs under the lock: f may wait for a thread that solves, too
-    with _lock:
-        known = _known(owner)
-        entry = known.get(key)
-    if entry is not None and entry.still_holds(f, field.p):
-        native = _ready(entry, leaves, 0.0)
+    known = known_of(key)
+    found = match(known, around)
+    doubtful = None
+    if found is not None:
+        entry, survey = found
+        native = _ready(entry, survey, leaves, 0.0)
         if not guard or _is_confirmed(field, native, t0, u0, direction):
-            if p is None or isinstance(p, Tensor):
-                field.memo[_Again] = _Again(entry, p)
+            keep(f, entry)
+            if _Again.serves(survey, p, leaves):
+                field.memo[_Again] = _Again(entry, survey, field, leaves)
             return native
-    if guard and _numbers_vary(known, key):
-        raise Declined(_NUMBERS)
+        doubtful, entry.is_current = entry, False
+    if guard:
+        refuse_known(known, around)
     t = field.after(t0, direction)
     started = time.perf_counter()
-    entry = _traced(field, t, u0)
-    if entry.compiled is not None:
-        native = _ready(entry, leaves, time.perf_counter() - started)
+    entry, survey = _traced(field, t, u0, around, known, guard)
+    if not entry.declined:
+        native = _ready(entry, survey, leaves, time.perf_counter() - started)
         reason = _why_not_itself(field, native, t, u0, direction)
-        if reason:
-            entry.compiled, entry.declined = None, reason
-    with _lock:
-        while len(known) >= _MOST_OF_ONE:
-            known.pop(next(iter(known)))
-        if key in known:
-            known[key].is_current = False
-        known[key] = entry
-    return _ready(entry, leaves, time.perf_counter() - started)
+        settle(entry, survey, around, reason)
+        if doubtful is not None and doubtful.compiled is not entry.compiled:
+            known.doubt = HIDDEN
+        entry.unknown = entry.unknown or known.doubt
+    remember(known, entry)
+    keep(f, entry)
+    return _ready(entry, survey, leaves, time.perf_counter() - started)
 
 
 def _is_confirmed(
@@ -244,93 +251,45 @@ def _is_confirmed(
     return _agrees(field, native, t, u0, eager) and native.holds_all(foreign)
 
 
-def _numbers_vary(known: dict[Any, Any], key: Any) -> bool:
-    """Whether so many solves differed in nothing but Python's numbers in ``p``, to no good end."""
-    with _lock:  # another thread may add one
-        return sum(1 for other in known if other[:-1] == key[:-1]) >= _MOST_NUMBERS
-
-
-def _ready(entry: _Entry, leaves: list[Any], trace_s: float) -> NativeField:
-    if entry.compiled is None:
+def _ready(entry: Entry, survey: Survey, leaves: list[Any], trace_s: float) -> NativeField:
+    if entry.declined:
         raise Declined(entry.declined)
-    return NativeField(entry, leaves, trace_s)
+    return NativeField(entry, survey, leaves, trace_s)
 
 
-def _known(owner: Any) -> dict[Any, Any]:
-    """What is remembered of a function; nothing where no weak reference to it can be made."""
+def _traced(
+    field: VectorField, t: Tensor, u0: Tensor, around: Any, known: Known, guard: bool
+) -> tuple[Entry, Survey]:
+    dtype, watch = field.structure.dtype, Watch()
     try:
-        known = _by_function.get(owner)
-        return _by_function.setdefault(owner, {}) if known is None else known
-    except TypeError:
-        return {}
-
-
-def _key(field: VectorField, leaves: list[Any]) -> tuple[Any, Any]:
-    f, structure = field.f, field.structure
-    owner, part = getattr(f, "__self__", f), getattr(f, "__func__", None)
-    state = (structure.dtype, *structure.shapes, None if structure.is_tensor else structure.spec)
-    parts: list[Any] = [part, state, torch.is_inference_mode_enabled()]
-    numbers: list[Any] = []
-    if isinstance(field.p, Tensor):
-        parts.append(True)
-    elif field.p is not None:
-        parts.append(pytree.tree_structure(field.p))
-    for leaf in leaves:
-        if isinstance(leaf, (int, float, complex, str, bytes, type(None))):
-            numbers.append((type(leaf), repr(leaf)))
-        elif not isinstance(leaf, Tensor):
-            parts.append(type(leaf))  # the fingerprint looks into it
-        elif leaf.dtype is structure.dtype:
-            parts += (leaf.shape, type(leaf), leaf.device)
-        else:  # taken as it is: the trace keeps it, so that its identity stays taken
-            numbers += (id(leaf), leaf._version, leaf.requires_grad)
-    return owner, (*parts, tuple(numbers))
-
-
-def _around(f: Any, p: Any) -> tuple[Any, ...]:
-    """What a fingerprint is taken of: ``f``, and what of ``p`` is no tensor or plain value."""
-    if p is None or isinstance(p, Tensor):
-        return (f,)
-    plain = (Tensor, int, float, complex, str, bytes, type(None))
-    return f, [leaf for leaf in pytree.tree_leaves(p) if not isinstance(leaf, plain)]
-
-
-def _traced(field: VectorField, t: Tensor, u0: Tensor) -> _Entry:
-    around = _around(field.f, field.p)
-    fingerprint = Fingerprint(around)
-    dtype = field.structure.dtype
-    try:
-        found = trace(field.f, field.structure, field.p, t, u0)
+        found = trace(field.f, field.structure, field.p, t, u0, watch=watch)
     except Declined as reason:
-        return _Entry(fingerprint, None, str(reason), [], [], None, [], dtype)
+        return refused(Entry, watch, around, known, dtype, str(reason))
     except Exception as error:  # f's own, which the torch engine reports as it is
         reason = f"f raised {type(error).__name__}: {error}"
-        return _Entry(fingerprint, None, reason, [], [], None, [], dtype)
-    fingerprint.settle(around)
-    blocks = tuple((x.offset, x.count) for x in found.inputs)
-    single = field.structure.dtype is torch.float32
-    graph = (single, blocks, content(found.outputs))
+        return refused(Entry, watch, around, known, dtype, reason)
+    single = dtype is torch.float32
+    graph = Graph.of(found, found.outputs, pytree.tree_leaves(field.p), "ode")
+    key = (single, graph.blocks, content(graph.outputs))
+    try:
+        compiled = _compiled(key, graph, single, known, guard)
+    except Declined as reason:
+        return refused(Entry, watch, around, known, dtype, str(reason))
+    return described(Entry, watch, around, known, dtype, found, graph, compiled)
+
+
+def _compiled(key: Any, graph: Graph, single: bool, known: Known, guard: bool) -> Compiled:
     with _lock:
-        compiled = _by_content.get(graph)
+        compiled = _by_content.get(key)
         if compiled is None:
-            compiled = _by_content[graph] = Compiled(found.pool, found.outputs, blocks, single)
+            known.must_compile(guard)
+            compiled = _by_content[key] = Compiled(graph.pool, graph.outputs, graph.blocks, single)
             if len(_by_content) > _MOST_KEPT:
                 _by_content.popitem(last=False)
         else:
-            _by_content.move_to_end(graph)
-    inputs = (node.data for node in needed(found.outputs) if node.op == "input")
-    positions = {i for block, i in inputs if block == "p"}
-    used = [not positions.isdisjoint(range(x.offset, x.offset + x.count)) for x in found.inputs]
-    return _Entry(
-        fingerprint,
-        compiled,
-        "",
-        found.inputs,
-        found.constants,
-        found.detached,
-        used,
-        dtype,
-    )
+            known.compiled = 0
+            _by_content.move_to_end(key)
+        return compiled
 
 
 def _eager(

@@ -17,6 +17,7 @@ from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.memory import inlined, integers, reals, size_of, ulp, view
 from diffsolve.solvers.kernels.norms import add_scaled, copy, scaled_norm
 from diffsolve.solvers.kernels.rows import (
+    combine_error,
     field_at,
     forget,
     interpolate,
@@ -346,6 +347,20 @@ def below_floor(I, R, t):
 
 
 @inlined
+def error_within(I, R, t, h, lands, error, like):
+    """The error of a step, or that of the values saved inside of it where it is larger."""
+    if I[L.B_DENSE] == 0 or I[L.N_SAVES] <= I[L.SAVED]:
+        return error
+    end = reals(I[L.STOPS])[I[L.STOP]] if lands else t + h
+    if not R[L.DIRECTION] * reals(I[L.SAVES])[I[L.SAVED]] < R[L.DIRECTION] * end:
+        return error
+    between = row(I, L.W_TEMP, like)
+    combine_error(I, I[L.B_DENSE], h, between, like)
+    found = scaled_norm(I, between, row(I, L.W_U, like), row(I, L.W_NEW, like), like)
+    return found if found > error else error
+
+
+@inlined
 def attempt(I, R, step, measure, complete_step, value_at, like):
     """One attempted step, accepted or not."""
     adaptive, t = I[L.ADAPTIVE] != 0, R[L.T]
@@ -377,7 +392,8 @@ def attempt(I, R, step, measure, complete_step, value_at, like):
     accepted, factor = error < math.inf, 1.0
     if adaptive:
         # one cut short by a stop has an error of no account
-        accepted, factor = propose(I, R, error, not (lands and size * _ROUNDING < R[L.SIZE]))
+        judged = error_within(I, R, t, h, lands, error, like)
+        accepted, factor = propose(I, R, judged, not (lands and size * _ROUNDING < R[L.SIZE]))
         if accepted and is_too_long(I, R, t + h, size, stiffness, like):
             accepted, factor = False, R[L.STABLE_SIZE] / size
     if accepted:

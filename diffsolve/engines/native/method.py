@@ -12,6 +12,7 @@ from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.controllers import Controller, IController, PIController, PIDController
 from diffsolve.solvers.explicit_rk.step import stiffness_stage
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.sdirk.tableau import INSIDE
 
 
 def address(x: np.ndarray) -> int:
@@ -52,6 +53,7 @@ class Method:
             (L.C, stages.c),
             (L.B_ERROR, stages.b_error),
             (L.B_LOW, stages.b_error_low),
+            (L.B_DENSE, stages.b_dense),
             (L.POLY, dense.bernstein),
             (L.A_EXTRA, a_extra),
             (L.C_EXTRA, [*dense.c_extra, 0.0]),
@@ -65,11 +67,13 @@ class Method:
         if family == "sdirk":
             self._write(L.PREDICTOR, stages.predictor)
             self._write(L.IMPLICIT, stages.implicit, np.int64)
+            self._write(L.INSIDE, np.vstack([INSIDE, stages.inside]))
         for slot, value in (
             (L.STAGES, stages.n),
             (L.EXTRA, extra),
             (L.DEGREE, self.degree),
             (L.STIFF_STAGE, 0 if self.is_implicit else stiffness_stage(stages)),
+            (L.AT_END, stages.at_end if family == "rosenbrock" else 0),
             (L.SMOOTHED, family == "sdirk" and stages.smoothed),
             (L.ORDER, order),
             (L.DENSE_ROWS, 1 + self.rows),

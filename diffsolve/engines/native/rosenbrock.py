@@ -252,10 +252,13 @@ class _Reverse:
         f, source = step.right, step.right[0].pool
         wrt = [*source.inputs("u", n), *(source.input("p", e) for e in entries)]
         self._products = vjp(f, list(source.inputs("w", n)), wrt)
-        self._through_field(rows - 1, self.k_bar[-1])
+        if not step.stages.at_end:
+            self._through_field(rows - 1, self.k_bar[-1])
         for i in range(rows - 2, 0, -1):
             w = step.lu.solve_transposed(self.k_bar[i])
             self._through_system(i, w)
+            if i == step.stages.at_end:  # its f is the last row
+                w = [x + y for x, y in zip(w, self.k_bar[-1], strict=True)]
             self._through_field(i, w)
         self._through_jacobian()
 

@@ -33,6 +33,10 @@ _LOCALS = 40  # arrays of vectors in a step, at most
 Nodes = list[Node]
 
 
+def _reads_time(nodes: Nodes) -> bool:
+    return any(x.op == "input" and x.data[0] == "t" for x in needed(nodes))
+
+
 class Functions:
     """The compiled functions of one SDE, found by the content of its graph.
 
@@ -55,6 +59,8 @@ class Functions:
     ----------
     outputs
         ``"drift"`` and ``"diffusion"``.
+    reads_time
+        Whether the time is among their inputs.
     d, width
         Numbers in a row of the state, and of what the diffusion gives.
     lanes
@@ -88,6 +94,7 @@ class Functions:
         self.size = len(needed([*drift, *diffusion]))
         self.templates: dict[Any, Any] = {}  # of solves, kept by the engine
         self.outputs: dict[str, Nodes] = {"drift": drift, "diffusion": diffusion}
+        self.reads_time = {kind: _reads_time(nodes) for kind, nodes in self.outputs.items()}
         self._codes: dict[Any, Code] = {}
         self._routines: dict[Any, Routine] = {}
         self._steps: dict[Any, Step] = {}
@@ -196,8 +203,9 @@ class Functions:
 
     def counts(self, method: StepMethod) -> tuple[int, int]:
         """Evaluations of drift and diffusion in a step."""
-        kinds = [e.kind for e in self.made(method).evaluations]
-        return kinds.count("drift"), kinds.count("diffusion")
+        step = self.made(method)
+        kinds = [e.kind for e in step.evaluations]
+        return kinds.count("drift"), kinds.count("diffusion") + step.spared
 
     def step(self, method: StepMethod) -> int:
         """``step(h, times, u, W, H, p, new, error, sums)``; see ``step_routine``."""

@@ -192,15 +192,24 @@ class _CompiledField:
         self._native, self.field = native, field
         self.after, self.times, self.deviation = field.after, field.times, field.deviation
         self.nf = self.ng = 0
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}  # the first state, and its value
+
+    def _evaluate(self, kind: str, t: Tensor, u: Tensor) -> Tensor:
+        """Counted also where it is known, because the time has no part in it."""
+        before, value = self._known.get(kind, (None, None))
+        if value is None or before is not u or self._native.compiled.reads_time[kind]:
+            value = self._native.evaluate(kind, float(t), u, self.field.rows)
+            self._known.setdefault(kind, (u, value))
+        return value
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         self.nf += 1
-        return self._native.evaluate("drift", float(t), u, self.field.rows)
+        return self._evaluate("drift", t, u)
 
     def diffusion(self, t: Tensor, u: Tensor) -> Tensor:
         self.ng += 1
         field = self.field
-        G = self._native.evaluate("diffusion", float(t), u, field.rows)
+        G = self._evaluate("diffusion", t, u)
         return G if field.is_diagonal else G.view(field.rows, field.d, field.m)
 
 

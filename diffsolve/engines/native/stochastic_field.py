@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from diffsolve.engines.native import field as fields
+from diffsolve.engines.native.code_reads import Watch
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.derivative import annuls
 from diffsolve.engines.native.expression import (
@@ -32,8 +33,25 @@ from diffsolve.engines.native.expression import (
     substitute,
 )
 from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.fingerprint import Fingerprint
+from diffsolve.engines.native.remembered import (
+    HIDDEN,
+    Entry,
+    Graph,
+    Known,
+    around_of,
+    code_of,
+    described,
+    keep,
+    key_of,
+    known_of,
+    match,
+    refuse_known,
+    remember,
+    settle,
+)
+from diffsolve.engines.native.remembered import refused as refused_as
 from diffsolve.engines.native.stochastic import Functions
+from diffsolve.engines.native.surroundings import Survey
 from diffsolve.engines.native.trace import Trace, flat_result, trace
 from diffsolve.engines.native.tracer import Tracer
 from diffsolve.problems.autocast import Autocasting
@@ -51,7 +69,7 @@ _COUPLED = (
 
 
 @dataclass
-class _Entry(fields._Entry):
+class _Entry(Entry):
     """What is remembered of a drift and a diffusion, with the shape of what ``g`` returns."""
 
     m: int = 0
@@ -74,12 +92,8 @@ class NativeSDE(NativeField):
 
     compiled: Functions  # type: ignore[assignment]
 
-    def differentiable(self, field: Any, by_state: bool) -> list[Tensor]:
-        entry = self._entry
-        if entry.reachable is None:
-            reachable = reachable_tensors((field.f, field.g))
-            entry.reachable = [x for x in reachable if x.is_leaf]
-        return super().differentiable(field, by_state)
+    def _reachable_anew(self, field: Any) -> list[Tensor]:
+        return reachable_tensors((field.f, field.g))
 
     def arguments(self, rows: int) -> np.ndarray:
         """The flat parameters behind the number of rows; compiled functions get the second entry's
@@ -131,39 +145,41 @@ def find(field: SDEField, t0: float, u0: Tensor, direction: float, guard: bool) 
     u0 = u0.detach()
     one = _Rows(field)
     leaves = [field.p] if isinstance(field.p, Tensor) else pytree.tree_leaves(field.p)
-    owner, key = fields._key(one.of_key, leaves)
-    g = getattr(field.g, "__func__", field.g)
-    key = ((id(g), field.noise), *key)
-    # flat: how deep a fingerprint looks is counted from here
-    around = (*fields._around(field.f, field.p), *fields._around(field.g, None))
-    with _lock:
-        known = fields._known(owner)
-        entry = known.get(key)
+    key = code_of(field.g), field.noise, *key_of(one.of_key, leaves)
+    around = (field.f, field.g, *around_of(field.p, leaves, field.dtype))
+    known = known_of(key)
+    found = match(known, around)
     t = field.after(t0, direction)
     shape = field.structure.shapes[0]
-    if entry is not None and entry.holds(around):
-        native = _ready(entry, field, leaves, 0.0)
-        if entry.compiled is not None and shape not in entry.judged:
+    doubtful = None
+    if found is not None:
+        entry, survey = found
+        native = _ready(entry, field, survey, leaves, 0.0)
+        if shape not in entry.judged:
             entry.judged[shape] = _why_not_itself(field, native, t, u0, direction)
         _refuse_judged(entry, shape)
+        keep(field.f, entry)
         if not guard:
             return native
         look = torch.is_grad_enabled() and any(x.requires_grad for x in native.tensors)
         eager, foreign = _eager(field, t, u0, look)
         if _agrees(field, native, t, u0, eager) and native.holds_all(foreign):
             return native
-    if guard and fields._numbers_vary(known, key):
-        raise Declined(fields._NUMBERS)
+        doubtful, entry.is_current = entry, False
+    if guard:
+        refuse_known(known, around)
     started = time.perf_counter()
-    entry = _traced(field, one, t, u0, around)
-    if entry.compiled is not None:
-        native = _ready(entry, field, leaves, time.perf_counter() - started)
+    entry, survey = _traced(field, one, t, u0, around, known, guard)
+    if not entry.declined:
+        native = _ready(entry, field, survey, leaves, time.perf_counter() - started)
         entry.judged[shape] = _why_not_itself(field, native, t, u0, direction)
-    with _lock:
-        while len(known) >= fields._MOST_OF_ONE:
-            known.pop(next(iter(known)))
-        known[key] = entry
-    native = _ready(entry, field, leaves, time.perf_counter() - started)
+        settle(entry, survey, around, "")
+        if doubtful is not None and doubtful.compiled is not entry.compiled:
+            known.doubt = HIDDEN
+        entry.unknown = entry.unknown or known.doubt
+    remember(known, entry)
+    keep(field.f, entry)
+    native = _ready(entry, field, survey, leaves, time.perf_counter() - started)
     _refuse_judged(entry, shape)
     return native
 
@@ -213,20 +229,23 @@ class _OfKey:
     structure: StateStructure
 
 
-def _ready(entry: _Entry, field: SDEField, leaves: list[Any], trace_s: float) -> NativeSDE:
-    if entry.compiled is None:
+def _ready(
+    entry: _Entry, field: SDEField, survey: Survey, leaves: list[Any], trace_s: float
+) -> NativeSDE:
+    if entry.declined:
         raise Declined(entry.declined)
     field.m, field.is_diagonal = entry.m, entry.is_diagonal
     field._g_shapes = [torch.Size([*x, *entry.trailing]) for x in field.structure.shapes]
-    return NativeSDE(entry, leaves, trace_s)
+    return NativeSDE(entry, survey, leaves, trace_s)
 
 
-def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> _Entry:
-    fingerprint = Fingerprint(around)
-    dtype = field.structure.dtype
+def _traced(
+    field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any, known: Known, guard: bool
+) -> tuple[_Entry, Survey]:
+    dtype, watch = field.structure.dtype, Watch()
 
-    def refused(reason: str) -> _Entry:
-        return _Entry(fingerprint, None, reason, [], [], None, [], dtype)
+    def refused(reason: str) -> tuple[_Entry, Survey]:
+        return refused_as(_Entry, watch, around, known, dtype, reason)
 
     def both(t: Tensor, u: Any, *args: Any) -> Any:
         return field.f(t, u, *args), field.g(t, u, *args)
@@ -238,7 +257,7 @@ def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> 
 
     u = one.state(u0, field.d)
     try:
-        found = trace(both, one.structure, field.p, t, u, 2 * MOST_NODES, flat)
+        found = trace(both, one.structure, field.p, t, u, 2 * MOST_NODES, flat, watch)
         misnamed = field.noise == "additive" and _depends(found.outputs[one.rows * field.d :])
         drift, diffusion = _first_path(found, one, field)
     except Declined as reason:
@@ -250,39 +269,32 @@ def _traced(field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any) -> 
         return refused(f"f or g raised {raised}")
     if misnamed:
         raise ValueError(NOT_ADDITIVE)
-    fingerprint.settle(around)
-    blocks = tuple((x.offset, x.count) for x in found.inputs)
     single, several = dtype is torch.float32, one.rows > 1
     m, is_diagonal = one.field.m, one.field.is_diagonal
-    outputs = [*drift, *diffusion]
-    graph = (single, several, m, is_diagonal, len(drift), blocks, content(outputs))
-    with _lock:
-        compiled = _by_content.get(graph)
-        if compiled is None:
-            compiled = _by_content[graph] = Functions(
-                found.pool, drift, diffusion, m, is_diagonal, blocks, single, several
-            )
-            if len(_by_content) > _MOST_KEPT:
-                _by_content.popitem(last=False)
-        else:
-            _by_content.move_to_end(graph)
-    inputs = (node.data for node in needed(outputs) if node.op == "input")
-    positions = {i for block, i in inputs if block == "p"}
-    used = [not positions.isdisjoint(range(x.offset, x.offset + x.count)) for x in found.inputs]
+    kind = several, m, is_diagonal, len(drift)
+    graph = Graph.of(found, [*drift, *diffusion], pytree.tree_leaves(field.p), kind)
+    drift, diffusion = graph.outputs[: len(drift)], graph.outputs[len(drift) :]
+    key = (single, *kind, graph.blocks, content(graph.outputs))
+    try:
+        with _lock:
+            compiled = _by_content.get(key)
+            if compiled is None:
+                known.must_compile(guard)
+                compiled = _by_content[key] = Functions(
+                    graph.pool, drift, diffusion, m, is_diagonal, graph.blocks, single, several
+                )
+                if len(_by_content) > _MOST_KEPT:
+                    _by_content.popitem(last=False)
+            else:
+                known.compiled = 0
+                _by_content.move_to_end(key)
+    except Declined as reason:
+        return refused(str(reason))
+    entry, survey = described(_Entry, watch, around, known, dtype, found, graph, compiled)
     whole = len(one.field._g_shapes[0]) > len(one.structure.shapes[0])
-    return _Entry(
-        fingerprint,
-        compiled,  # type: ignore[arg-type]
-        "",
-        found.inputs,
-        found.constants,
-        found.detached,
-        used,
-        dtype,
-        m=m,
-        is_diagonal=is_diagonal,
-        trailing=(m,) if whole else (),
-    )
+    entry.m, entry.is_diagonal = m, is_diagonal
+    entry.trailing = (m,) if whole else ()
+    return entry, survey
 
 
 def _flat_diffusion(g: Any, field: SDEField, tracer: Tracer) -> list[Node]:

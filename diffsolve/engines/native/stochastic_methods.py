@@ -85,20 +85,20 @@ class Lamba(Formulas):
     def write(self, step: Step) -> None:
         u = step.u
         f, G = step.drift(0, u), step.diffusion(0, u)
-        K = _sum(u, _scaled(f, step.h))
-        step.new = _sum(K, step.product(G, step.W))
-        df = _difference(step.drift(1, K), f)
+        step.new = _sum(_sum(u, _scaled(f, step.h)), step.product(G, step.W))
+        df = _difference(step.drift(1, step.new), f)
         step.error = _sizes(_scaled(df, step.h * 0.5))
-        if not self.additive:
-            step.error = _sum(step.error, self._of_noise(step, G))
-        step.slopes = df, _difference(K, u)
+        left_out = _by_time(step, G) if self.additive else self._of_noise(step, G)
+        if left_out is not None:
+            step.error = _sum(step.error, left_out)
+        step.slopes = df, _difference(step.new, u)
 
     @staticmethod
     def _of_noise(step: Step, G: Nodes) -> Nodes:
         if _is_simple(step):
-            return _sizes(_ito_correction(step, step.u, G))
+            return _sizes(_ito_correction(step, 1, step.u, G))
         beside = _sum(step.u, step.product(G, step.W))
-        return _row_norms(step, _difference(step.diffusion(0, beside), G))
+        return _row_norms(step, _difference(step.diffusion(1, beside), G))
 
 
 class Heun(Formulas):
@@ -139,6 +139,10 @@ class Milstein(Formulas):
         step.new, step.error = new, _sizes(_scaled(change, step.h * 0.5))
         if correction is not None:
             step.error = _sum(step.error, _sizes(correction))
+        if correction is None or self.ito:
+            changes = _by_time(step, G)
+            if changes is not None:
+                step.error = _sum(step.error, changes)
         step.slopes = change, _difference(new, u)
 
     def _correction(self, step: Step, K: Nodes, G: Nodes) -> Nodes:
@@ -147,7 +151,7 @@ class Milstein(Formulas):
             change = _difference(step.diffusion(1, beside), G)
             return step.product(change, _scaled(step.W, 0.5))
         if _is_simple(step):
-            return _ito_correction(step, K, G)
+            return _ito_correction(step, 0, K, G)
         total: Nodes = [step.pool.const(0.0)] * step.d
         m, W = step.m, step.W
         for j in range(m):
@@ -236,10 +240,23 @@ def _second(step: Step) -> Nodes:
     return [(w * w / step.root - step.root) * 0.5 for w in step.W]
 
 
-def _ito_correction(step: Step, base: Nodes, G: Nodes) -> Nodes:
+def _ito_correction(step: Step, node: int, base: Nodes, G: Nodes) -> Nodes:
     """``milstein.py: ito_correction``."""
     beside = _sum(base, _scaled(G, step.root))
-    return step.product(_difference(step.diffusion(0, beside), G), _second(step))
+    return step.product(_difference(step.diffusion(node, beside), G), _second(step))
+
+
+def _by_time(step: Step, G: Nodes) -> Nodes | None:
+    """Magnitudes of ``method.py: by_time``; None where ``g`` does not read the time."""
+    if step.is_steady:
+        step.spared += 1
+        return None
+    pool = step.pool
+    sizes = [pool.unary("sqrt", 0.25 * w * w + step.size * (1.0 / 12.0)) for w in step.W]
+    signed = [
+        pool.where(pool.binary("lt", w, 0.0), -x, x) for w, x in zip(step.W, sizes, strict=True)
+    ]
+    return _sizes(step.product(_difference(step.diffusion(1, step.u), G), signed))
 
 
 def _row_norms(step: Step, dG: Nodes) -> Nodes:

@@ -75,6 +75,11 @@ class Step:
         Its error estimate, or None.
     slopes
         Two differences whose ratio of norms is the stiffness, or None.
+    is_steady
+        Whether the diffusion does not read the time.
+    spared
+        Evaluations of the diffusion that the torch engine needs, and this one does not: they are
+        counted.
     """
 
     def __init__(self, functions: Functions, needs_area: bool):
@@ -96,6 +101,7 @@ class Step:
         self.new: Nodes = []
         self.error: Nodes | None = None
         self.slopes: tuple[Nodes, Nodes] | None = None
+        self.is_steady, self.spared = not functions.reads_time["diffusion"], 0
 
     def inputs(self, name: str, width: int = 0) -> Nodes:
         """Those of an array: of the entry at hand, or all; default: as many as the state has."""

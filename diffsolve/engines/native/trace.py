@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from diffsolve.engines.native.code_reads import Watch
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.expression import MOST_NODES, Node, Pool
 from diffsolve.engines.native.tracer import TORCH, Lifted, Tracer, is_wrapped
@@ -73,6 +74,7 @@ def trace(
     u0: Tensor,
     most: int = MOST_NODES,
     flat: Callable[[Any, StateStructure, Tracer], list[Node]] | None = None,
+    watch: Watch | None = None,
 ) -> Trace:
     """Run ``f(t0, u0, p)`` once and write down what it computes.
 
@@ -88,6 +90,8 @@ def trace(
         Number of operations beyond which it is declined.
     flat
         Makes the outputs of what ``f`` returned. Default: the flat derivative.
+    watch
+        Notes what code runs.
 
     Raises
     ------
@@ -102,7 +106,8 @@ def trace(
     if torch.is_autocast_enabled("cpu"):
         raise Declined("autocast is active")
     pool = Pool(_NUMPY[structure.dtype], most)
-    tracer = Tracer(pool, structure.dtype, trace.__code__)
+    watch = watch or Watch()
+    tracer = Tracer(pool, structure.dtype, trace.__code__, watch)
     with torch.no_grad():
         t = torch.as_tensor(t0, dtype=structure.time_dtype).detach().clone()
         u = u0.detach().clone()
@@ -113,7 +118,7 @@ def trace(
         tracer.keep([t, u, *pytree.tree_leaves(state)])
         args = () if p is None else (_stand_in(p, tracer),)
         try:
-            with _uncompiled(), _Reads(tracer), tracer:
+            with _uncompiled(), _Reads(tracer), tracer, watch:
                 du = f(t, state, *args)
         except Exception as error:
             if tracer.declined is not None:

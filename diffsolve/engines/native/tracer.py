@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffsolve.engines.native.code_reads import Watch
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.expression import Node, Pool, array
 from diffsolve.engines.native.operations import Rule, Unsupported, rule_of
@@ -75,9 +76,9 @@ class Tracer(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # to skip it takes its import, of a second
 
-    def __init__(self, pool: Pool, dtype: torch.dtype, root: CodeType):
+    def __init__(self, pool: Pool, dtype: torch.dtype, root: CodeType, watch: Watch):
         super().__init__()
-        self.pool, self.dtype = pool, dtype
+        self.pool, self.dtype, self._watch = pool, dtype, watch
         self._root = root  # no line of the user's is below it
         self.inputs: list[Lifted] = []
         self.constants: list[tuple[Tensor, int]] = []
@@ -185,6 +186,7 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.busy = True
+        self._watch.pause()
         try:
             return self._run(func, args, kwargs or {})
         except Declined as reason:
@@ -192,6 +194,7 @@ class Tracer(TorchDispatchMode):
             raise
         finally:
             self.busy = False
+            self._watch.go_on()
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not isinstance(func, torch._ops.OpOverload):

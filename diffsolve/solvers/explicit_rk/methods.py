@@ -45,8 +45,21 @@ class ExplicitRK(TableauMethod):
         stages = self.tableau.stages
         return damped_sizes(stages), stages.n - 1
 
-    def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
-        return take_step(field, self.tableau.stages, t, h, RKState(*state))
+    @property
+    def may_end_open(self) -> bool:
+        stages = self.tableau.stages
+        unread = all(b is None or b[-1] == 0 for b in (stages.b_error, stages.b_error_low))
+        return unread and type(self).step is ExplicitRK.step
+
+    def step(
+        self,
+        field: VectorField,
+        t: Any,
+        h: Any,
+        state: tuple[Tensor, ...],
+        open_end: bool = False,
+    ) -> Step:
+        return take_step(field, self.tableau.stages, t, h, RKState(*state), open_end)
 
 
 class _Named(Named, ExplicitRK):

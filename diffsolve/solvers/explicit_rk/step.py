@@ -6,10 +6,12 @@ and as pure operations, where autograd or a ``torch.func`` transform looks on.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
@@ -17,14 +19,19 @@ from diffsolve.solvers.explicit_rk.tableau import Stages
 from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
 
 
-def take_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RKState) -> Step:
-    """Attempt a step; on the tape when autograd records."""
+def take_step(
+    field: VectorField, stages: Stages, t: Any, h: Any, state: RKState, open_end: bool = False
+) -> Step:
+    """Attempt a step; on the tape when autograd records.
+
+    ``open_end``: without the derivative at the new point, which costs an evaluation; off the tape.
+    """
     if torch.is_grad_enabled():
         return _recorded_step(field, stages, t, h, state)
     work = field.scratch.get("explicit_rk")
     if work is None or work.stages is not stages:
         work = field.scratch["explicit_rk"] = _Workspace(field, stages)
-    return work.step(field, t, h, state)
+    return work.step(field, t, h, state, open_end)
 
 
 def _recorded_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RKState) -> Step:
@@ -64,6 +71,14 @@ def stiffness_stage(stages: Stages) -> int:
     return same_time[-1] if same_time else stages.n - 2
 
 
+def _stiffness(field: VectorField, time: Tensor, u: Tensor, other: Tensor, same: Tensor) -> float:
+    """The estimate, from the derivative at ``u`` and the one, ``same``, at another state."""
+    above, below = torch.linalg.vector_norm(
+        torch.stack([field(time, u) - same, u - other]), dim=1
+    ).tolist()
+    return above / below if below > 0 else 0.0
+
+
 class _Workspace:
     """Buffers and views of them that one solve uses again in every step."""
 
@@ -89,7 +104,7 @@ class _Workspace:
         self.error_weights = self.scaled[n] if stages.b_error is not None else None
         self.low_weights = self.scaled[n + 1] if stages.b_error_low is not None else None
 
-    def step(self, field: VectorField, t: float, h: float, state: RKState) -> Step:
+    def step(self, field: VectorField, t: float, h: float, state: RKState, open_end: bool) -> Step:
         u, du = state
         torch.mul(self.weights, h, out=self.scaled)
         times = field.times(t, h, self.nodes)
@@ -100,13 +115,21 @@ class _Workspace:
             g = addmv(u, k_before, a)
             if i == self.stiff_stage:
                 g_stiff = g
-            write(times[i - 1], g, f_rows[i])
+            if i < len(self.combine) or not open_end:
+                write(times[i - 1], g, f_rows[i])
+        last = rows[-1]
+        if open_end:
+            last.zero_()  # weights of zero are to make nothing of it
         error = error_low = None
         if self.error_weights is not None:
             error = torch.mv(self.k_columns, self.error_weights)
         if self.low_weights is not None:
             error_low = torch.mv(self.k_columns, self.low_weights)
-        last = rows[-1]
+        if open_end:
+            same = rows[self.stiff_stage].clone()
+            later = partial(_stiffness, field, times[-1], g, g_stiff, same)
+            dense = RKInterpolant(field, t, h, u, self.k, self.stages.interpolant)
+            return Step(RKState(g, du), error, None, dense, error_low, later=later)
         return Step(
             RKState(g, last.clone()),
             error,

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
+from diffsolve.solvers.interpolation_error import error_of_low_order
 from diffsolve.solvers.order_conditions import (
     Array,
     TableauError,
     check_order,
+    elementary_weights,
     require,
     triangle,
+    warn_if_blind,
 )
 
 
@@ -28,7 +32,8 @@ class Stages:
     """A tableau in the form of the step: ``n`` stages, the last one at the new point.
 
     ``a`` is ``(n, n)`` and strictly lower triangular, its last row holds the weights ``b``;
-    ``b_error`` has ``n`` entries, or is None.
+    ``b_error`` has ``n`` entries, or is None; it falls with the step size to the power
+    ``estimate_order``.
     """
 
     a: Array
@@ -36,10 +41,20 @@ class Stages:
     b_error: Array | None
     b_error_low: Array | None
     interpolant: Interpolant
+    estimate_order: int
 
     @property
     def n(self) -> int:
         return len(self.c)
+
+    @cached_property
+    def b_dense(self) -> Array | None:
+        """``n`` weights of an estimate of the interpolant's error; None: the step's own will do."""
+        known = self.interpolant.error
+        return error_of_low_order(self, self.estimate_order) if known is None else known
+
+    def elementary_weights(self, order: int) -> dict[tuple, Array]:
+        return elementary_weights(self.a, order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +188,8 @@ class Tableau:
             return np.append(weights, np.zeros(n - len(weights)))
 
         interpolant = (self.interpolant or cubic_hermite(a[-1], self.order)).ending_at(a[-1])
-        return Stages(a, c, padded(self.b_error), padded(self.b_error_low), interpolant)
+        power = 1 + min(self.order, self.error_order or 1)
+        return Stages(a, c, padded(self.b_error), padded(self.b_error_low), interpolant, power)
 
     def check(self) -> None:
         """Check the order conditions of the method, its estimates and its interpolant.
@@ -191,6 +207,7 @@ class Tableau:
         if self.stages.b_error is not None:
             b_hat = a[-1] - self.stages.b_error
             check_order(f"{self.name}: embedded solution", a, b_hat, self.error_order or 1)
+            warn_if_blind(self.name, c, a, self.stages.b_error)
         if self.stages.b_error_low is not None:
             check_order(f"{self.name}: second estimate", a, a[-1] - self.stages.b_error_low, 1)
         self._check_interpolant()

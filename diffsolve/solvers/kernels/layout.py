@@ -38,6 +38,7 @@ A = _integer("A")  # float64 (STAGES, STAGES)
 C = _integer("C")
 B_ERROR = _integer("B_ERROR")  # 0: no estimate
 B_LOW = _integer("B_LOW")  # 0: no second estimate
+B_DENSE = _integer("B_DENSE")  # of the error of dense output; 0: no such estimate
 POLY = _integer("POLY")  # float64 (STAGES + EXTRA, DEGREE), see Interpolant.bernstein
 A_EXTRA = _integer("A_EXTRA")  # float64 (EXTRA, STAGES + EXTRA)
 C_EXTRA = _integer("C_EXTRA")
@@ -48,8 +49,10 @@ STABLE_MOST_WAIT = _integer("STABLE_MOST_WAIT")
 GAMMA = _integer("GAMMA")  # float64: the diagonal of the method's matrix
 IMPLICIT = _integer("IMPLICIT")  # integers (STAGES): whether a stage is implicit
 PREDICTOR = _integer("PREDICTOR")  # float64 (STAGES, STAGES): a stage's first guess
+INSIDE = _integer("INSIDE")  # float64 (1 + STAGES, 4): nodes, and weights for those beyond 1
 COUPLING = _integer("COUPLING")  # float64 (STAGES, STAGES): sums of stages beside f (Rosenbrock)
 TIME_WEIGHTS = _integer("TIME_WEIGHTS")  # float64 (STAGES): of the time derivative (Rosenbrock)
+AT_END = _integer("AT_END")  # the stage whose f is that at the new point; 0: none (Rosenbrock)
 SMOOTHED = _integer("SMOOTHED")  # whether the error goes through the matrix of the stages
 
 # -- the Jacobian and what is solved with it -----------------------------------------------------

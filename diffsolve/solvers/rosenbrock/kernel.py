@@ -63,7 +63,7 @@ def fused_step(I, t, h, like):
 @inlined
 def count_step(I):
     """The work of a step that one function takes, or goes back through."""
-    I[L.NF] += I[L.STAGES] - 2
+    I[L.NF] += I[L.STAGES] - 2 - (1 if I[L.AT_END] != 0 else 0)
     I[L.NSOLVE] += I[L.STAGES] - 2
     I[L.NLU] += 1
     I[L.NJAC] += 1 - I[L.FRESH]
@@ -93,23 +93,25 @@ def solve_stages(I, R, t, h, like):
         return False
     nodes, coupling, weights = reals(I[L.C]), reals(I[L.COUPLING]), reals(I[L.TIME_WEIGHTS])
     slope = I[L.JAC_VALUES] + I[L.JAC_ENTRIES] * size_of(like)  # by the time
-    g = row(I, L.W_NEW, like)
-    for i in range(1, stages - 1):
+    g, last = row(I, L.W_NEW, like), stages - 1
+    for i in range(1, last):
         k = stage(I, i, like)
         if i == 1:
             copy(n, stage(I, 0, like), k, like)
         else:
             combine(I, I[L.A], i * stages, i, h, g, like)
             field_at(I, R, t + nodes[i] * h, t, t + h, g, k, like)
+        if i == I[L.AT_END]:
+            copy(n, k, stage(I, last, like), like)
         for j in range(1, i):
             if coupling[i * stages + j] != 0.0:
                 add_scaled(n, coupling[i * stages + j], stage(I, j, like), k, like)
         if I[L.TIME_TERMS] != 0 and weights[i] != 0.0:
             add_scaled(n, h * weights[i], slope, k, like)
         solve(I, R, k, like)
-    last = stages - 1
-    combine(I, I[L.A], last * stages, last, h, g, like)
-    field_at(I, R, t + h, t, t + h, g, stage(I, last, like), like)
+    if I[L.AT_END] == 0:
+        combine(I, I[L.A], last * stages, last, h, g, like)
+        field_at(I, R, t + h, t, t + h, g, stage(I, last, like), like)
     return True
 
 
@@ -157,11 +159,12 @@ def reverse_step(I, R, t, h, like):
     if I[L.FUSED_VJP] != 0 and I[L.WHOLE] != 0:
         reverse_fused_step(I, t, h, like)
         return
-    last = stages - 1
-    vjp_at(I, t + h, t, t + h, row(I, L.W_NEW, like), stage_bar(I, last, like), bar, like)
-    add_scaled(n, 1.0, bar_row(I, NEW, like), bar, like)
-    add_scaled(n, 1.0, bar, total, like)
-    through_combination(I, I[L.A], last * stages, last, h, bar, like)
+    last, at_end = stages - 1, I[L.AT_END]
+    if at_end == 0:
+        vjp_at(I, t + h, t, t + h, row(I, L.W_NEW, like), stage_bar(I, last, like), bar, like)
+        add_scaled(n, 1.0, bar_row(I, NEW, like), bar, like)
+        add_scaled(n, 1.0, bar, total, like)
+        through_combination(I, I[L.A], last * stages, last, h, bar, like)
     if I[L.FRESH] == 0:
         evaluate_jacobian(I, R, t, t, t + h, row(I, L.W_U, like), like)
     if I[L.FACTORED] == 0:
@@ -179,8 +182,12 @@ def reverse_step(I, R, t, h, like):
         if i == 1:
             add_scaled(n, 1.0, w, stage_bar(I, 0, like), like)
         else:
+            if i == at_end:
+                add_scaled(n, 1.0, stage_bar(I, last, like), w, like)
             combine(I, I[L.A], i * stages, i, h, g, like)
             vjp_at(I, t + nodes[i] * h, t, t + h, g, w, bar, like)
+            if i == at_end:
+                add_scaled(n, 1.0, bar_row(I, NEW, like), bar, like)
             add_scaled(n, 1.0, bar, total, like)
             through_combination(I, I[L.A], i * stages, i, h, bar, like)
     through_jacobian(I, t, h, total, like)

@@ -81,7 +81,8 @@ class Rosenbrock32(_Named):
 class ROS3P(_Named):
     """Lang and Verwer's A-stable method of order 3, without order reduction for parabolic problems.
 
-    Its error estimate is zero for linear systems with constant coefficients.
+    The published error estimate is zero for linear systems with constant coefficients; this one
+    sees them, by a stage more that costs no evaluation of ``f``.
 
     References
     ----------
@@ -126,6 +127,9 @@ class Rodas4P(_Named):
 
 class Rodas5(_Named):
     """Stiffly accurate method of order 5(4) with eight stages.
+
+    The published error estimate is zero for ``y' = g(t)``; this one sees such parts of a problem,
+    by a stage more that costs no evaluation of ``f``.
 
     References
     ----------

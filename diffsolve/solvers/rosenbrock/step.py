@@ -48,18 +48,23 @@ def _plain_step(
     rows[0] = du
     times = field.times(t, h, stages.c)
     a, coupling = constant(field, stages.a) * h, constant(field, stages.coupling)
+    new, at_end = u, stages.at_end
     for i in range(1, n - 1):
         if i == 1:
             right = du
         else:
             before = rows[1:i].T
-            right = field(times[i], torch.addmv(u, before, a[i, 1:i]))
+            g = torch.addmv(u, before, a[i, 1:i])
+            right = field(times[i], g)
+            if i == at_end:
+                new, rows[-1] = g, right
             right = torch.addmv(right, before, coupling[i, 1:i])
         if jacobian.slope is not None and stages.d[i]:
             right = torch.add(right, jacobian.slope, alpha=h * stages.d[i])
         rows[i] = lu.solve(right)
-    new = torch.addmv(u, rows[1:-1].T, a[-1, 1:-1])
-    rows[-1] = field(times[-1], new)
+    if not at_end:
+        new = torch.addmv(u, rows[1:-1].T, a[-1, 1:-1])
+        rows[-1] = field(times[-1], new)
     error = None
     if stages.b_error is not None:
         error = torch.mv(rows.T, constant(field, stages.b_error) * h)
@@ -83,26 +88,31 @@ def _recorded_step(
     a, coupling = constant(field, stages.a) * scale, constant(field, stages.coupling)
     times = field.times(t, h, stages.c)
     push = push_forward(field, t, h, u, du)
-    k = [du]
+    k, end = [du], None
     for i in range(1, stages.n - 1):
         right = du
         if i > 1:
             before = torch.stack(k[1:], 1)
-            right = field(times[i], torch.addmv(u, before, a[i, 1:i]))
+            g = torch.addmv(u, before, a[i, 1:i])
+            right = field(times[i], g)
+            if i == stages.at_end:
+                end = g, right
             right = torch.addmv(right, before, coupling[i, 1:i])
         d = float(stages.d[i])
         known = right.detach()
         if jacobian.slope is not None:
             known = known + detached(scale) * d * jacobian.slope
         k.append(linear_on_tape(lu, lu.solve(known), right, push, scale, gamma, d))
-    new = torch.addmv(u, torch.stack(k[1:], 1), a[-1, 1:-1])
-    k.append(field(times[-1], new))
-    rows = torch.stack(k)
+    if end is None:
+        new = torch.addmv(u, torch.stack(k[1:], 1), a[-1, 1:-1])
+        end = new, field(times[-1], new)
+    new, du_new = end
+    rows = torch.stack([*k, du_new])
     error = None
     if stages.b_error is not None:
         error = (constant(field, stages.b_error) * scale) @ rows
     return Step(
-        RKState(new, k[-1]),
+        RKState(new, du_new),
         error,
         functools.partial(radius_on_tape, field, t, h, state, push),
         RKInterpolant(field, t, h, u, rows, stages.interpolant),

@@ -8,18 +8,23 @@ whose stages need no products with the Jacobian. ``RosenbrockTableau`` takes eit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
+from diffsolve.solvers.interpolation_error import interpolation_error
 from diffsolve.solvers.order_conditions import (
     Array,
     TableauError,
     check_order,
+    elementary_weights,
     require,
     triangle,
+    warn_if_blind,
 )
 
 
@@ -28,7 +33,8 @@ class RosenbrockStages:
     """A tableau in the form of the step, over ``n = s + 2`` rows.
 
     Row 0 is ``f`` at the start of the step, rows 1 to ``s`` are the stages ``V_i``, the last row is
-    ``f`` at the new point. With ``M = I / gamma - h J``::
+    ``f`` at the new point: a last stage that evaluates ``f`` there shares it. With
+    ``M = I / gamma - h J``::
 
         M V_i = f(t + c_i h, g_i) + sum_j coupling_ij V_j + h d_i df/dt
         g_i = u + h sum_j a_ij V_j
@@ -66,10 +72,35 @@ class RosenbrockStages:
     def n(self) -> int:
         return len(self.c)
 
-    @property
-    def first_same_as_last(self) -> bool:
-        """Whether the last stage evaluates ``f`` at the new point, so that it is known already."""
-        return bool(self.c[-2] == 1 and np.array_equal(self.a[-2], self.a[-1]))
+    @cached_property
+    def at_end(self) -> int:
+        """The last stage, where it evaluates ``f`` at the new point; 0: it does not."""
+        same = self.c[-2] == 1 and np.array_equal(self.a[-2], self.a[-1])
+        return self.n - 2 if same and self.n > 3 else 0
+
+    @cached_property
+    def b_dense(self) -> Array | None:
+        """``n`` weights of an estimate of the interpolant's error, or None."""
+        known = self.interpolant.error
+        return interpolation_error(self, smoothed=False) if known is None else known
+
+    def elementary_weights(self, order: int) -> dict[tuple, Array]:
+        """Of the rows: those of the stages ``K``, and ``V = Gamma K``."""
+        gamma, full = np.zeros((self.n, self.n)), np.eye(self.n)
+        inner = _inverse(np.eye(self.n - 2) / self.gamma - self.coupling[1:-1, 1:-1])
+        gamma[1:-1, 1:-1] = full[1:-1, 1:-1] = inner
+        alpha = self.a @ full
+        found = elementary_weights(alpha, order, alpha + gamma)
+        return {tree: full @ phi for tree, phi in found.items()}
+
+    def linear_rows(self, z: float, u: float, g: Callable[[float], float], slope: float) -> Array:
+        k = np.zeros(self.n)
+        k[0] = z * u + g(0.0)
+        for i in range(1, self.n - 1):
+            right = z * (u + self.a[i] @ k) + g(float(self.c[i]))
+            k[i] = (right + self.coupling[i] @ k + self.d[i] * slope) / (1 / self.gamma - z)
+        k[-1] = z * (u + self.a[-1] @ k) + g(1.0)
+        return k
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,8 +266,9 @@ class RosenbrockTableau:
 
     @property
     def stiffly_accurate(self) -> bool:
-        """Whether the last stage, ``alpha_si + gamma_si = b_i``, is the solution."""
-        return bool(np.allclose(self.alpha[-1] + self.gamma[-1], self.b, rtol=0, atol=1e-10))
+        """Whether the last stage with a weight, ``alpha_si + gamma_si = b_i``, is the solution."""
+        s = np.flatnonzero(self.b)[-1]
+        return bool(np.allclose(self.alpha[s] + self.gamma[s], self.b, rtol=0, atol=1e-10))
 
     def _set(self, **fields: object) -> None:
         for key, value in fields.items():
@@ -296,6 +328,7 @@ class RosenbrockTableau:
             label = f"{self.name}: embedded solution"
             order = self.error_order or 1
             check_order(label, alpha, b - self.b_error, order, beta=alpha + gamma)
+            warn_if_blind(self.name, form.c[1:-1], alpha + gamma, self.b_error)
         self._check_interpolant()
 
     def _check_interpolant(self) -> None:

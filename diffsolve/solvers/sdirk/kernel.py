@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from diffsolve.solvers.kernels import layout as L
-from diffsolve.solvers.kernels.estimates import NEW, TOTAL
+from diffsolve.solvers.kernels.estimates import NEW, SPARE, TOTAL
 from diffsolve.solvers.kernels.implicit import combine_smoothed
 from diffsolve.solvers.kernels.linear import (
     evaluate_jacobian,
@@ -20,7 +20,15 @@ from diffsolve.solvers.kernels.linear import (
     solve_transposed,
     through_jacobian,
 )
-from diffsolve.solvers.kernels.memory import cast, inlined, integers, is_single, reals, view
+from diffsolve.solvers.kernels.memory import (
+    cast,
+    inlined,
+    integers,
+    is_single,
+    reals,
+    ulp,
+    view,
+)
 from diffsolve.solvers.kernels.norms import add_scaled, copy, fill_zero, scaled_norm
 from diffsolve.solvers.kernels.rows import (
     bar_row,
@@ -77,10 +85,74 @@ def is_rounding(I, step, delta, k, g, units, like):
 
 
 @inlined
-def corrected(I, R, t, time, h, base, k, g, delta, like):
+def leaves(I, R, t, h, node):
+    """Whether a node is beyond a break, or the end of the span, that the step is not."""
+    if node <= 1.0:
+        return False
+    sign, size = (1.0, h) if h > 0 else (-1.0, -h)
+    largest = abs(t) if abs(t) > abs(t + h) else abs(t + h)
+    near = 8 * ulp(largest)
+    near = 0.125 * (node - 1.0) * size if 0.125 * (node - 1.0) * size < near else near
+    ahead = sign * (R[L.T_END] - t)
+    found = near < ahead and ahead < node * size - near
+    for i in range(I[L.N_BREAKS]):
+        ahead = sign * (reals(I[L.BREAKS])[i] - t)
+        found = found or (near < ahead and ahead < node * size - near)
+    return found
+
+
+@inlined
+def stage_field(I, R, t, h, i, g, out, like):
+    """``f`` at the time of stage ``i``; extrapolated in time where that is out of bounds."""
+    n, node = I[L.N], reals(I[L.C])[i]
+    if not leaves(I, R, t, h, node):
+        field_at(I, R, t + node * h, t, t + h, g, out, like)
+        return
+    spare, nodes = row(I, L.W_ERROR, like), reals(I[L.INSIDE])
+    fill_zero(n, out, like)
+    for j in range(4):
+        field_at(I, R, t + nodes[j] * h, t, t + h, g, spare, like)
+        add_scaled(n, nodes[4 * (i + 1) + j], spare, out, like)
+
+
+@inlined
+def stage_jacobian(I, R, t, h, i, g, like):
+    """The same for the Jacobian."""
+    node, nodes = reals(I[L.C])[i], reals(I[L.INSIDE])
+    if not leaves(I, R, t, h, node):
+        evaluate_jacobian(I, R, t + node * h, t, t + h, g, like)
+        return
+    values, sums = view(I[L.JAC_VALUES], like), view(I[L.JAC_BAR], like)  # which is zero
+    for j in range(4):
+        evaluate_jacobian(I, R, t + nodes[j] * h, t, t + h, g, like)
+        weight = cast(nodes[4 * (i + 1) + j], like)
+        for e in range(I[L.JAC_ENTRIES]):
+            sums[e] += weight * values[e]
+    for e in range(I[L.JAC_ENTRIES]):
+        values[e], sums[e] = sums[e], like
+
+
+@inlined
+def stage_vjp(I, R, t, h, i, g, w, bar, like):
+    """The same for the product with the Jacobian."""
+    n, node, nodes = I[L.N], reals(I[L.C])[i], reals(I[L.INSIDE])
+    if not leaves(I, R, t, h, node):
+        vjp_at(I, t + node * h, t, t + h, g, w, bar, like)
+        return
+    scaled, part = bar_row(I, SPARE, like), row(I, L.W_ERROR, like)
+    fill_zero(n, bar, like)
+    for j in range(4):
+        fill_zero(n, scaled, like)
+        add_scaled(n, nodes[4 * (i + 1) + j], w, scaled, like)
+        vjp_at(I, t + nodes[j] * h, t, t + h, g, scaled, part, like)
+        add_scaled(n, 1.0, part, bar, like)
+
+
+@inlined
+def corrected(I, R, t, h, i, base, k, g, delta, like):
     """Newton's increment in ``delta``, and the stage and the state ``g`` after it."""
     n, gamma = I[L.N], reals(I[L.GAMMA])[0]
-    field_at(I, R, time, t, t + h, g, delta, like)
+    stage_field(I, R, t, h, i, g, delta, like)
     x, y, scale = view(delta, like), view(k, like), cast(1.0 / gamma, like)
     for j in range(n):
         x[j] = (x[j] - y[j]) * scale
@@ -95,7 +167,6 @@ def corrected(I, R, t, time, h, base, k, g, delta, like):
 def newton(I, R, t, h, i, base, like):
     """Solve stage ``i``: whether that converged, and the worst rate of convergence."""
     n = I[L.N]
-    node = reals(I[L.C])[i]
     step = h * reals(I[L.GAMMA])[0]
     k, g, delta = stage(I, i, like), row(I, L.W_NEW, like), row(I, L.W_LOW, like)
     before, theta, eta, slowest, earlier = 0.0, 0.0, 1.0, 0.0, 0.0
@@ -103,7 +174,7 @@ def newton(I, R, t, h, i, base, like):
     copy(n, base, g, like)
     add_scaled(n, step, k, g, like)
     for m in range(1, _MOST_ITERATIONS + 1):
-        corrected(I, R, t, t + node * h, h, base, k, g, delta, like)
+        corrected(I, R, t, h, i, base, k, g, delta, like)
         size = increment_size(I, step, delta, k, g, like)
         if not size < math.inf:
             I[L.FAILURE] = L.NOT_FINITE
@@ -132,7 +203,8 @@ def newton(I, R, t, h, i, base, like):
 def insist(I, R, t, h, i, base, like):
     """The same with a matrix at each state; the next step then makes its own."""
     n = I[L.N]
-    time, step = t + reals(I[L.C])[i] * h, h * reals(I[L.GAMMA])[0]
+    node, step = reals(I[L.C])[i], h * reals(I[L.GAMMA])[0]
+    time = t + (node if node < 1.0 else 1.0) * h
     k, g, delta = stage(I, i, like), row(I, L.W_NEW, like), row(I, L.W_LOW, like)
     before, I[L.HAS_JAC], I[L.FRESH] = math.inf, 0, 0
     predict(I, i, like)
@@ -141,7 +213,7 @@ def insist(I, R, t, h, i, base, like):
     for _ in range(_MOST_INSISTENT):
         if not evaluate_jacobian(I, R, time, t, t + h, g, like) or not factor(I, R, h, like):
             break
-        corrected(I, R, t, time, h, base, k, g, delta, like)
+        corrected(I, R, t, h, i, base, k, g, delta, like)
         size = increment_size(I, step, delta, k, g, like)
         if not size < math.inf:
             I[L.FAILURE] = L.NOT_FINITE
@@ -245,7 +317,7 @@ def reverse_step(I, R, t, h, like):
     row. ``W_DU`` is used as work space.
     """
     n, stages = I[L.N], I[L.STAGES]
-    implicit, nodes = integers(I[L.IMPLICIT]), reals(I[L.C])
+    implicit = integers(I[L.IMPLICIT])
     gamma = reals(I[L.GAMMA])[0]
     total, g, bar = bar_row(I, TOTAL, like), row(I, L.W_TEMP, like), row(I, L.W_DU, like)
     if I[L.STIFFNESS_BARS] != 0 or (I[L.SMOOTHED] != 0 and I[L.B_ERROR] != 0):
@@ -253,19 +325,18 @@ def reverse_step(I, R, t, h, like):
     I[L.FRESH] = 0
     for i in range(stages - 1, 0, -1):
         w = stage_bar(I, i, like)
-        time = t + nodes[i] * h
         # of the state that the stage is evaluated at
         combine(I, I[L.A], i * stages, i + 1, h, g, like)
         if implicit[i] != 0:
             if i == stages - 1:
                 add_scaled(n, h * gamma, bar_row(I, NEW, like), w, like)
-            evaluate_jacobian(I, R, time, t, t + h, g, like)
+            stage_jacobian(I, R, t, h, i, g, like)
             factor(I, R, h, like)
             x, scale = view(w, like), cast(1.0 / gamma, like)
             for j in range(n):
                 x[j] *= scale
             solve_transposed(I, R, w, like)
-        vjp_at(I, time, t, t + h, g, w, bar, like)
+        stage_vjp(I, R, t, h, i, g, w, bar, like)
         if i == stages - 1:
             add_scaled(n, 1.0, bar_row(I, NEW, like), bar, like)
         add_scaled(n, 1.0, bar, total, like)

@@ -133,6 +133,9 @@ class Kvaerno3(_Named):
 class Kvaerno4(_Named):
     """Kvaerno's L-stable ESDIRK method of order 4(3).
 
+    A stage lies beyond the end of the step, at 1.15 of it. ``f`` is never looked at beyond the end
+    of the span or past one of ``tstops``: there it is extrapolated in time, by a cubic polynomial.
+
     References
     ----------
     Kvaerno, BIT 44 (2004) 489.
@@ -143,6 +146,9 @@ class Kvaerno4(_Named):
 
 class Kvaerno5(_Named):
     """Kvaerno's L-stable ESDIRK method of order 5(4), for tight tolerances.
+
+    A stage lies beyond the end of the step, at 1.23 of it. ``f`` is never looked at beyond the end
+    of the span or past one of ``tstops``: there it is extrapolated in time, by a cubic polynomial.
 
     References
     ----------

@@ -7,6 +7,7 @@ implicit function theorem differentiates.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from diffsolve.solvers.implicit_differentiation import linear_on_tape, stage_on_
 from diffsolve.solvers.implicit_estimates import failed, radius_off_tape, radius_on_tape
 from diffsolve.solvers.jacobian import linearise, push_forward
 from diffsolve.solvers.newton import Newton
-from diffsolve.solvers.sdirk.tableau import SDIRKStages
+from diffsolve.solvers.sdirk.tableau import INSIDE, SDIRKStages
 from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
 
 
@@ -117,14 +118,31 @@ def _solve_stages(
         g = torch.addmv(u, before, a[i, :i])
         if stages.implicit[i]:
             guess = torch.mv(before, predictor[i, :i])
-            at = t + float(stages.c[i]) * h if insists else None
-            found = newton.solve(times[i], g, h, guess, at)
+            at = t + min(float(stages.c[i]), 1.0) * h if insists else None
+            f = _right_hand_side(field, stages, t, h, i, times[i])
+            found = newton.solve(f, g, h, guess, at)
             if found is None:
                 return None
             rows[i], g = found
         else:
             rows[i] = field(times[i], g)
     return rows, g
+
+
+def _right_hand_side(
+    field: VectorField, stages: SDIRKStages, t: Any, h: Any, i: int, time: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """``f`` at the time of row ``i``; extrapolated in time where that is out of bounds."""
+    weights, c = stages.inside[i], float(stages.c[i])
+    if c <= 1 or not field.leaves(float(detached(t)), float(detached(h)), c):
+        return functools.partial(field, time)
+    times = field.times(t, h, INSIDE)
+
+    def extrapolated(u: Tensor) -> Tensor:
+        pairs = zip(weights.tolist(), times, strict=True)
+        return functools.reduce(torch.add, [w * field(at, u) for w, at in pairs])
+
+    return extrapolated
 
 
 def _recorded_step(
@@ -143,7 +161,8 @@ def _recorded_step(
     for i in range(1, stages.n):
         g = torch.addmv(u, torch.stack(k, 1), a[i, :i])
         if stages.implicit[i]:
-            stage, g = stage_on_tape(field, times[i], g, scale, stages.gamma, next(known))
+            f = _right_hand_side(field, stages, t, h, i, times[i])
+            stage, g = stage_on_tape(field, f, g, scale, stages.gamma, next(known))
         else:
             stage = field(times[i], g)
         k.append(stage)

@@ -7,20 +7,27 @@ of the step is the first row, the derivative at the new point the last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
+from diffsolve.solvers.interpolation_error import interpolation_error
 from diffsolve.solvers.order_conditions import (
     Array,
     TableauError,
     check_order,
+    elementary_weights,
     require,
     triangle,
+    warn_if_blind,
 )
+
+#: Nodes from which ``f`` is extrapolated in time to a node beyond 1.
+INSIDE = np.array([0.0, 1 / 3, 2 / 3, 1.0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +58,9 @@ class SDIRKStages:
         Whether the estimate is multiplied by ``(I - h gamma J)^-1``.
     interpolant
         Continuous extension over the ``n`` rows.
+    inside
+        ``(n, 4)``: weights of ``f`` at ``INSIDE`` that extrapolate it to a node beyond 1, where the
+        step ends at a time beyond which ``f`` must not be evaluated; zero for the other rows.
     """
 
     gamma: float
@@ -62,10 +72,28 @@ class SDIRKStages:
     b_error_low: None
     smoothed: bool
     interpolant: Interpolant
+    inside: Array
 
     @property
     def n(self) -> int:
         return len(self.c)
+
+    @cached_property
+    def b_dense(self) -> Array | None:
+        """``n`` weights of an estimate of the interpolant's error, or None."""
+        known = self.interpolant.error
+        return interpolation_error(self, self.smoothed) if known is None else known
+
+    def elementary_weights(self, order: int) -> dict[tuple, Array]:
+        return elementary_weights(self.a, order)
+
+    def linear_rows(self, z: float, u: float, g: Callable[[float], float], slope: float) -> Array:
+        k = np.zeros(self.n)
+        k[0] = z * u + g(0.0)
+        for i in range(1, self.n):
+            right = z * (u + self.a[i, :i] @ k[:i]) + g(float(self.c[i]))
+            k[i] = right / (1 - z * self.a[i, i])
+        return k
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,6 +252,7 @@ class SDIRKTableau:
             b_error_low=None,
             smoothed=self.smoothed,
             interpolant=(self.interpolant or cubic_hermite(a[-1], self.order)).ending_at(a[-1]),
+            inside=np.array([_weights_inside(x) for x in c]),
         )
 
     def check(self) -> None:
@@ -241,6 +270,7 @@ class SDIRKTableau:
         if form.b_error is not None:
             label = f"{self.name}: embedded solution"
             check_order(label, a, b - form.b_error, self.error_order or 1)
+            warn_if_blind(self.name, form.c, a, form.b_error)
         predicted = form.predictor[form.implicit]
         require(np.abs(predicted.sum(1) - 1).max(), predicted, f"{self.name}: predictors")
         dense = form.interpolant
@@ -252,6 +282,15 @@ class SDIRKTableau:
         for theta in (0.25, 0.5, 0.75, 1.0):
             label = f"{self.name}: interpolant at theta={theta}"
             check_order(label, a, dense.weights(theta), dense.order, theta)
+
+
+def _weights_inside(node: float) -> Array:
+    """Lagrange's weights for ``node``, if that is beyond 1: an error of order 4 in a row."""
+    weights = np.zeros(len(INSIDE))
+    if node > 1:
+        for i, a in enumerate(INSIDE):
+            weights[i] = np.prod([(node - b) / (a - b) for b in INSIDE if b != a])
+    return weights
 
 
 def extrapolations(c: Array, implicit: np.ndarray) -> Array:

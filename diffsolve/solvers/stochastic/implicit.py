@@ -27,6 +27,7 @@ from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
+    by_time,
     register,
 )
 from diffsolve.solvers.stochastic.milstein import (
@@ -79,24 +80,22 @@ class DriftImplicit(StochasticMethod):
         now, then = field.both_ends(t, h)
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
-        base, rest = self.noise(field, h, (now, then), u, G, W)
+        base, parts = self.noise(field, h, (now, then), u, G, W)
         if not newton.begin(t, h, u, True):
             return _failed(field, t, h, u, G, newton.trouble)
         jacobian, lu = newton.jacobian, newton.lu  # those of the estimates
-        found = newton.solve(then, base, h, f)
+        found = newton.solve(functools.partial(newton.field, then), base, h, f)
         if found is None:
             found = _solved_afresh(newton, t, h, then, base)
         if found is None and not field.retries:
-            found = newton.solve(then, base, h, f, at=t + h)
+            found = newton.solve(functools.partial(newton.field, then), base, h, f, at=t + h)
         if found is None:
             return _failed(field, t, h, u, G, newton.trouble)
         k, new = found
         newton.end()
         error = lu.solve((k - f) * (0.5 * h)).abs()
-        if rest is not None:
-            if self.is_signed(field):
-                rest = lu.solve(rest)
-            error = error + rest.abs()
+        for part in parts:
+            error = error + (lu.solve(part) if self.is_signed(field) else part).abs()
         return Step(
             (new,),
             error,
@@ -109,9 +108,9 @@ class DriftImplicit(StochasticMethod):
         now, then = field.both_ends(t, h)
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
-        base, rest = self.noise(field, h, (now, then), u, G, W)
+        base, parts = self.noise(field, h, (now, then), u, G, W)
         scale = as_scale(field, h)
-        k, new = stage_on_tape(field, then, base, scale, 1.0, known)
+        k, new = stage_on_tape(field, functools.partial(field, then), base, scale, 1.0, known)
         lu = linearise(field, t, h, u, exact=True).factor(float(detached(h)), 1.0)
         if lu is None:
             return _failed(field, t, h, u, G, Trouble.SINGULAR)
@@ -121,8 +120,8 @@ class DriftImplicit(StochasticMethod):
             return linear_on_tape(lu, lu.solve(x.detach()), x, push, scale, 1.0, 0.0)
 
         error = damped((k - f) * (0.5 * scale)).abs()
-        if rest is not None:
-            error = error + (damped(rest) if self.is_signed(field) else rest).abs()
+        for part in parts:
+            error = error + (damped(part) if self.is_signed(field) else part).abs()
         return Step(
             (new,),
             error,
@@ -133,7 +132,7 @@ class DriftImplicit(StochasticMethod):
 
     def is_signed(self, field: SDEField) -> bool:
         """Whether what ``noise`` says to be left out is no magnitude."""
-        return field.is_diagonal or field.m == 1
+        return field.is_diagonal or field.m == 1 or field.noise == "additive"
 
     @abstractmethod
     def noise(
@@ -144,8 +143,8 @@ class DriftImplicit(StochasticMethod):
         u: Tensor,
         G: Tensor,
         W: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``u + G W + C``, and what the noise of Euler-Maruyama's step leaves out, or None.
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``u + G W + C``, and the parts of what the noise of Euler-Maruyama's step leaves out.
 
         Parameters
         ----------
@@ -164,7 +163,7 @@ class ImplicitEM(DriftImplicit):
     ``u_new = u + h f(t + h, u_new) + g(t, u) W``, stable for any step where the drift is stiff and
     stable; noise that is stiff needs short steps. Strong order 1/2 (1 where the noise is additive),
     weak order 1. Two evaluations of ``f`` and ``g`` a step, those of Newton's iteration not
-    counted, and a Jacobian of ``f``; one of ``g`` where the noise is additive.
+    counted, and a Jacobian of ``f``.
 
     References
     ----------
@@ -185,19 +184,17 @@ class ImplicitEM(DriftImplicit):
         u: Tensor,
         G: Tensor,
         W: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        base = field.add_noise(u, G, W)
-        if field.noise == "additive":
-            return base, None
-        return base, left_out(field, times[0], h, u, G, W)
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return field.add_noise(u, G, W), (left_out(field, times[1], h, u, G, W),)
 
 
 class ImplicitRKMil(OfOneIntegral, DriftImplicit):
     """The Milstein method with the implicit Euler method for the drift, for diagonal noise.
 
     ``u_new = u + h f(t + h, u_new) + g(t, u) W + C`` with the correction ``C`` of ``RKMil``, for
-    diagonal or scalar noise. Strong and weak order 1. Two evaluations of ``f`` and ``g`` a step,
-    those of Newton's iteration not counted, and a Jacobian of ``f``.
+    diagonal or scalar noise. Strong and weak order 1. Two evaluations of ``f`` a step, those of
+    Newton's iteration not counted, three of ``g``, two for Stratonovich equations, and a Jacobian
+    of ``f``.
 
     Parameters
     ----------
@@ -228,13 +225,15 @@ class ImplicitRKMil(OfOneIntegral, DriftImplicit):
         u: Tensor,
         G: Tensor,
         W: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         now, then = times
         if self.integral == "ito":
             correction = ito_correction(field, now, h, u, G, W)
+            parts = correction, by_time(field, then, h, u, G, W)
         else:
             correction = stratonovich_correction(field, then, u, G, W)
-        return field.add_noise(u, G, W) + correction, correction
+            parts = (correction,)
+        return field.add_noise(u, G, W) + correction, parts
 
 
 def _newton(field: SDEField) -> Newton:
@@ -258,7 +257,7 @@ def _solved_afresh(
         if not newton.renew(t, h, x):
             newton.trouble = trouble  # of the step; what there is at x belongs to its size
             return None
-        found = newton.solve(then, base, h, k)
+        found = newton.solve(functools.partial(newton.field, then), base, h, k)
         if found is not None:
             return found
         k = k + newton.lu.solve(newton.field(then, x) - k)

@@ -13,6 +13,7 @@ from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
+    by_time,
     moved,
     register,
     root,
@@ -78,23 +79,25 @@ class LambaEM(EM):
     and ``sum g_j' g_k I_(k,j)`` of the noise, with the double Ito integrals ``I``. Both are
     estimated by one more evaluation:
 
-    - drift: ``h/2 (f(t + h, K) - f(t, u))`` with ``K = u + h f(t, u)``, the difference from Heun's
-      method;
-    - diagonal and scalar noise: ``(g(t, u + sqrt(h) G) - G) / sqrt(h) * (W^2 - h) / 2``, which is
-      the Milstein term of this path, ``G = g(t, u)``;
+    - drift: ``h/2 (f(t + h, u_new) - f(t, u))``, the difference from the trapezoidal rule; by its
+      end the step's noise has moved the drift, too;
+    - diagonal and scalar noise: ``(g(t + h, u + sqrt(h) G) - G) / sqrt(h) * (W^2 - h) / 2``, the
+      Milstein term of this path, ``G = g(t, u)``;
     - general noise, where the ``I_(k,j)`` are not known from ``W``:
-      ``sqrt(h/2) |g(t, u + G W) - G|``, row by row. Its mean square is that of the sum,
+      ``sqrt(h/2) |g(t + h, u + G W) - G|``, row by row. Its mean square is that of the sum,
       ``h^2/2 sum |g_j' g_k|^2``, also where the symmetric part of it vanishes;
-    - additive noise: nothing is left out.
+    - additive noise: none of these is left out, but the change of ``g`` with time is (``by_time``).
 
-    The estimate is the sum of both magnitudes, as in Rößler's methods. Strong order 1/2, weak
+    The noise beside the step is evaluated at ``t + h``, so that its change with time is seen there,
+    too. The estimate is the sum of both magnitudes, as in Rößler's methods. Strong order 1/2, weak
     order 1.
 
     References
     ----------
     Lamba, J. Comput. Appl. Math. 161 (2003) 417, sections 2 and 3: both estimates, for scalar
-    equations. The estimate for general noise follows from ``E I_(k,j)^2 = h^2/2`` and the
-    independence of these integrals (Kloeden, Platen (1992), section 5.7).
+    equations that do not depend on time, that of the drift at ``u + h f``. The estimate for general
+    noise follows from ``E I_(k,j)^2 = h^2/2`` and the independence of these integrals (Kloeden,
+    Platen (1992), section 5.7).
 
     Notes
     -----
@@ -112,13 +115,11 @@ class LambaEM(EM):
         now, then = field.both_ends(t, h)
         W = field.increment(t, h).W
         f, G = field(now, u), field.diffusion(now, u)
-        K = moved(u, f, h)
-        new = field.add_noise(K, G, W)
-        f_K = field(then, K)
-        error = _half(f_K - f, h).abs()
-        if field.noise != "additive":
-            error = error + left_out(field, now, h, u, G, W).abs()
-        return Step((new,), error, (f_K - f, K - u), PathInterpolant(field, t, h, u, new, G))
+        new = field.add_noise(moved(u, f, h), G, W)
+        df = field(then, new) - f
+        error = _half(df, h).abs()
+        error = error + left_out(field, then, h, u, G, W).abs()
+        return Step((new,), error, (df, new - u), PathInterpolant(field, t, h, u, new, G))
 
 
 class LambaEulerHeun(EulerHeun):
@@ -160,15 +161,18 @@ def _heun(field: SDEField, t: Any, h: Any, u: Tensor, estimate: bool) -> Step:
     return Step((new,), error, (df, K - u), PathInterpolant(field, t, h, u, new, G))
 
 
-def left_out(field: SDEField, now: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor) -> Tensor:
-    """What double Ito integrals contribute that an Euler step leaves out: ``(N,)``.
+def left_out(field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor) -> Tensor:
+    """What noise contributes that an Euler step leaves out: ``(N,)``.
 
-    Of general noise, where the increment does not tell it, the root mean square.
+    That is the double Ito integrals (of general noise, where the increment does not tell them, the
+    root mean square), and the change with time.
     """
+    if field.noise == "additive":
+        return by_time(field, then, h, u, G, W)
     if field.is_diagonal or field.m == 1:
-        return ito_correction(field, now, h, u, G, W)
+        return ito_correction(field, then, h, u, G, W)
     beside = field.add_noise(u, G, W)
-    return _row_norms(field.diffusion(now, beside) - G, h)
+    return _row_norms(field.diffusion(then, beside) - G, h)
 
 
 def _row_norms(dG: Tensor, h: Any) -> Tensor:

@@ -95,6 +95,23 @@ def root(h: Any, dtype: torch.dtype = torch.float64) -> Any:
     return h.abs().sqrt().to(dtype) if isinstance(h, Tensor) else math.sqrt(abs(h))
 
 
+def length(h: Any, dtype: torch.dtype) -> Any:
+    """``|h|``, for a number or a 0-d tensor ``h``, then in this dtype."""
+    return h.abs().to(dtype) if isinstance(h, Tensor) else abs(h)
+
+
+def by_time(field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor) -> Tensor:
+    """What noise that changes with time adds to a step which knows ``G = g(t, u)``: ``(N,)``.
+
+    Where ``g`` changes evenly that is ``(g(t + h, u) - G) I_(0,1) / h``. The increment leaves the
+    integral the mean ``h W / 2`` and the variance ``h^3 / 12`` (Kloeden, Platen (1992), section
+    5.7): its root mean square stands for it, with the sign of ``W``. So it is zero only where ``g``
+    is the same at both ends.
+    """
+    size = torch.sqrt(0.25 * W * W + length(h, W.dtype) / 12)
+    return field.product(field.diffusion(then, u) - G, torch.copysign(size, W))
+
+
 @cache
 def _controller(exponent: float) -> PIController:
     return PIController.for_order(exponent, factor_max=_GROWTH)

@@ -22,6 +22,8 @@ from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
+    by_time,
+    length,
     moved,
     register,
     root,
@@ -64,7 +66,8 @@ class Milstein(OfOneIntegral):
     With the correction ``C`` of the method the step is ``u_new = u + h f + G W + C``, ``f`` and
     ``G`` at ``(t, u)``. The error estimate is that of Euler-Maruyama's step, which is embedded:
     ``h/2 |f(t + h, u_new) - f| + |C|``. The first part costs nothing: the next step begins with
-    that derivative.
+    that derivative. Where ``C`` does not see that ``g`` changes with time, in Ito's sense and for
+    additive noise, ``by_time`` is added, which costs an evaluation of ``g``.
 
     Parameters
     ----------
@@ -102,6 +105,8 @@ class Milstein(OfOneIntegral):
         error = scaled(change, 0.5 * h).abs()
         if correction is not None:
             error = error + correction.abs()
+        if correction is None or self.integral == "ito":
+            error = error + by_time(field, then, h, u, G, W).abs()
         dense = PathInterpolant(field, t, h, u, new, G)
         return Step(RKState(new, du_new), error, (change, new - u), dense)
 
@@ -136,7 +141,8 @@ class RKMil(Milstein):
     """The Milstein method without derivatives, for diagonal or scalar noise.
 
     Diagonal noise is that of a ``g`` whose component ``i`` depends on component ``i`` of ``u``;
-    with another ``g`` the strong order is 1/2. Two evaluations of ``g`` and one of ``f`` a step.
+    with another ``g`` the strong order is 1/2. Evaluations a step: one of ``f``, three of ``g``,
+    two for Stratonovich equations.
 
     Parameters
     ----------
@@ -183,8 +189,8 @@ class RKMilCommute(Milstein):
     """The Milstein method without derivatives, for noise of any shape that is commutative.
 
     That is ``g_k' g_j = g_j' g_k`` for every two columns of ``g``; with noise that is not, the
-    strong order is 1/2. Evaluations of ``g`` a step: ``m + 1``; two for diagonal and scalar noise
-    and for Stratonovich equations; one for additive noise.
+    strong order is 1/2. Evaluations of ``g`` a step: ``m + 2``; three for diagonal and scalar
+    noise; two for Stratonovich equations and for additive noise.
 
     Parameters
     ----------
@@ -230,7 +236,7 @@ class RKMilGeneral(Milstein):
     (``levy_area``), at as many points as strong order 1 asks for, about ``time_scale / (12 h)``.
     They belong to the path: a solve with other steps, after a rejected step too, sees the same
     path. The path remembers these points; reading them takes time, and no evaluation of ``g``. Of
-    these there are ``m + 1`` a step, ``m + 2`` for Stratonovich equations.
+    these there are ``m + 2`` a step.
 
     For diagonal and scalar noise it is ``RKMil``, for additive noise no area is needed.
 
@@ -301,14 +307,14 @@ class RKMilGeneral(Milstein):
 
 
 def ito_correction(
-    field: SDEField, now: Tensor, h: Any, base: Tensor, G: Tensor, W: Tensor
+    field: SDEField, at: Tensor, h: Any, base: Tensor, G: Tensor, W: Tensor
 ) -> Tensor:
     """``g' g (W^2 - |h|) / 2`` of diagonal or scalar noise, by a difference: ``(N,)``.
 
-    ``base`` is what the state is moved from, ``u`` or ``u + h f``.
+    ``base`` is what the state is moved from, ``u`` or ``u + h f``; ``at`` is the time there.
     """
     beside = moved(base, G.reshape(-1), root(h))
-    change = field.diffusion(now, beside) - G
+    change = field.diffusion(at, beside) - G
     size = root(h, W.dtype)
     return field.product(change, 0.5 * (W * W / size - size))
 
@@ -323,9 +329,8 @@ def stratonovich_correction(
 
 def _symmetric_part(W: Tensor, h: Any) -> Tensor:
     """``(I_(j,k) + I_(k,j)) / 2`` of Ito integrals: ``(R, m, m)``."""
-    size = h.abs().to(W.dtype) if isinstance(h, Tensor) else abs(h)
     unit = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
-    return 0.5 * (W[..., :, None] * W[..., None, :] - unit * size)
+    return 0.5 * (W[..., :, None] * W[..., None, :] - unit * length(h, W.dtype))
 
 
 def _double_integrals(

@@ -72,9 +72,7 @@ class ReversibleHeun(StochasticMethod):
         f_new, G_new = field(then, v_new), field.diffusion(then, v_new)
         new = _trapezoidal(field, u, h, f, f_new, G, G_new, W)
         change = f_new - f
-        error = scaled(change, 0.5 * h).abs()
-        if field.noise != "additive":
-            error = error + field.product(G_new - G, 0.5 * W).abs()
+        error = scaled(change, 0.5 * h).abs() + field.product(G_new - G, 0.5 * W).abs()
         dense = PathInterpolant(field, t, h, u, new, G)
         return Step(ReversibleState(new, v_new, f_new, G_new), error, (change, v_new - v), dense)
 
