@@ -83,6 +83,8 @@ class DiscreteAdjoint(Sensealg):
         return replace(settings, h_on_tape=True) if self.through_step_size else settings
 
     def refuse_native(self) -> None:
+        if self.through_step_size:
+            raise Declined("through_step_size=True differentiates the step sizes on the tape")
         if self.tape:
             raise Declined("DiscreteAdjoint(tape=True) records the operations of torch")
 
