@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
@@ -17,8 +18,9 @@ from gradients import DOUBLE, Decay, leaf
 from native_runs import compiled_of, ones, rate_of, run
 from torch import nn
 
+from diffsolve import AutoTsit5, KenCarp4, Rodas5P, Tsit5
+from diffsolve.engines.native import cache, llvm, remembered
 from diffsolve.engines.native import field as field_module
-from diffsolve.engines.native import llvm, remembered
 from diffsolve.engines.native.kernels import kernel
 
 # -- caching -------------------------------------------------------------------------------------
@@ -126,6 +128,52 @@ def test_traces_of_gone_functions_are_forgotten():
     assert len(field_module._by_content) <= field_module._MOST_KEPT
 
 
+def test_what_was_compiled_is_freed_at_once():
+    """Where nothing refers to it: Python's collector might run only after many more."""
+
+    def codes():
+        return sum(1 for x in gc.get_objects() if type(x) is llvm.Code)
+
+    def several(method, first, count):
+        for i in range(first, first + count):
+            u0 = leaf([1.0, 2.0])
+            sol = run(lambda t, u, i=i: -u.roll(1) * (i + 0.456), alg=method, u0=u0)
+            sol.u.sum().backward()
+            del sol
+
+    before = field_module._MOST_KEPT
+    gc.collect()
+    gc.disable()
+    try:
+        field_module._MOST_KEPT = 2
+        field_module._by_content.clear()
+        for method in (Tsit5(), Rodas5P(), KenCarp4(), AutoTsit5()):
+            several(method, 0, 3)
+            few = codes()
+            several(method, 3, 3)
+            assert codes() == few
+        for _ in range(3):
+            several(Tsit5(), 9, 1)
+        objects = len(gc.get_objects())
+        for _ in range(10):  # traces of what is known
+            several(Tsit5(), 9, 1)
+        assert len(gc.get_objects()) < objects + 500
+    finally:
+        gc.enable()
+        field_module._MOST_KEPT = before
+
+
+def test_linkers_are_replaced_and_freed():
+    text = llvm.function_ir("{name}", llvm.FIELD, [], False)
+    linkers = []
+    for i in range(5 * llvm.machine().linker.most):
+        llvm.cached_code(text, lambda: text)  # which is not kept
+        if i % llvm.machine().linker.most == 0:
+            linkers.append(weakref.ref(llvm.machine().linker._jit))
+    # the present one, and that of code which other tests keep
+    assert 5 == len(linkers) >= sum(x() is not None for x in linkers) + 3
+
+
 def test_unhashable_and_unreferable_callables():
     class Rates:
         __slots__ = ("rate",)
@@ -177,7 +225,7 @@ def test_cache_folder(tmp_path):
     run(lambda t, u: -u, u0=leaf([1.0])).u.sum().backward()
     for name in ("advance", "sweep"):  # which take long to build
         begin = kernel(name, "explicit_rk", False).code.name.removeprefix("diffsolve_")
-        (path,) = llvm.cache_folder().glob(f"{begin}*")
+        (path,) = cache.cache_folder().glob(f"{begin}*")
         shutil.copy(path, folder / path.name)
     kernels = {x.name for x in folder.iterdir()}
     first = in_process(DIFFSOLVE_CACHE_DIR=str(folder))
@@ -196,6 +244,133 @@ def test_cache_folder(tmp_path):
         assert (folder / name).stat().st_mtime_ns == times[name]
 
 
+def test_cache_is_cleaned_by_least_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cache, "cache_size", lambda: 50 * 8192.0)
+    names = [f"{i:064x}"[::-1] for i in range(1, 200)]
+    kernel_name = "f" * 64 + cache.KERNEL
+    (tmp_path / "notes.txt").write_text("of the user's" * 100_000)
+    (tmp_path / "folder").mkdir()
+    cache.write(kernel_name, b"k" * 8000)
+    cache.write(names[0], b"0" * 8000)
+    hours = [time.time() - 3600 * n for n in range(10)]
+    for name, age in ((kernel_name, 9), (names[0], 8)):
+        os.utime(tmp_path / name, (hours[age], hours[age]))
+    unfinished = [tmp_path / f"{cache._PREFIX}{x}{cache._SUFFIX}" for x in ("old", "new")]
+    for path, age in zip(unfinished, (2, 0), strict=True):
+        path.write_bytes(b"half")
+        os.utime(path, (hours[age], hours[age]))
+    for i, name in enumerate(names[1:], 1):
+        cache.write(name, bytes([i]) * 8000)
+        os.utime(tmp_path / name, (hours[1] + i, hours[1] + i))
+        if i % 10 == 0:
+            assert cache.read(names[0]) == b"0" * 8000  # used again and again
+            os.utime(tmp_path / names[0], (hours[1] + i, hours[1] + i))
+        files = sum(1 for x in tmp_path.iterdir() if cache._OURS.fullmatch(x.name))
+        assert files <= 50 * 9 / 8 + 2  # it is looked at after each eighth
+    left = {x.name for x in tmp_path.iterdir()}
+    assert {kernel_name, names[0], names[-1], "notes.txt", "folder", unfinished[1].name} <= left
+    assert names[1] not in left and unfinished[0].name not in left
+    kept = [i for i, name in enumerate(names) if i and name in left]
+    assert kept == list(range(kept[0], len(names)))  # those that were used last
+    cache.clean(tmp_path, 0.0)
+    assert not [x for x in tmp_path.iterdir() if cache._OURS.fullmatch(x.name)]
+
+
+def test_size_of_the_cache_is_read_from_the_environment(monkeypatch, caplog):
+    try:
+        for given, size in (("", 250e6), ("2", 2e6), ("0.5", 5e5), ("inf", np.inf), ("0", 0.0)):
+            monkeypatch.setenv("DIFFSOLVE_CACHE_SIZE", given)
+            cache.cache_size.cache_clear()
+            assert cache.cache_size() == size
+        assert not caplog.records
+        for given in ("2 GB", "-1", "nan"):
+            monkeypatch.setenv("DIFFSOLVE_CACHE_SIZE", given)
+            cache.cache_size.cache_clear()
+            assert cache.cache_size() == 250e6
+            assert given in caplog.records[-1].getMessage()
+    finally:
+        cache.cache_size.cache_clear()
+
+
+def test_files_that_are_used_are_marked_each_hour(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
+    cache.write("a" * 64, b"code")
+    for age, marked in ((0.5, False), (2.0, True)):
+        before = time.time() - age * 3600
+        os.utime(tmp_path / ("a" * 64), (before, before))
+        assert cache.read("a" * 64) == b"code"
+        after = (tmp_path / ("a" * 64)).stat().st_mtime
+        assert (after > before + 60) is marked
+
+
+CLEANERS = """
+import os, sys
+from pathlib import Path
+from diffsolve.engines.native import cache
+folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+cache.cache_folder = lambda: folder
+cache.cache_size = lambda: 20 * 4096.0
+for i in range(1500):
+    k = (7 * i + 13 * seed) % 60
+    name = f"{k:02x}" * 32
+    found = cache.read(name)
+    assert found is None or found == bytes([k]) * 3000, found[:20]
+    if found is None:
+        cache.write(name, bytes([k]) * 3000)
+        if i % 5 == seed:
+            cache.clean(folder, cache.cache_size())
+"""
+
+
+def test_processes_that_write_read_and_clean_at_once(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", CLEANERS, str(tmp_path)]
+    running = [subprocess.Popen([*command, str(i)], env=environment) for i in range(3)]
+    running[2].kill()  # at any moment
+    assert [x.wait(120) for x in running[:2]] == [0, 0]
+    running[2].wait()
+    cache.clean(tmp_path, 20 * 4096.0)
+    assert len([x for x in tmp_path.iterdir() if cache._OURS.fullmatch(x.name)]) <= 20
+
+
+def test_full_disk_and_interrupts_leave_nothing_behind(tmp_path, monkeypatch):
+    run(lambda t, u: -u)
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
+
+    def refuse(error):
+        def replace(*args):
+            raise error
+
+        monkeypatch.setattr(cache.os, "replace", replace)
+
+    refuse(OSError(errno.ENOSPC, "No space left on device"))
+    sol = run(lambda t, u: -u * 1.9182)  # compiled for this process
+    assert rate_of(sol) == pytest.approx(1.9182, rel=1e-6)
+    assert not list(tmp_path.iterdir())
+    refuse(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        cache.write("a" * 64, b"code")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+def test_files_that_cannot_be_written_whole(tmp_path):
+    """A process may not write files of more than 100 bytes: no solve minds."""
+    script = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+from diffsolve.engines.native import cache, llvm
+from diffsolve.engines.native.expression import Pool
+pool = Pool()
+out = [llvm.Output("out", 0, pool.input("u", 0) * 3.3)]
+assert llvm.compile_function(llvm.FIELD, out, False).address
+"""
+    in_process(script, DIFFSOLVE_CACHE_DIR=str(tmp_path / "new"))
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_no_folder_for_the_cache(tmp_path, monkeypatch):
     """Compiled for this process alone where nothing can be written, or others could write."""
     blocked = tmp_path / "file"
@@ -206,15 +381,15 @@ def test_no_folder_for_the_cache(tmp_path, monkeypatch):
     try:
         for i, given in enumerate((blocked, blocked / "under", shared)):
             monkeypatch.setenv("DIFFSOLVE_CACHE_DIR", str(given))
-            llvm.cache_folder.cache_clear()
-            assert llvm.cache_folder() is None
+            cache.cache_folder.cache_clear()
+            assert cache.cache_folder() is None
             sol = run(lambda t, u, i=i: -u * (i + 1.7654))
             assert rate_of(sol) == pytest.approx(i + 1.7654, rel=1e-6)
         assert not list(shared.iterdir())
         monkeypatch.setenv("DIFFSOLVE_CACHE_DIR", str(tmp_path / "new" / "folder"))
-        llvm.cache_folder.cache_clear()
-        assert llvm.cache_folder() == tmp_path / "new" / "folder"
-        assert llvm.cache_folder().stat().st_mode & 0o777 == 0o700
+        cache.cache_folder.cache_clear()
+        assert cache.cache_folder() == tmp_path / "new" / "folder"
+        assert cache.cache_folder().stat().st_mode & 0o777 == 0o700
         assert blocked.read_text() == "no folder"
     finally:
-        llvm.cache_folder.cache_clear()
+        cache.cache_folder.cache_clear()

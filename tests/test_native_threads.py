@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from diffsolve import (
     Vern7,
     solve,
 )
+from diffsolve.engines.native.locks import compiling
+from diffsolve.engines.native.trace import _Stance, _uncompiled
 
 
 def oscillator(t, u, p):
@@ -152,3 +155,75 @@ def test_interrupt():
     finally:
         script.kill()
         script.wait()
+
+
+FORKS = """
+import os, random, signal, sys, threading, time, torch, warnings
+warnings.simplefilter("ignore")
+from diffsolve import *
+def solves(seed):
+    draw = random.Random(seed)
+    for _ in range(2):
+        a = draw.random()
+        u0 = torch.ones(4, dtype=torch.float64, requires_grad=True)
+        sol = solve(
+            ODEProblem(lambda t, u: torch.sin(a * u) * torch.exp(-a * u.roll(1)), u0, (0.0, 0.1)),
+            Tsit5(), engine="native",
+        )
+        sol.u[-1].sum().backward()
+solves(0)
+running = True
+def compiles(seed):
+    while running:
+        solves(seed)
+        seed += 1
+threads = [threading.Thread(target=compiles, args=(i,), daemon=True) for i in (10**6, 10**7)]
+for thread in threads:
+    thread.start()
+for i in range(8):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends it where it hangs
+        solves(100 + i)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, i
+print("fine", flush=True)
+# and the process ends while its threads compile
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_forks_while_other_threads_compile():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FORKS]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout) == (0, "fine\n"), found.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_fork_waits_for_the_locks_and_restores_the_stance():
+    import torch._dynamo  # which the stance is of
+
+    inside, leave = threading.Event(), threading.Event()
+
+    def f(t, u):
+        inside.set()
+        leave.wait(60)
+        return -u
+
+    def traces():
+        with _uncompiled():
+            f(0.0, torch.ones(1))
+
+    thread = threading.Thread(target=traces)
+    thread.start()
+    inside.wait(60)
+    child = os.fork()
+    if child == 0:
+        free = _Stance.turn.acquire(timeout=1) and compiling.acquire(timeout=1)
+        stance = torch._dynamo.eval_frame._stance.stance
+        os._exit(0 if free and stance == "default" else 1)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch._dynamo.eval_frame._stance.stance == "default"

@@ -163,10 +163,8 @@ define i64 @plain_kernel(ptr %integers, ptr %reals) {{
 
 def _drop_unused(module: Any, vectorised: bool) -> None:
     """Inline, and drop what nothing calls: Numba's wrappers and error paths."""
-    target = machine().target_machine(2)
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     # loops over two or three numbers get slower by it; long ones are unrolled by hand
     options.loop_vectorization = vectorised
     options.slp_vectorization = True
-    builder = llvm.create_pass_builder(target, options)
-    builder.getModulePassManager().run(module, builder)
+    machine().run_passes(module, options)

@@ -6,8 +6,8 @@ All are made from the expressions of one trace, when they are first asked for.
 from __future__ import annotations
 
 import logging
-import threading
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +18,7 @@ from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.derivative import jacobian, jvp, time_derivative, vjp
 from diffsolve.engines.native.expression import Node, Pool, needed, substitute
 from diffsolve.engines.native.llvm import FIELD, Code, Output, Signature, compile_function
+from diffsolve.engines.native.locks import compiling
 from diffsolve.engines.native.rosenbrock import RosenbrockStep, TooLong
 from diffsolve.solvers.explicit_rk.step import stiffness_stage
 from diffsolve.solvers.explicit_rk.tableau import Stages
@@ -106,6 +107,8 @@ class Compiled:
         Numbers in the state, and in all that ``f`` uses besides.
     size
         Operations of one evaluation.
+    pool
+        Of all expressions that are kept.
     compile_s
         Seconds spent on tracing and compiling so far.
     """
@@ -119,19 +122,19 @@ class Compiled:
         self.size = len(needed(outputs))
         self.blocks = tuple(blocks)
         self.compile_s = 0.0
-        self._outputs, self._pool = outputs, pool
+        self._outputs, self.pool = outputs, pool
         self.templates: dict[Any, Any] = {}  # of solves, kept by the engine
         self.latest_template: tuple[Any, Any, Any] | None = None  # settings, method, template
         self._codes: dict[Any, Code | None] = {}
         self._jacobians: dict[Any, Jacobian] = {}
-        self._lock = threading.RLock()
         pool.most = 10 * _MOST_IN_DERIVATIVE
+        weakref.finalize(self, pool.release).atexit = False
 
     def _code(self, key: Any, make: Callable[[], tuple[Signature, list[Output]] | None]) -> int:
         """Address of a function; 0 if ``make`` says that there is none."""
         code = self._codes.get(key, self)
         if code is self:
-            with self._lock:
+            with compiling:
                 if key not in self._codes:
                     started = time.perf_counter()
                     self._codes[key] = self._compiled(make())
@@ -147,11 +150,14 @@ class Compiled:
         if size > _MOST_IN_DERIVATIVE:
             raise Declined(f"its derivative is too large: {size:,} scalar operations")
         try:
-            return compile_function(signature, outputs, self.single)
+            code = compile_function(signature, outputs, self.single)
         except Exception as error:  # an LLVM that this was not written for
             reason = f"{type(error).__name__}: {error}"
             _log.warning("diffsolve: LLVM could not compile a right-hand side: %s", reason)
             raise Declined(f"LLVM could not compile it, {reason}") from error
+        for pool in {y.node.pool for y in outputs} - {self.pool}:
+            pool.release()
+        return code
 
     # -- the right-hand side and its products ----------------------------------------------------
 
@@ -170,7 +176,7 @@ class Compiled:
         self, active: tuple[bool, ...], w: Sequence[Node]
     ) -> tuple[list[Node], dict[int, Node]]:
         """``J^T w``, and for entries of the parameters those of ``f_p^T w`` that are not zero."""
-        pool, wanted = self._pool, self.active_entries(active)
+        pool, wanted = self.pool, self.active_entries(active)
         wrt = [*pool.inputs("u", self.n), *[pool.input("p", i) for i in wanted]]
         found = vjp(self._outputs, w, wrt)
         by_state = [pool.const(0.0) if x is None else x for x in found[: self.n]]
@@ -183,7 +189,7 @@ class Compiled:
         return [i for (offset, count), on in blocks if on for i in range(offset, offset + count)]
 
     def _vjp_outputs(self, active: tuple[bool, ...]) -> list[Output]:
-        w = list(self._pool.inputs("w", self.n))
+        w = list(self.pool.inputs("w", self.n))
         by_state, by_entry = self._products(active, w)
         outputs = [Output("u_bar", i, x) for i, x in enumerate(by_state)]
         return outputs + [Output("p_bar", i, x, add=True) for i, x in by_entry.items()]
@@ -199,7 +205,7 @@ class Compiled:
     def _adjoint(
         self, active: tuple[bool, ...], with_state: bool
     ) -> tuple[Signature, list[Output]]:
-        pool, n = self._pool, self.n
+        pool, n = self.pool, self.n
         bars = list(pool.inputs("w", n))
         by_state, by_entry = self._products(active, bars)
         values = [-x for x in by_state]
@@ -222,7 +228,7 @@ class Compiled:
         """``jac(t, u, p, out)`` of the right-hand side."""
 
         def make() -> Jacobian:
-            pool = self._pool
+            pool = self.pool
             entries = jacobian(self._outputs, list(pool.inputs("u", self.n)))
             return Jacobian(pool, entries, time_derivative(self._outputs, pool.input("t", 0)))
 
@@ -231,7 +237,7 @@ class Compiled:
     def _jacobian(self, key: Any, make: Callable[[], Jacobian]) -> Jacobian:
         found = self._jacobians.get(key)
         if found is None:
-            with self._lock:
+            with compiling:
                 found = self._jacobians.get(key)
                 if found is None:
                     found = made = make()
@@ -244,7 +250,7 @@ class Compiled:
         return self._code("jvp", lambda: (_JVP, self._jvp_outputs()))
 
     def _jvp_outputs(self) -> list[Output]:
-        pool = self._pool
+        pool = self.pool
         pairs = zip(pool.inputs("u", self.n), pool.inputs("v", self.n), strict=True)
         found = jvp(self._outputs, dict(pairs))
         return [Output("out", i, pool.const(0.0) if x is None else x) for i, x in enumerate(found)]
@@ -256,7 +262,7 @@ class Compiled:
         )
 
     def _jacobian_vjp_outputs(self, active: tuple[bool, ...]) -> list[Output]:
-        pool, n = self._pool, self.n
+        pool, n = self.pool, self.n
         values = self.jacobian().nodes
         places = [("u", i) for i in range(n)] + [("p", i) for i in self.active_entries(active)]
         wrt = [pool.input(*place) for place in places]
@@ -329,7 +335,7 @@ class Compiled:
 
     def _step_nodes(self, stages: Stages) -> tuple[Pool, dict[str, list[Node]]]:
         """Rows of results of a step: the stages from the second on, and what ``_STEP`` lists."""
-        pool, n = Pool(self._pool.dtype, 20 * _MOST_IN_STEP), self.n
+        pool, n = Pool(self.pool.dtype, 20 * _MOST_IN_STEP), self.n
         h = pool.input("h", 0)
         u = list(pool.inputs("u", n))
         k = [list(pool.inputs("k", n))]

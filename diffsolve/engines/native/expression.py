@@ -157,6 +157,10 @@ class Pool:
         self.nodes: list[Node] = []
         self._table: dict[Any, Node] = {}
 
+    def release(self) -> None:
+        """Let go of the nodes, which refer to it: they are then freed at once, with their users."""
+        self.nodes, self._table, self.most = [], {}, 0
+
     def _make(self, op: str, args: tuple[Node, ...], data: Any = None) -> Node:
         key = (op, *[a.index for a in args]) if data is None else (op, data)
         node = self._table.get(key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from diffsolve.engines.native.code_reads import Watch
 from diffsolve.engines.native.compiled import Compiled
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.expression import content
+from diffsolve.engines.native.locks import tables
 from diffsolve.engines.native.objects import PLAIN
 from diffsolve.engines.native.remembered import (
     CONTAINERS,
@@ -44,7 +44,6 @@ from diffsolve.problems.capture import Probe, reachable_tensors, reached_leaves
 from diffsolve.problems.vector_field import VectorField
 
 _MOST_KEPT = 64  # compiled right-hand sides that nothing else holds on to
-_lock = threading.RLock()
 _by_content: OrderedDict[Any, Compiled] = OrderedDict()
 
 
@@ -279,7 +278,7 @@ def _traced(
 
 
 def _compiled(key: Any, graph: Graph, single: bool, known: Known, guard: bool) -> Compiled:
-    with _lock:
+    with tables:
         compiled = _by_content.get(key)
         if compiled is None:
             known.must_compile(guard)

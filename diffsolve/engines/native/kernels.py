@@ -11,6 +11,7 @@ from pathlib import Path
 import diffsolve
 from diffsolve.engines.native import llvm
 from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.native.locks import compiling
 
 _log = logging.getLogger("diffsolve")
 _ROOT = Path(diffsolve.__file__).parent
@@ -47,9 +48,11 @@ def kernel(name: str, family: str, single: bool) -> Kernel:
     of the codes that are listed there.
     """
     try:
-        with llvm.lock:
+        with compiling:
             code = llvm.cached_code(
-                f"{name} {family} {single}\n{_source(family)}", lambda: _build(name, family, single)
+                f"{name} {family} {single}\n{_source(family)}",
+                lambda: _build(name, family, single),
+                is_kernel=True,
             )
     except Exception as error:  # a Numba or an LLVM that this was not written for
         reason = f"{type(error).__name__}: {error}"

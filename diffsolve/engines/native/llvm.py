@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
-import logging
 import math
-import os
 import struct
-import sys
-import tempfile
-import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from diffsolve.engines.native.cache import KERNEL, read, write
 from diffsolve.engines.native.expression import COMPARE, Node, needed
 from diffsolve.engines.native.groups import in_groups
+from diffsolve.engines.native.locks import compiling
 from diffsolve.engines.native.vector_math import definitions, function_name
 
 #: Raised by one whenever the generated code changes for the same graph.
 _FORMAT = 1
 _BLOCK = 150  # lines of IR in a basic block
 NEVER = "%never = icmp eq ptr %u, null"
-_CHECKSUM = 32  # bytes of it before each object file
-lock = threading.RLock()
-_log = logging.getLogger("diffsolve")
-_serial = itertools.count()  # a library's name is not free again when it is unloaded
 
 
 @dataclass(frozen=True)
@@ -356,7 +348,7 @@ class _Machine:
         self.cpu = llvm.get_host_cpu_name()
         self.features = llvm.get_host_cpu_features().flatten()
         self.target = llvm.Target.from_default_triple()
-        self.jit = llvm.create_lljit_compiler(self.target_machine(2))
+        self.linker = _Linker(self)
         version = ".".join(map(str, llvm.llvm_version_info))
         self.identity = f"{_FORMAT} {llvmlite.__version__} {version} {self.cpu} {self.features}"
 
@@ -365,10 +357,56 @@ class _Machine:
             cpu=self.cpu, features=self.features, opt=level, reloc="pic", jit=True
         )
 
+    def run_passes(self, module: Any, options: Any, level: int = 2) -> None:
+        """Simplify a module, by LLVM's pipeline with these options."""
+        builder = self.llvm.create_pass_builder(self.target_machine(level), options)
+        passes = builder.getModulePassManager()
+        passes.run(module, builder)
+        # llvmlite has what frees it, but an empty method of a base comes before (50 kB each time)
+        if type(passes)._dispose is self.llvm.ffi.ObjectRef._dispose:
+            self.llvm.newpassmanagers.NewPassManager._dispose(passes)
+
 
 @functools.cache
-def machine() -> Any:
+def _machine() -> _Machine:
     return _Machine()
+
+
+def machine() -> Any:
+    with compiling:
+        return _machine()
+
+
+class _Linker:
+    """Loads object files.
+
+    What LLVM notes of a library stays with its linker when the library is unloaded, and its name
+    is not free again. So there is a new linker after some libraries; an old one lives as long as
+    code that it loaded.
+    """
+
+    most = 32  # libraries
+
+    def __init__(self, machine: _Machine):
+        self._machine, self._count = machine, self.most
+
+    def load(self, name: str, object_file: bytes) -> tuple[Any, Any]:
+        """The library, and the linker that it needs."""
+        llvm = self._machine.llvm
+        while _unused:
+            library, _linker = _unused.popleft()
+            library.close()
+        if self._count == self.most:
+            self._jit = llvm.create_lljit_compiler(self._machine.target_machine(2))
+            self._count = 0
+        self._count += 1
+        builder = llvm.JITLibraryBuilder().add_object_img(object_file)
+        builder = builder.export_symbol(name).add_current_process()
+        return builder.link(self._jit, f"{name}_{self._count}"), self._jit
+
+
+#: Libraries to unload. Objects die in any thread at any time, where no lock must be waited for.
+_unused: deque[tuple[Any, Any]] = deque()
 
 
 class Code:
@@ -376,18 +414,11 @@ class Code:
 
     def __init__(self, name: str, object_file: bytes):
         self.name = name
-        llvm = machine().llvm
-        with lock:
-            builder = llvm.JITLibraryBuilder().add_object_img(object_file)
-            builder = builder.export_symbol(name).add_current_process()
-            self._tracker = builder.link(machine().jit, f"{name}_{next(_serial)}")
-        self.address = int(self._tracker[name])
-        weakref.finalize(self, _unload, self._tracker)
-
-
-def _unload(tracker: Any) -> None:
-    with lock:
-        tracker.close()
+        with compiling:
+            library, linker = machine().linker.load(name, object_file)
+        self.address = int(library[name])
+        # not at exit: a thread may be running it
+        weakref.finalize(self, _unused.append, (library, linker)).atexit = False
 
 
 def compile_function(
@@ -406,101 +437,33 @@ def compile_function(
 
 
 def cached_code(
-    content: str, make_ir: Callable[[], str], passes: bool = False, level: int = 2
+    content: str,
+    make_ir: Callable[[], str],
+    passes: bool = False,
+    level: int = 2,
+    is_kernel: bool = False,
 ) -> Code:
     """Machine code that was compiled before from the same ``content``, or is from ``make_ir()``.
 
     In the IR the function's name stands as ``{name}``. ``passes``: whether LLVM is to simplify it.
     """
     key = hashlib.sha256(f"{machine().identity}\n{content}".encode()).hexdigest()
-    name = f"diffsolve_{key[:24]}"
-    found = _read(key)
+    name, file = f"diffsolve_{key[:24]}", key + KERNEL if is_kernel else key
+    found = read(file)
     if found is None:
         found = _compiled(make_ir().replace("{name}", name, 1), passes, level)
-        _write(key, found)
+        write(file, found)
     return Code(name, found)
 
 
 def _compiled(text: str, passes: bool, level: int) -> bytes:
-    llvm = machine().llvm
-    with lock:
+    with compiling:
+        llvm = machine().llvm
         module = llvm.parse_assembly(text)
         module.verify()
-        target = machine().target_machine(level)
         if passes:
             options = llvm.create_pipeline_tuning_options(speed_level=1)
             options.slp_vectorization = False  # takes seconds on long straight code, for nothing
             options.loop_vectorization = False
-            builder = llvm.create_pass_builder(target, options)
-            builder.getModulePassManager().run(module, builder)
-        return target.emit_object(module)
-
-
-# -- the cache on disk ---------------------------------------------------------------------------
-
-
-@functools.cache
-def cache_folder() -> Path | None:
-    """Where compiled code is kept, or None where that cannot be written.
-
-    ``DIFFSOLVE_CACHE_DIR`` if it is set, else the user's folder for caches. Only its owner may
-    write there, because what lies there is run.
-    """
-    given = os.environ.get("DIFFSOLVE_CACHE_DIR")
-    if given:
-        folder = Path(given)
-    elif sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "diffsolve" / "cache"
-    elif sys.platform == "darwin":
-        folder = Path.home() / "Library" / "Caches" / "diffsolve"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffsolve"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        problem = "" if os.access(folder, os.W_OK) else "it cannot be written"
-        if not problem and not _is_private(folder):
-            problem = "others than its owner may write there"
-    except (OSError, RuntimeError) as error:
-        problem = str(error)
-    if problem:
-        _log.warning(
-            "diffsolve: compiled code is not kept in %s, and is made anew in each process: %s. "
-            "Set DIFFSOLVE_CACHE_DIR to a folder of your own.",
-            folder,
-            problem,
-        )
-    return None if problem else folder
-
-
-def _is_private(path: Path) -> bool:
-    if not hasattr(os, "getuid"):
-        return True
-    status = path.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022
-
-
-def _read(key: str) -> bytes | None:
-    folder = cache_folder()
-    if folder is None:
-        return None
-    try:
-        if not _is_private(folder / key):
-            return None
-        data = (folder / key).read_bytes()
-    except OSError:
-        return None
-    body = data[_CHECKSUM:]
-    return body if hashlib.sha256(body).digest() == data[:_CHECKSUM] else None
-
-
-def _write(key: str, body: bytes) -> None:
-    folder = cache_folder()
-    if folder is None:
-        return
-    try:
-        handle, path = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(body).digest() + body)
-        os.replace(path, folder / key)  # at once: another process may read
-    except OSError:
-        return
+            machine().run_passes(module, options, level)
+        return machine().target_machine(level).emit_object(module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import types
 import weakref
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from diffsolve.engines.native.changing_numbers import numbers_of, with_inputs
 from diffsolve.engines.native.code_reads import Plan, Watch
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.expression import Node, Pool, needed
+from diffsolve.engines.native.locks import tables
 from diffsolve.engines.native.objects import outline
 from diffsolve.engines.native.surroundings import Source, Survey
 from diffsolve.engines.native.trace import Trace
@@ -35,7 +35,6 @@ _OTHERS = (
 )
 _DRAWS = "f gives other values at each evaluation: it draws random numbers, and not by torch"
 HIDDEN = "it changed in a way that could not be seen"
-lock = threading.RLock()
 by_function: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -132,7 +131,7 @@ _by_code: OrderedDict[Any, Known] = OrderedDict()
 def match(known: Known, around: Any) -> tuple[Any, Survey] | None:
     """The entry that holds, and what was found around ``f``."""
     surveys: dict[int, Survey] = {}
-    with lock:
+    with tables:
         entries = [x for x in known if not x.unknown]
     for entry in entries:
         survey = surveys.get(id(entry.plan))
@@ -155,7 +154,7 @@ def settle(entry: Any, survey: Survey, around: Any, reason: str) -> None:
 
 def refuse_known(known: list[Any], around: Any) -> None:
     """Refuse a function that was declined again and again, but for the numbers that it reads."""
-    with lock:
+    with tables:
         refused = [x for x in known if x.declined and x.to_skip > 0]
     for entry in refused:
         if entry.outline == outline(Survey(entry.plan, around).items):
@@ -164,7 +163,7 @@ def refuse_known(known: list[Any], around: Any) -> None:
 
 
 def remember(known: list[Any], entry: Any) -> None:
-    with lock:
+    with tables:
         if entry.declined:
             before = [x for x in known if x.declined and x.outline == entry.outline]
             entry.refusals = 1 + max((x.refusals for x in before), default=0)
@@ -184,7 +183,7 @@ def remember(known: list[Any], entry: Any) -> None:
 
 def known_of(key: Any) -> Known:
     """What is remembered of a piece of code, the latest first."""
-    with lock:
+    with tables:
         known = _by_code.get(key)
         if known is None:
             known = _by_code[key] = Known()
@@ -340,5 +339,5 @@ def described(
 def _plan_of(watch: Watch, known: list[Any]) -> Plan:
     """Where to look; the same for all traces in which the same code ran."""
     plan = watch.plan()
-    with lock:
+    with tables:
         return next((x.plan for x in known if x.plan.is_that_of(plan)), plan)

@@ -7,8 +7,8 @@ Drift and diffusion are routines of ``rows.py``, and so are their products with 
 from __future__ import annotations
 
 import logging
-import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +16,7 @@ from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.derivative import vjp
 from diffsolve.engines.native.expression import Node, Pool, needed
 from diffsolve.engines.native.llvm import Code, Output, lanes_of
+from diffsolve.engines.native.locks import compiling
 from diffsolve.engines.native.row_functions import TooWide, compile_rows
 from diffsolve.engines.native.rows import Array, Each, Routine
 from diffsolve.engines.native.stochastic_step import (
@@ -35,6 +36,12 @@ Nodes = list[Node]
 
 def _reads_time(nodes: Nodes) -> bool:
     return any(x.op == "input" and x.data[0] == "t" for x in needed(nodes))
+
+
+def _release(pool: Pool, steps: dict[Any, Step]) -> None:
+    pool.release()
+    for step in steps.values():
+        step.pool.release()
 
 
 class Functions:
@@ -98,15 +105,15 @@ class Functions:
         self._codes: dict[Any, Code] = {}
         self._routines: dict[Any, Routine] = {}
         self._steps: dict[Any, Step] = {}
-        self._lock = threading.RLock()
         pool.most = 10 * MOST_IN_DERIVATIVE
+        weakref.finalize(self, _release, pool, self._steps).atexit = False
 
     # -- code --------------------------------------------------------------------------------------
 
     def _code(self, key: Any, make: Callable[[], Routine]) -> int:
         code = self._codes.get(key)
         if code is None:
-            with self._lock:
+            with compiling:
                 code = self._codes.get(key)
                 if code is None:
                     started = time.perf_counter()

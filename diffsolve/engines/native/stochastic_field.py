@@ -8,7 +8,6 @@ comparing it with torch at the whole batch, at a state that varies from path to 
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from diffsolve.engines.native.expression import (
     substitute,
 )
 from diffsolve.engines.native.field import NativeField
+from diffsolve.engines.native.locks import tables
 from diffsolve.engines.native.remembered import (
     HIDDEN,
     Entry,
@@ -61,7 +61,6 @@ from diffsolve.problems.structure import StateStructure
 
 _MOST_BETWEEN = 20  # stops: times between two of them
 _MOST_KEPT = 64
-_lock = threading.RLock()
 _by_content: OrderedDict[Any, Functions] = OrderedDict()
 _COUPLED = (
     "f or g treats the paths of a batch together, or has parameters of their own for each: {why}"
@@ -276,7 +275,7 @@ def _traced(
     drift, diffusion = graph.outputs[: len(drift)], graph.outputs[len(drift) :]
     key = (single, *kind, graph.blocks, content(graph.outputs))
     try:
-        with _lock:
+        with tables:
             compiled = _by_content.get(key)
             if compiled is None:
                 known.must_compile(guard)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from torch import Tensor
 from diffsolve.engines.native.blocks import Block
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.kernels import kernel
+from diffsolve.engines.native.locks import tables
 from diffsolve.engines.native.memory import Memory
 from diffsolve.engines.native.method import address, set_controller
 from diffsolve.engines.native.stochastic import Functions
@@ -37,7 +39,6 @@ _MOST_AHEAD = 4_096  # normals that are drawn at once
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python
 _FIRST_INTERVALS = 8
 _pools: dict[int, ThreadPoolExecutor] = {}
-_lock = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)  # whose threads stay behind
 
@@ -82,7 +83,8 @@ class StochasticTemplate:
         self.formulas = step_method(alg, noise, simple)
         self.method: Any = _Method(self.formulas)
         self.order = alg.order
-        self.compiled, self.settings = compiled, settings
+        self._compiled = weakref.ref(compiled)  # which keeps the template
+        self.settings = settings
         self.integers = integers = array("q", self.method.integers.tobytes())
         self.reals = reals = array("d", bytes(8 * L.N_REALS))
         set_controller(settings.controller, integers, reals)
@@ -111,7 +113,7 @@ class StochasticTemplate:
 
     def operations(self, rows: int) -> float:
         """Operations of a step of so many paths, about; a normal takes fifty."""
-        compiled = self.compiled
+        compiled: Any = self._compiled()
         return rows * (compiled.size * self.method.n + 50.0 * compiled.m)
 
     def reverse(self, compiled: Functions, active: tuple[bool, ...], estimates: bool = False):
@@ -369,7 +371,7 @@ class Crew:
 
 
 def _pool(count: int) -> ThreadPoolExecutor:
-    with _lock:
+    with tables:
         found = _pools.get(count)
         if found is None:
             found = _pools[count] = ThreadPoolExecutor(count, "diffsolve")

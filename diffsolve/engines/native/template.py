@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,7 +97,7 @@ class Template:
             limit, stiff, alg = LIMIT * alg.stability_size, alg.stiff, alg.nonstiff
             own = settings.controller_stiff or settings.controller
             theirs = replace(settings, controller=own, controller_stiff=None)
-            self.other = lambda: template(compiled, stiff, theirs)
+            self.other = partial(_template_of, weakref.ref(compiled), stiff, theirs)
             self.stiff = stiff
         self.method = method_of(alg)
         methods = [self.method, method_of(self.stiff)] if self.stiff else [self.method]
@@ -110,7 +112,7 @@ class Template:
         self.reals = reals = array("d", bytes(8 * L.N_REALS))
         set_controller(settings.controller, integers, reals)
         self.held: dict[int, Any] = {}
-        self.compiled = compiled
+        self._compiled = weakref.ref(compiled)  # which keeps the template
         self.dtype = _FLOAT32 if compiled.single else _FLOAT64
         self.settings = settings  # whose identities the cache goes by
         self.advance = kernel("advance", self.method.family, compiled.single)
@@ -150,6 +152,12 @@ class Template:
         integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
         reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
         reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
+
+    @property
+    def compiled(self) -> Compiled:
+        found = self._compiled()
+        assert found is not None
+        return found
 
     def reverse(self, compiled: Compiled, active: tuple[bool, ...]) -> Reverse:
         """Product with the Jacobian, the reverse of a step and of the Jacobian, and the kernel."""
@@ -325,6 +333,10 @@ def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template
     found = _find_template(compiled, alg, settings)
     compiled.latest_template = settings, key, found
     return found
+
+
+def _template_of(compiled: Callable[[], Any], alg: Algorithm, settings: Settings) -> Template:
+    return template(compiled(), alg, settings)
 
 
 def _find_template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:

@@ -139,12 +139,34 @@ def _uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with _stance, torch.compiler.set_stance("force_eager"):
-        yield
+    with _Stance.turn:
+        stance = torch.compiler.set_stance("force_eager")
+        _Stance.taken.append((threading.get_ident(), stance))
+        try:
+            with stance:
+                yield
+        finally:
+            _Stance.taken.pop()
 
 
-#: The stance is one for all threads: they take turns, so that each restores the right one.
-_stance = threading.RLock()
+class _Stance:
+    """The stance is one for all threads: they take turns, so that each restores the right one."""
+
+    turn = threading.RLock()
+    taken: list[tuple[int, Any]] = []  # noqa: RUF012  # by which threads
+
+
+def _restore_for_others() -> None:
+    """Restore the stance in a forked child, where the threads that changed it are not."""
+    others = [stance for thread, stance in _Stance.taken if thread != threading.get_ident()]
+    if others:
+        _Stance.turn, _Stance.taken = threading.RLock(), []
+        for stance in reversed(others):
+            stance.__exit__(None, None, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_restore_for_others)
 
 
 def _stand_in(p: Any, tracer: Tracer) -> Any:
