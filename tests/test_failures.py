@@ -6,6 +6,7 @@ A solve must never hang: those that could go on for long have ``maxiters``.
 from __future__ import annotations
 
 import math
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from diffsolve import (
     RK4,
     DiscreteAdjoint,
     Euler,
+    KenCarp4,
     ODEProblem,
     PIController,
     ReturnCode,
@@ -369,6 +371,112 @@ def test_stiffness_is_named_as_the_cause() -> None:
     prob = problem(lambda t, u: -1e6 * (u - torch.cos(t)), tspan=(0.0, 10.0))
     with pytest.raises(SolveError, match=r"stability.*stiff method"):
         solve(prob, Tsit5(), maxiters=300)
+
+
+# -- diagnoses: the same sentences on both engines -----------------------------------------------
+
+ENGINES = pytest.mark.parametrize("engine", ["torch", "native"])
+
+
+def said(prob: ODEProblem, engine: str, alg: Any = None, **options: Any) -> str:
+    with pytest.raises(SolveError) as caught:
+        solve(prob, alg or Tsit5(), engine=engine, **options)
+    return str(caught.value)
+
+
+@ENGINES
+def test_a_long_span_is_not_called_stiff(engine: str) -> None:
+    # h times the stiffness is 0.9, and 0.15 for Vern9 at a tight tolerance
+    prob = problem(lambda t, u: torch.stack([u[1], -u[0]]), tspan=(0.0, 1e5))
+    for alg, tol in ((Tsit5(), 1e-3), (Vern9(), 1e-12)):
+        message = said(prob, engine, alg, maxiters=200, rtol=tol, atol=tol)
+        assert "stiff method" not in message and "stability, not" not in message
+        assert re.search(r"% of it took 200 steps.*Raise maxiters, loosen rtol and atol", message)
+    # nor is an implicit method told to take one
+    prob = problem(lambda t, u: -1e6 * (u - torch.cos(1e3 * t)), tspan=(0.0, 1e3))
+    assert "stiff method" not in said(prob, engine, KenCarp4(), maxiters=200)
+
+
+@ENGINES
+def test_nan_that_makes_steps_be_rejected_is_named(engine: str) -> None:
+    prob = problem(
+        lambda t, u: torch.where(u > 5, math.nan, u * u), torch.tensor([0.1, 2.0], dtype=F64)
+    )  # u = 1 / (1 / 2 - t) is 5 at t = 0.3
+    message = said(prob, engine, maxiters=2000)
+    assert re.search(r"rejected, and f gives NaN.*t = 0\.300.*u\[1\].*check f", message)
+
+
+@ENGINES
+def test_nan_inputs_are_named(engine: str) -> None:
+    bad = torch.tensor([1.0, math.nan], dtype=F64)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2)).double()
+    with torch.no_grad():
+        net[0].bias[1] = math.nan
+    cases = [
+        (problem(lambda t, u, p: -p * u, p=bad), "p"),
+        (problem(lambda t, u, p: -p["a"][1] * u, p={"a": [bad[:1], bad]}), "p['a'][1]"),
+        (problem(lambda t, u: net(u)), "net.0.bias"),
+        (problem(lambda t, u: -bad * u), "bad"),
+    ]
+    for prob, name in cases:
+        assert f"NaN in {name}, which f uses" in said(prob, engine)
+
+
+@ENGINES
+def test_where_f_gives_nan_is_named(engine: str) -> None:
+    weights = torch.tensor([[0.0], [1.0]], dtype=F64)
+    one_row = problem(
+        lambda t, u: u * torch.where(weights > 0, torch.log(1 - t), 1.0),
+        torch.ones(2, 3, dtype=F64),
+        tspan=(0.0, 3.0),
+    )
+    message = said(one_row, engine, dt=0.3, adaptive=False)
+    assert re.search(r"f gives NaN or Inf .*t = 1.*in the component of u\[1, 0\]", message)
+    tree = {"a": torch.ones(2, dtype=F64), "b": torch.tensor(1.0, dtype=F64)}
+    prob = problem(lambda t, u: {"a": -u["a"], "b": torch.sqrt(0.5 - t)}, tree)
+    assert "in the component of u['b']" in said(prob, engine)
+
+
+@ENGINES
+def test_jumps_are_told_from_stiffness_and_singularities(engine: str) -> None:
+    # by time: where, to nine digits
+    prob = problem(lambda t, u: torch.where(t < 0.51234567, -u, 1e9))
+    message = said(prob, engine, dtmin=1e-6)
+    assert "f jumps at t = 0.51234567, in the component of u[0]" in message and "tstops" in message
+    # by the state: a friction that holds it at zero
+    message = said(problem(lambda t, u: 0.3 - u.sign(), tspan=(0.0, 9.0)), engine, maxiters=1000)
+    assert "f jumps as the state changes" in message and "stiff method" not in message
+    # a steep but continuous f, and one that grows beyond all bounds, do not jump
+    for f in (lambda t, u: -1e6 * (u - torch.cos(t)), lambda t, u: (1 - t) ** -3 * u):
+        message = said(problem(f, tspan=(0.0, 2.0)), engine, maxiters=300)
+        assert "jumps" not in message
+
+
+@ENGINES
+def test_the_row_of_a_batch_that_needs_the_steps_is_named(engine: str) -> None:
+    rates = torch.tensor([[1.0], [2.0], [1e7], [3.0]], dtype=F64)
+    prob = problem(lambda t, u: -rates * (u - torch.cos(t)), torch.ones(4, 2, dtype=F64))
+    assert "row 2 of the batch, u[2]" in said(prob, engine, maxiters=300)
+    same = problem(lambda t, u: -1e7 * (u - torch.cos(t)), torch.ones(4, 2, dtype=F64))
+    assert "of the batch" not in said(same, engine, maxiters=300)
+
+
+@ENGINES
+def test_looking_around_does_not_count_as_evaluations(engine: str) -> None:
+    sol = solve(
+        problem(lambda t, u: -1e6 * u), Tsit5(), engine=engine, maxiters=50, throw=False, dt=1e-6
+    )
+    assert sol.stats.nf <= 50 * 6 + 3
+
+
+def test_an_error_of_f_beside_the_point_does_not_hide_the_failure() -> None:
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        if float(t) > 0.1:
+            raise ZeroDivisionError
+        return -u
+
+    with pytest.raises(SolveError, match="10 steps were not enough"):
+        solve(problem(f), Tsit5(), engine="torch", maxiters=10, dtmax=9e-3)
 
 
 def test_dtmin_names_itself() -> None:

@@ -51,6 +51,7 @@ class ReverseField(VectorField, ABC):
         Size of the first reverse step, or None.
     """
 
+    is_of_user = False
     pins: Sequence[float] = ()
     first_size: float | None = None
 

@@ -95,7 +95,7 @@ class Job:
             )
         else:
             found = native.integrate(
-                self.native, self.alg, u0, *span, self.settings, wanted, self.field.breaks
+                self.native, self.alg, u0, *span, self.settings, wanted, self.field
             )
         self.stats.kernel_s = found.kernel_s
         return found

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffsolve.engines.diagnosis import explain
+from diffsolve.engines.diagnosis import Failure, explain
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
@@ -574,19 +574,27 @@ class _Loop:
             estimates = replace(estimates, stiffness=stiffness)
         self.result.retcode = code
         self.result.message = explain(
-            code,
-            t=_plain(self.t),
-            h=_plain(self.size),
-            t1=_plain(self.t1),
-            alg=self.alg.name,
-            estimates=estimates,
-            dtmin=self.settings.dtmin,
-            maxiters=self.settings.maxiters,
-            adaptive=self.settings.adaptive,
-            state=self.state[0],
-            trouble=self.trouble,
-            own_jacobian=self.alg.is_implicit and self.rhs.jac is not None,
-            noisy=isinstance(self.rhs, SDEField),
+            Failure(
+                code,
+                t0=_plain(self.t0),
+                t=_plain(self.t),
+                t1=_plain(self.t1),
+                h=_plain(self.size),
+                tried=_plain(self.h),
+                alg=self.alg,
+                tolerance=self.settings.tolerance,
+                adaptive=self.settings.adaptive,
+                dtmin=self.settings.dtmin,
+                maxiters=self.settings.maxiters,
+                attempts=self.attempts,
+                rejected=self.result.nreject,
+                estimates=estimates,
+                state=self.state[0],
+                trouble=self.trouble,
+                own_jacobian=self.alg.is_implicit and self.rhs.jac is not None,
+                noisy=isinstance(self.rhs, SDEField),
+                field=self.rhs if self.rhs.is_of_user else None,
+            )
         )
 
 

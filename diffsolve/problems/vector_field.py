@@ -95,6 +95,8 @@ class VectorField:
     largest_matrix = 5000
     first_order = False
     work = 0
+    #: Whether messages may speak of it as ``f``.
+    is_of_user = True
     breaks: tuple[float, ...] = ()
     span_end = math.nan
     low_eps = 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import marshal
 import math
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -18,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from diffsolve.engines.native.expression import Node, Pool, needed
+from diffsolve.engines.native.locks import tables
 
 _MOST = 1_000
-_lock = threading.Lock()
 #: For graphs that are equal but for their constants: these, and which of them have changed.
 _families: OrderedDict[bytes, tuple[list[str], set[int]]] = OrderedDict()
 _COMMON = {0.0, 0.5, 1.0, 2.0}  # as likely the code's own
@@ -60,7 +59,7 @@ def with_inputs(
         return list(outputs), []
     values = [repr(x.data) for x in constants]
     family = _family(order, outputs, kind)
-    with _lock:
+    with tables:
         known = _families.get(family)
         if known is None:
             changing = {i for i, x in enumerate(constants) if abs(x.data) in expected}

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.diagnosis import explain
+from diffsolve.engines.diagnosis import Failure, explain
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.kernels import kernel
 from diffsolve.engines.native.memory import Counts, Memory
 from diffsolve.engines.native.switching import join_dense
 from diffsolve.engines.native.template import Wanted
 from diffsolve.engines.torch_engine import Settings, progress_bar
+from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import ReturnCode, Steps
 from diffsolve.solvers.algorithm import Algorithm, Trouble
 from diffsolve.solvers.interpolation import DenseOutput
@@ -124,7 +126,7 @@ def integrate(
     t1: float,
     settings: Settings,
     wanted: Wanted,
-    breaks: Sequence[float] = (),
+    field: VectorField,
 ) -> NativeTrajectory:
     """Integrate from ``t0`` to ``t1`` in machine code.
 
@@ -134,7 +136,7 @@ def integrate(
         With the partial result and the reason where the solve failed.
     """
     made = native.template
-    memory = Memory(native, made, native.compiled.n, native.params, breaks, wanted=wanted)
+    memory = Memory(native, made, native.compiled.n, native.params, field.breaks, wanted=wanted)
     memory.span(t0, t1, settings.tstops)
     memory.start(u0)
     other = made.other
@@ -168,7 +170,7 @@ def integrate(
         memory=memory,
     )
     if status != L.DONE:
-        found.message = message_of(status, memory, alg, settings, t1)
+        found.message = message_of(status, memory, alg, settings, (t0, t1), field)
     memory.give_back_work()
     del held[L.START]
     held.pop(L.MATRIX, None)
@@ -179,26 +181,43 @@ def integrate(
     return found
 
 
-def message_of(status: int, memory: Memory, alg: Algorithm, settings: Settings, t1: float) -> str:
-    reals = memory.reals
+def message_of(
+    status: int,
+    memory: Memory,
+    alg: Algorithm,
+    settings: Settings,
+    span: tuple[float, float],
+    field: VectorField | None = None,
+) -> str:
+    """Why a solve failed; ``field``: the user's right-hand side, if that is what was solved."""
+    reals, integers = memory.reals, memory.integers
     last = None
-    if memory.integers[L.ATTEMPTS]:
+    if integers[L.ATTEMPTS]:
         stiffness = reals[L.LAST_STIFFNESS]
-        if memory.integers[L.STABLE] and abs(reals[L.LAST_H]) >= reals[L.STABLE_SIZE]:
+        if integers[L.STABLE] and abs(reals[L.LAST_H]) >= reals[L.STABLE_SIZE]:
             stiffness = max(stiffness, reals[L.STABLE_RATE])
         last = Estimates(reals[L.LAST_ERROR], 0.0, stiffness)
     return explain(
-        RETCODES[status],
-        t=reals[L.T],
-        h=reals[L.SIZE],
-        t1=t1,
-        alg=alg.name,
-        estimates=last,
-        dtmin=settings.dtmin,
-        maxiters=settings.maxiters,
-        adaptive=settings.adaptive,
-        state=memory.state(),
-        trouble=_TROUBLES.get(int(memory.integers[L.FAILURE])),
+        Failure(
+            RETCODES[status],
+            t0=span[0],
+            t=reals[L.T],
+            t1=span[1],
+            h=reals[L.SIZE],
+            tried=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
+            alg=alg,
+            tolerance=settings.tolerance,
+            adaptive=settings.adaptive,
+            dtmin=settings.dtmin,
+            maxiters=settings.maxiters,
+            attempts=integers[L.ATTEMPTS],
+            rejected=integers[L.REJECTED],
+            estimates=last,
+            state=memory.state(),
+            trouble=_TROUBLES.get(int(integers[L.FAILURE])),
+            noisy=isinstance(field, SDEField),
+            field=field,
+        )
     )
 
 

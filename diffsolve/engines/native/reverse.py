@@ -277,7 +277,7 @@ def solve_reverse(
     z = memory.state()
     message = ""
     if status != L.DONE:
-        message = message_of(status, memory, alg, problem.settings, end)
+        message = message_of(status, memory, alg, problem.settings, (start, end))
     return ReverseResult(
         z=z,
         worst=reals[L.WORST],

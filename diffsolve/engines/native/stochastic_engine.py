@@ -98,7 +98,7 @@ def integrate(
         memory=crew,  # type: ignore[arg-type]
     )
     if status != L.DONE:
-        found.message = message_of(status, part, alg, settings, t1)
+        found.message = message_of(status, part, alg, settings, (t0, t1), field)
     remember(path, part, t0)
     if wanted.dense:
         found.dense = _dense(native, field, found, part, t0, u0)
