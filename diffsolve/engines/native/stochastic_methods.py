@@ -85,13 +85,15 @@ class Lamba(Formulas):
     def write(self, step: Step) -> None:
         u = step.u
         f, G = step.drift(0, u), step.diffusion(0, u)
-        step.new = _sum(_sum(u, _scaled(f, step.h)), step.product(G, step.W))
-        df = _difference(step.drift(1, step.new), f)
+        K = _sum(u, _scaled(f, step.h))
+        step.new = _sum(K, step.product(G, step.W))
+        end = step.new if self.additive else K
+        df = _difference(step.drift(1, end), f)
         step.error = _sizes(_scaled(df, step.h * 0.5))
         left_out = _by_time(step, G) if self.additive else self._of_noise(step, G)
         if left_out is not None:
             step.error = _sum(step.error, left_out)
-        step.slopes = df, _difference(step.new, u)
+        step.slopes = df, _difference(end, u)
 
     @staticmethod
     def _of_noise(step: Step, G: Nodes) -> Nodes:

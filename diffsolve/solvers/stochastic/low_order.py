@@ -79,8 +79,9 @@ class LambaEM(EM):
     and ``sum g_j' g_k I_(k,j)`` of the noise, with the double Ito integrals ``I``. Both are
     estimated by one more evaluation:
 
-    - drift: ``h/2 (f(t + h, u_new) - f(t, u))``, the difference from the trapezoidal rule; by its
-      end the step's noise has moved the drift, too;
+    - drift: ``h/2 (f(t + h, K) - f(t, u))`` with ``K = u + h f(t, u)``, the difference from Heun's
+      method; where the noise is additive, ``K`` is the new state, since how the noise moves the
+      drift is then as large as anything that is left out;
     - diagonal and scalar noise: ``(g(t + h, u + sqrt(h) G) - G) / sqrt(h) * (W^2 - h) / 2``, the
       Milstein term of this path, ``G = g(t, u)``;
     - general noise, where the ``I_(k,j)`` are not known from ``W``:
@@ -95,9 +96,9 @@ class LambaEM(EM):
     References
     ----------
     Lamba, J. Comput. Appl. Math. 161 (2003) 417, sections 2 and 3: both estimates, for scalar
-    equations that do not depend on time, that of the drift at ``u + h f``. The estimate for general
-    noise follows from ``E I_(k,j)^2 = h^2/2`` and the independence of these integrals (Kloeden,
-    Platen (1992), section 5.7).
+    equations that do not depend on time. The estimate for general noise follows from
+    ``E I_(k,j)^2 = h^2/2`` and the independence of these integrals (Kloeden, Platen (1992),
+    section 5.7).
 
     Notes
     -----
@@ -115,11 +116,13 @@ class LambaEM(EM):
         now, then = field.both_ends(t, h)
         W = field.increment(t, h).W
         f, G = field(now, u), field.diffusion(now, u)
-        new = field.add_noise(moved(u, f, h), G, W)
-        df = field(then, new) - f
+        K = moved(u, f, h)
+        new = field.add_noise(K, G, W)
+        end = new if field.noise == "additive" else K
+        df = field(then, end) - f
         error = _half(df, h).abs()
         error = error + left_out(field, then, h, u, G, W).abs()
-        return Step((new,), error, (df, new - u), PathInterpolant(field, t, h, u, new, G))
+        return Step((new,), error, (df, end - u), PathInterpolant(field, t, h, u, new, G))
 
 
 class LambaEulerHeun(EulerHeun):
