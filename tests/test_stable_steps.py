@@ -91,6 +91,21 @@ def test_a_fast_rotation_that_is_zero(engine):
     assert by_u0[1:].abs().max() < 2 * math.exp(-5)
 
 
+def stiff_later(t, u, p):
+    """The first component is a clock; the second, which is zero, is fast from half past on."""
+    rate = p * torch.sigmoid(50 * (u[0] - 0.5))
+    return torch.stack([torch.ones_like(u[0]), -rate * u[1]])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_component_that_becomes_fast(engine):
+    u0 = leaf([0.0, 0.0])
+    sol = solve(ODEProblem(stiff_later, u0, (0.0, 1.0), leaf(1000.0)), Tsit5(), engine=engine)
+    (by_u0,) = torch.autograd.grad(sol.u[-1].sum(), u0)
+    assert abs(by_u0[0].item() - 1) < 1e-6
+    assert abs(by_u0[1].item()) < 1e-3
+
+
 def lotka_volterra(t, u, p):
     x, y = u
     return torch.stack([p[0] * x - p[1] * x * y, -p[2] * y + p[3] * x * y])

@@ -39,6 +39,8 @@ WIDER = 8.0
 FASTER = 1.2
 #: ... where the product with its size is more than this part of the interval of stability.
 HALF = 0.5
+#: A limit is new up to this wait, and where steps near it end is looked at, too.
+NEW = 2
 #: A step so many times longer than that of the last look is looked at again, too.
 GROWN = 5.0
 #: A step of more than so many times the limit at its end is refused.
@@ -104,17 +106,18 @@ class StableSteps:
     ) -> bool:
         """Whether a step to ``(t, u)`` turns out to be too long for the Jacobian there.
 
-        Looked at where its own estimate of the stiffness is more than what is known, and where it
-        is much longer than the step before which the Jacobian was seen.
+        Looked at where its own estimate of the stiffness is more than what is known, where it is
+        much longer than the step before which the Jacobian was seen, and near a new limit.
         """
         taken = float(detached(size))
         known = max(FASTER * self.rate, HALF * float(self.sizes[-1]) / taken)
-        if float(detached(stiffness)) <= known and taken <= GROWN * self._seen:
+        is_new = taken > NEAR * self.limit and self._wait <= NEW
+        is_new = is_new or taken > GROWN * self._seen
+        if float(detached(stiffness)) <= known and not is_new:
             return False
         self._look_until_agreed(t, direction, u, du, taken)
         refused = taken > TOO_LONG * self.limit
-        if refused:
-            self._age = self._wait
+        self._age = self._wait if refused else -1  # where it ends the next one starts
         return refused
 
     def stiffness_of(self, size: Any, stiffness: Any) -> float:
@@ -135,9 +138,9 @@ class StableSteps:
                 break
         self._age, self._sure, self._seen = 0, near, wanted
         self._wait = self._most_wait
-        if wanted > self.limit:
+        if near:
             self._wait = min(2 * self._last_wait, self._most_wait) if agreed else 1
-        self._last_wait = self._wait if wanted > self.limit else 1
+        self._last_wait = self._wait if near else 1
 
     def _look(self, t: Any, sign: float, u: Tensor, du: Tensor, size: float, checked: bool) -> None:
         fresh = pseudo_random(u)

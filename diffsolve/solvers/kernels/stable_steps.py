@@ -21,6 +21,7 @@ from diffsolve.solvers.stable_steps import (
     MIXED,
     MOST_LOOKS,
     NEAR,
+    NEW,
     NONLINEAR,
     TOO_LONG,
     WIDER,
@@ -50,12 +51,12 @@ def refuses(I, R, t, size, stiffness, u, du, like):
     """Whether a step to ``(t, u)`` turns out to be too long for the Jacobian there."""
     known, half = FASTER * R[L.STABLE_RATE], HALF * reals(I[L.STABLE])[DIRECTIONS - 1] / size
     known = known if known > half else half
-    if stiffness <= known and size <= GROWN * R[L.STABLE_SEEN]:
+    is_new = size > NEAR * R[L.STABLE_SIZE] and I[L.STABLE_WAIT] <= NEW
+    if stiffness <= known and not (is_new or size > GROWN * R[L.STABLE_SEEN]):
         return False
     look_until_agreed(I, R, t, u, du, size, like)
     refused = size > TOO_LONG * R[L.STABLE_SIZE]
-    if refused:
-        I[L.STABLE_AGE] = I[L.STABLE_WAIT]
+    I[L.STABLE_AGE] = I[L.STABLE_WAIT] if refused else -1  # where it ends the next one starts
     return refused
 
 
@@ -81,7 +82,7 @@ def look_until_agreed(I, R, t, u, du, wanted, like):
     R[L.STABLE_SEEN] = wanted
     most, double = I[L.STABLE_MOST_WAIT], 2 * I[L.STABLE_LAST_WAIT]
     I[L.STABLE_WAIT], I[L.STABLE_LAST_WAIT] = most, 1
-    if wanted > R[L.STABLE_SIZE]:
+    if near:
         double = most if most < double else double
         I[L.STABLE_WAIT] = I[L.STABLE_LAST_WAIT] = double if agreed else 1
 
