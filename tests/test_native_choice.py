@@ -10,7 +10,9 @@ from torch import nn
 
 from diffsolve import (
     RK4,
+    BacksolveAdjoint,
     DiscreteAdjoint,
+    InterpolatingAdjoint,
     ODEProblem,
     PIController,
     Tsit5,
@@ -162,3 +164,16 @@ def test_a_function_of_no_module_is_compiled():
     u0 = torch.ones(1, dtype=torch.float64)
     sol = solve(ODEProblem(names["f"], u0, (0.0, 1.0)), Tsit5(), saveat=[1.0])
     assert sol.stats.engine == "native"
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("sensealg", [BacksolveAdjoint(), InterpolatingAdjoint()], ids=str)
+def test_saved_times_do_not_count_as_steps_that_a_reverse_solve_may_take(engine, sensealg):
+    p = torch.tensor(1.0, dtype=DOUBLE, requires_grad=True)
+    times = torch.linspace(0.0, 1.0, 201, dtype=DOUBLE)
+    prob = ODEProblem(lambda t, u, p: -p * u, ones(), (0.0, 1.0), p)
+    sol = solve(
+        prob, Tsit5(), saveat=times, sensealg=sensealg, engine=engine, maxiters=100, rtol=1e-7
+    )
+    (got,) = torch.autograd.grad(sol.u[:, 0].mean(), p)
+    assert got.item() == pytest.approx(float((-times * torch.exp(-times)).mean()), rel=1e-5)

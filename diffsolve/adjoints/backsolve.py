@@ -72,7 +72,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
         """With a bound on the steps: an unstable reconstruction can ask for any number of them."""
         settings = super().reverse_settings(job, tolerance, stops)
         times, least = self.most_steps
-        most = max(least, times * (job.stats.naccept + job.stats.nreject))
+        most = max(least, times * (job.stats.naccept + job.stats.nreject)) + len(stops)
         return replace(settings, maxiters=min(settings.maxiters, most))
 
     def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:

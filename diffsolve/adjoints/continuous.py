@@ -138,6 +138,7 @@ class ContinuousAdjoint(Sensealg):
             adaptive=forward.adaptive and alg.adaptive,
             to_rounding=forward.to_rounding and self.rtol is None and self.atol is None,
             dt=None if forward.adaptive else forward.dt,
+            maxiters=forward.maxiters + len(stops),  # each ends a step
             tstops=tuple(stops),
             progress=False,
         )
@@ -264,11 +265,7 @@ def _integrate_reverse(
     stops = reverse_stops(job, times, reverse.pins)
     settings = sensealg.reverse_settings(job, tolerance, stops)
     if reverse.first_size is not None:
-        settings = replace(
-            settings,
-            dt=settings.dt or reverse.first_size,
-            maxiters=settings.maxiters + len(stops),
-        )
+        settings = replace(settings, dt=settings.dt or reverse.first_size)
     du = reverse(reverse.after(start, direction), z) if alg.carries_derivative else None
     result = integrate(reverse, alg, z, start, end, settings, Saving(times=()), du, on_stop)
     stats.alg, stats.nf = alg.name, reverse.nf
