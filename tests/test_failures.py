@@ -403,7 +403,7 @@ def test_nan_that_makes_steps_be_rejected_is_named(engine: str) -> None:
         lambda t, u: torch.where(u > 5, math.nan, u * u), torch.tensor([0.1, 2.0], dtype=F64)
     )  # u = 1 / (1 / 2 - t) is 5 at t = 0.3
     message = said(prob, engine, maxiters=2000)
-    assert re.search(r"rejected, and f gives NaN.*t = 0\.300.*u\[1\].*check f", message)
+    assert re.search(r"f gives NaN.*t = 0\.300.*u\[1\].*check f", message)
 
 
 @ENGINES
@@ -445,7 +445,10 @@ def test_jumps_are_told_from_stiffness_and_singularities(engine: str) -> None:
     assert "f jumps at t = 0.51234567, in the component of u[0]" in message and "tstops" in message
     # by the state: a friction that holds it at zero
     message = said(problem(lambda t, u: 0.3 - u.sign(), tspan=(0.0, 9.0)), engine, maxiters=1000)
-    assert "f jumps as the state changes" in message and "stiff method" not in message
+    assert (
+        "steps were rejected, and f jumps as the state changes" in message
+        and "stiff method" not in message
+    )
     # a steep but continuous f, and one that grows beyond all bounds, do not jump
     for f in (lambda t, u: -1e6 * (u - torch.cos(t)), lambda t, u: (1 - t) ** -3 * u):
         message = said(problem(f, tspan=(0.0, 2.0)), engine, maxiters=300)
