@@ -193,7 +193,7 @@ def solve(
     recording = torch.is_grad_enabled() and not transformed
     u0 = field.structure.ravel(prob.u0)
     if alg.is_implicit and (field.jac is not None or field.jac_sparsity is not None):
-        _check_jacobian(field, field.after(t0, direction), u0.detach())
+        _check_jacobian(field, field.after(t0, direction), u0.detach().clone())
     by_time = saves.differentiable(prob.tspan)
     moving = u0.requires_grad or by_time
     if isinstance(field, SDEField):
@@ -226,6 +226,8 @@ def solve(
             raise ValueError(f'engine="native" cannot run this solve: {why}')
         sensealg = choose(asked, recording and (moving or bool(field.params)), transformed)
     assert sensealg is not None
+    if recording and field.breaks and field.compares and (moving or field.params):
+        field.refuse_moving_jumps(u0, t1)
     if isinstance(field, SDEField):
         fixed = None if settings.adaptive else settings.dt
         field.path = brownian_path(field, alg, seed, noise, (t0, t1), fixed)

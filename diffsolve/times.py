@@ -189,9 +189,14 @@ def ordered_stops(
     """
     if isinstance(tstops, tuple) and not tstops:
         return (), ()
-    given = [tstops] if isinstance(tstops, Real) else list(tstops)
-    if any(isinstance(t, Tensor) and t.requires_grad for t in given):
-        raise ValueError("tstops has no gradient: detach it; times in saveat and tspan have one")
+    given: list[Any] = [tstops] if isinstance(tstops, Real) else list(tstops)
+    moving = any(isinstance(t, Tensor) and t.requires_grad for t in given)
+    if moving and torch.is_grad_enabled():
+        raise ValueError(
+            "tstops has no gradient, and that by the time of a jump would be lost. Solve piece by "
+            "piece: one solve to the jump, with its time in tspan, which has a gradient, and one "
+            "from sol.u[-1] on. Or detach it, where no such gradient is wanted"
+        )
     values = [float(t) for t in given]
     if any(math.isnan(t) for t in values):
         raise ValueError("tstops holds NaN")

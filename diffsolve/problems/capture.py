@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,73 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 from diffsolve.problems.ode import PREPARED
 
-_PRODUCTS = {
-    torch.nn.functional.linear,
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.mv,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    Tensor.mm,
-    Tensor.mv,
-}
 _internals: Any = torch._C
 _LEAF = _internals._functions.AccumulateGrad  # the node of a graph that stands for a leaf
 _PLAIN = (str, bytes, int, float, complex, type(None), np.ndarray)  # hold no tensors
 _MOST_ITEMS = 10_000  # longer containers are data
+_TORCHSCRIPT = (torch.jit.ScriptFunction, torch.jit.ScriptModule)
 _DEPTH = 8  # how far to look into closures, containers and bound objects
-
-
-def _tensors_in(args: Any) -> Iterator[Tensor]:
-    for x in args:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            yield from _tensors_in(x)
-
-
-class Probe(TorchFunctionMode):
-    """Record the tensors with ``requires_grad`` that enter operations from outside.
-
-    Attributes
-    ----------
-    foreign
-        Tensors that were neither given as arguments nor computed under the probe.
-    saw_no_grad
-        Whether an operation ran with gradients switched off.
-    work
-        Entries of all results, each counted with its sum's length in products of matrices: a
-        rough measure of the arithmetic.
-    """
-
-    def __init__(self, arguments: list[Any]):
-        super().__init__()
-        self._known = {id(x): x for x in arguments}
-        self._foreign: dict[int, Tensor] = {}
-        self.saw_no_grad = False
-        self.work = 0
-
-    @property
-    def foreign(self) -> list[Tensor]:
-        return list(self._foreign.values())
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self.saw_no_grad |= not torch.is_grad_enabled()
-        for x in _tensors_in((*args, *kwargs.values())):
-            if x.requires_grad and id(x) not in self._known:
-                self._foreign[id(x)] = x
-        out = func(*args, **kwargs)
-        # results are kept alive, so that no identity is used twice
-        for x in _tensors_in((out,)):
-            length = args[0].shape[-1] if func in _PRODUCTS and args else 1
-            self.work += x.numel() * length
-            if id(x) not in self._foreign:
-                self._known[id(x)] = x
-        return out
 
 
 class _Swap(TorchFunctionMode):
@@ -127,12 +66,22 @@ def reachable_tensors(f: Any) -> list[Tensor]:
 
     It complements a run under ``Probe``, which sees only the branches taken.
     """
-    found: dict[int, Tensor] = {}
+    return [x for x in reached_objects(f) if isinstance(x, Tensor)]
+
+
+def is_torchscript(x: Any) -> bool:
+    """Whether it is code that TorchScript compiled, which nothing here looks into."""
+    return isinstance(x, _TORCHSCRIPT)
+
+
+def reached_objects(f: Any) -> list[Any]:
+    """What ``reachable_tensors`` finds, and code that TorchScript compiled."""
+    found: dict[int, Any] = {}
     _walk(f, found, set(), _DEPTH)
     return list(found.values())
 
 
-def _walk(x: Any, found: dict[int, Tensor], seen: set[int], depth: int) -> None:
+def _walk(x: Any, found: dict[int, Any], seen: set[int], depth: int) -> None:
     if depth < 0 or isinstance(x, _PLAIN) or id(x) in seen:
         return
     seen.add(id(x))
@@ -140,6 +89,8 @@ def _walk(x: Any, found: dict[int, Tensor], seen: set[int], depth: int) -> None:
         if x.requires_grad:
             found[id(x)] = x
         return
+    if isinstance(x, _TORCHSCRIPT):
+        found[id(x)] = x
     for child in _children(x):
         _walk(child, found, seen, depth - 1)
 
@@ -148,8 +99,14 @@ def _children(x: Any) -> list[Any]:
     if isinstance(x, torch.nn.Module):
         # plain attributes too: a function or a tensor kept in one is not among the parameters
         plain = [v for m in x.modules() for k, v in vars(m).items() if not k.startswith("_")]
-        forwards = {type(m).forward for m in x.modules() if not _is_of_torch(type(m))}
-        return [*x.parameters(), *plain, *forwards]
+        kinds = {type(m): m for m in x.modules()}
+        compiled = [m for m in kinds.values() if isinstance(m, torch.jit.ScriptModule)]
+        forwards = [
+            kind.forward
+            for kind, m in kinds.items()
+            if not (_is_of_torch(kind) or isinstance(m, torch.jit.ScriptModule))
+        ]
+        return [*x.parameters(), *plain, *forwards, *compiled]
     if isinstance(x, (list, tuple, dict)):
         items = list(x.values() if isinstance(x, dict) else x) if len(x) <= _MOST_ITEMS else []
         return [y for y in items if not isinstance(y, _PLAIN)]
@@ -157,6 +114,8 @@ def _children(x: Any) -> list[Any]:
         return [x.func, *x.args, *x.keywords.values()]
     if inspect.ismethod(x):
         return [x.__func__, x.__self__]
+    if isinstance(x, torch.jit.ScriptFunction):
+        return []
     if inspect.isfunction(x):
         return [] if _is_of_torch(x) else _used_by(x)
     if isinstance(x, type) or inspect.ismodule(x) or inspect.isbuiltin(x):
@@ -182,7 +141,7 @@ def _used_by(f: Any) -> list[Any]:
         names |= set(code.co_names)
         codes += [c for c in code.co_consts if inspect.iscode(c)]
     globals_ = [f.__globals__[n] for n in names if n in f.__globals__]
-    wanted = (Tensor, torch.nn.Module, list, tuple, dict)
+    wanted = (Tensor, torch.nn.Module, torch.jit.ScriptFunction, list, tuple, dict)
     # other global objects may lead anywhere; functions lead to what they use
     return [
         *cells,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.autocast import under_current_autocast
+from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.structure import (
     StateStructure,
@@ -244,17 +245,20 @@ class SDEField(VectorField):
         du0 = super().discover(t0, u0, h_sign, differentiate)
         t = self.after(t0, h_sign)
         with torch.set_grad_enabled(differentiate):
-            found, probe = self._first_call(self.g, "g", t, u0, differentiate)
+            found, probe, leaf = self._first_call(self.g, "g", t, u0, differentiate)
         self.ng += 1
         self._g_shapes = self._shapes_of(found)
         if self._shape is not None:
             self._g_buffer = weakref.ref(root(found))
         flat = self._normalised(found)
         if differentiate:
-            self._learn(self.g, "g", probe, u0.requires_grad, flat.requires_grad)
+            self.g = self._learn(self.g, "g", probe, flat, None if u0.requires_grad else leaf)
         if self.noise == "additive":
             self._refuse_state_dependence(t, u0.detach(), flat.detach().clone())
         return du0
+
+    def refuse_moving_jumps(self, u0: Tensor, end: float) -> None:
+        refuse_moving_jumps(self, [("f", self.f), ("g", self.g)], u0, end)
 
     def _leaves_of(self, found: Any) -> list[Any]:
         if self.structure.is_tensor:

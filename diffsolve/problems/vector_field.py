@@ -20,8 +20,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from diffsolve.problems.autocast import Autocasting, under_current_autocast
-from diffsolve.problems.capture import Probe, Substitute, reachable_tensors
+from diffsolve.problems.capture import (
+    Substitute,
+    is_torchscript,
+    reachable_tensors,
+    reached_leaves,
+    reached_objects,
+)
+from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.probe import CUT, Probe, Watched, has_module_hooks
 from diffsolve.problems.structure import StateStructure, detached
 
 _START = np.zeros(1)
@@ -79,6 +87,13 @@ class VectorField:
         What was found for this problem and may serve its next solve: shared with ``fresh`` copies.
     low_eps
         Relative rounding inside ``f`` where autocast lowers its precision, else zero.
+    cut
+        How ``f`` cuts a gradient off, in words; empty where it does not. Filled by ``discover``.
+    in_turn
+        Whether the reverse pass has to take steps one by one: ``f`` has hooks on gradients, or code
+        of TorchScript, which ``torch.vmap`` passes over. Filled by ``discover``.
+    compares
+        Whether ``f`` compares or rounds anything. Filled by ``discover``.
     """
 
     #: Why a gradient is refused whose steps are not those of the solve.
@@ -100,6 +115,8 @@ class VectorField:
     breaks: tuple[float, ...] = ()
     span_end = math.nan
     low_eps = 0.0
+    cut = ""
+    in_turn = compares = False
 
     def __init__(self, f: Callable[..., Any], p: Any, structure: StateStructure):
         self.f = f
@@ -109,7 +126,7 @@ class VectorField:
         self.used: set[int] = set()
         self.scratch: dict[Any, Any] = {}
         self.memo: dict[Any, Any] = {}
-        inner = f.f if isinstance(f, Substitute) else f
+        inner = _unwrapped(f)
         if isinstance(inner, Autocasting):
             self.low_eps = torch.finfo(inner.dtype).eps
         self._shape = structure.shapes[0] if structure.is_tensor else None
@@ -268,12 +285,13 @@ class VectorField:
         TypeError, ValueError
             If ``f`` returns something else than the derivative of its state.
         RuntimeError
-            If gradients are wanted and ``f`` switches them off.
+            If gradients are wanted and ``f`` switches them off, or makes numbers of tensors.
         """
         t = self.after(t0, h_sign)
-        self.params, self.used, self.work = [], set(), 0
+        self.params, self.used, self.work, self.cut = [], set(), 0, ""
+        self.in_turn = self.compares = False
         with torch.set_grad_enabled(differentiate):
-            du, probe = self._first_call(self.f, "f", t, u0, differentiate)
+            du, probe, leaf = self._first_call(self.f, "f", t, u0, differentiate)
         self.nf += 1
         mismatch = self.structure.describe_mismatch(du)
         if mismatch is not None:
@@ -282,20 +300,27 @@ class VectorField:
         if self._shape is not None:
             self._buffer = weakref.ref(root(du))
         if differentiate:
-            self._learn(self.f, "f", probe, u0.requires_grad, flat.requires_grad)
+            self.f = self._learn(self.f, "f", probe, flat, None if u0.requires_grad else leaf)
         return flat.detach().clone()
 
     def _first_call(
         self, f: Callable[..., Any], name: str, t: Tensor, u0: Tensor, differentiate: bool
-    ) -> tuple[Any, Probe]:
-        """What ``f`` returns at ``(t, u0)``, and what was seen of it on the way."""
-        u = u0.detach()
-        if differentiate and u0.requires_grad:
-            u.requires_grad_()
-        state = self.structure.unravel(u)
+    ) -> tuple[Any, Probe, Tensor]:
+        """What ``f`` returns at ``(t, u0)``, what was seen of it on the way, and the state.
+
+        The state is a copy, and requires a gradient if one is wanted by anything: later states
+        depend on whatever ``f`` does.
+        """
+        self._reached = reached_objects((f, self.p)) if differentiate else []
+        wanted = differentiate and (
+            u0.requires_grad or any(isinstance(x, Tensor) for x in self._reached)
+        )
+        leaf = u0.detach().clone().requires_grad_(wanted)
+        # a leaf could not be changed in place, which is told in words below
+        state = self.structure.unravel(leaf.clone() if wanted else leaf)
         leaves = pytree.tree_leaves(state)
         versions = [_version(x) for x in leaves]
-        probe = Probe([t, *leaves])
+        probe = Probe(t, leaves)
         try:
             with probe if differentiate else nullcontext():
                 found = f(t, state, *self._args)
@@ -311,7 +336,7 @@ class VectorField:
             raise ValueError(
                 f"{name} changes the state u in place: compute what it returns from a copy of it"
             )
-        return found, probe
+        return found, probe, leaf
 
     def _how_to_call(self, f: Callable[..., Any], name: str) -> str:
         """What to do with an ``f`` that takes other arguments than it is given."""
@@ -325,26 +350,50 @@ class VectorField:
         return ""
 
     def _learn(
-        self, f: Callable[..., Any], name: str, probe: Probe, of_state: bool, on_tape: bool
-    ) -> None:
-        """Add what ``f`` depends on to ``params``, ``used`` and ``work``.
+        self, f: Callable[..., Any], name: str, probe: Probe, flat: Tensor, unwanted: Tensor | None
+    ) -> Callable[..., Any]:
+        """Add what ``f`` depends on to ``params``, ``used``, ``work``, ``cut`` and ``in_turn``.
 
-        ``of_state`` tells whether the gradient by the state is wanted, ``on_tape`` whether what
-        ``f`` returned is.
+        Parameters
+        ----------
+        probe, flat
+            What was seen of it, and what it returned.
+        unwanted
+            The state, where no gradient by it is wanted.
+
+        Returns
+        -------
+        Callable
+            ``f``, watched where its next run may do other things.
         """
         leaves = [x for x in pytree.tree_leaves(self.p) if isinstance(x, Tensor)]
         # one that was computed from others counts where f was seen to use it
-        kept = [x for x in reachable_tensors((f, self.p)) if x.is_leaf]
+        kept = [x for x in self._reached if isinstance(x, Tensor) and x.is_leaf]
         found = [*self.params, *leaves, *probe.foreign, *kept]
         unique = {id(x): x for x in found if x.requires_grad}
         self.params = list(unique.values())
         self.used |= {id(x) for x in probe.foreign}
         self.work += probe.work
-        if (of_state or self.params) and probe.saw_no_grad and not on_tape:
+        if probe.cut:
+            self.cut = self.cut or CUT.format(name=name, how=probe.cut)
+        self.compares |= probe.compares
+        self.in_turn |= (
+            bool(probe.hook) or has_module_hooks([flat]) or any(map(is_torchscript, self._reached))
+        )
+        if unwanted is not None and not self.params:
+            return f
+        if self.cut:
+            raise RuntimeError(self.cut)
+        if probe.saw_no_grad and not reached_leaves([flat]).keys() - {id(unwanted)}:
             raise RuntimeError(
                 f"gradients are wanted, but {name} switches them off: it runs under "
                 "torch.no_grad() or inference_mode. Remove that, or detach u0 and the parameters."
             )
+        return Watched(f, name) if probe.reads else f
+
+    def refuse_moving_jumps(self, u0: Tensor, end: float) -> None:
+        """Refuse a gradient by the times where ``f`` jumps; see there."""
+        refuse_moving_jumps(self, [("f", self.f)], u0, end)
 
     def refuse_changed(self, t0: float, h_sign: float, u0: Tensor, du0: Tensor) -> None:
         """Refuse to go backward through an ``f`` that no longer gives what it gave.
@@ -425,6 +474,13 @@ def unchanged(f: Any) -> Any:
     return f
 
 
+def _unwrapped(f: Any) -> Any:
+    """The user's function, or what binds autocast to it."""
+    while isinstance(f, (Substitute, Watched)):
+        f = f.f
+    return f
+
+
 def _is_derived(x: Tensor) -> bool:
     return not x.is_leaf or bool(x._backward_hooks)
 
@@ -439,7 +495,8 @@ def root(x: Tensor) -> Tensor:
 
 
 def _can_call(f: Callable[..., Any], count: int) -> bool:
-    f = f.f if isinstance(f, (Substitute, Autocasting)) else f
+    f = _unwrapped(f)
+    f = f.f if isinstance(f, Autocasting) else f
     try:
         # the call of a module takes anything, and hands it on
         inspect.signature(f.forward if isinstance(f, torch.nn.Module) else f).bind(*[None] * count)

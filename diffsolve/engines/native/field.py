@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
 
@@ -40,7 +40,13 @@ from diffsolve.engines.native.remembered import (
 from diffsolve.engines.native.surroundings import Survey
 from diffsolve.engines.native.trace import trace
 from diffsolve.problems.autocast import Autocasting
-from diffsolve.problems.capture import Probe, reachable_tensors, reached_leaves
+from diffsolve.problems.capture import (
+    is_torchscript,
+    reachable_tensors,
+    reached_leaves,
+    reached_objects,
+)
+from diffsolve.problems.probe import Probe, has_module_hooks
 from diffsolve.problems.vector_field import VectorField
 
 _MOST_KEPT = 64  # compiled right-hand sides that nothing else holds on to
@@ -162,6 +168,9 @@ class NativeField:
         found = {id(x): x for x in (*self.tensors, *self._reachable(field)) if x.requires_grad}
         if (found or by_state) and entry.detached is not None:
             raise Declined(f"it switches gradients off by {entry.detached}")
+        if (found or by_state) and entry.hook:
+            raise Declined(f"it has hooks on gradients: {entry.hook}")
+        field.compares = entry.compares
         return list(found.values())
 
     def _reachable(self, field: VectorField) -> list[Tensor]:
@@ -261,6 +270,7 @@ def _traced(
 ) -> tuple[Entry, Survey]:
     dtype, watch = field.structure.dtype, Watch()
     try:
+        refuse_torchscript(around)
         found = trace(field.f, field.structure, field.p, t, u0, watch=watch)
     except Declined as reason:
         return refused(Entry, watch, around, known, dtype, str(reason))
@@ -274,7 +284,9 @@ def _traced(
         compiled = _compiled(key, graph, single, known, guard)
     except Declined as reason:
         return refused(Entry, watch, around, known, dtype, str(reason))
-    return described(Entry, watch, around, known, dtype, found, graph, compiled)
+    entry, survey = described(Entry, watch, around, known, dtype, found, graph, compiled)
+    entry.hook, entry.compares = look(field, [field.f], t, u0)
+    return entry, survey
 
 
 def _compiled(key: Any, graph: Graph, single: bool, known: Known, guard: bool) -> Compiled:
@@ -289,6 +301,41 @@ def _compiled(key: Any, graph: Graph, single: bool, known: Known, guard: bool) -
             known.compiled = 0
             _by_content.move_to_end(key)
         return compiled
+
+
+def refuse_torchscript(around: Any) -> None:
+    """Decline what TorchScript compiled: numbers in it change unseen, and gradients stop unseen.
+
+    Raises
+    ------
+    Declined
+        If it is reached.
+    """
+    if any(map(is_torchscript, reached_objects(around))):
+        raise Declined("it calls code of TorchScript")
+
+
+def look(
+    field: VectorField, functions: Sequence[Callable[..., Any]], t: Tensor, u0: Tensor
+) -> tuple[str, bool]:
+    """What a trace does not see, and a run that autograd records shows.
+
+    Returns
+    -------
+    tuple
+        Hooks on gradients, in words, and whether anything is compared.
+    """
+    probe = None
+    try:
+        with torch.enable_grad():
+            state = field.structure.unravel(u0.clone().requires_grad_().clone())
+            probe = Probe(t, pytree.tree_leaves(state))
+            with probe:
+                found = [f(t, state, *field._args) for f in functions]
+    except Exception:  # it has no gradient
+        return "", probe is not None and probe.compares
+    of_modules = has_module_hooks(pytree.tree_leaves(found))
+    return probe.hook or ("hooks of a module" if of_modules else ""), probe.compares
 
 
 def _eager(
@@ -308,7 +355,7 @@ def _eager(
         du = structure.ravel(f(t, state, *field._args))
         return du.detach().clone(), list(reached_leaves([du]).values())
     with torch.no_grad():
-        probe = Probe([t, *pytree.tree_leaves(state)])
+        probe = Probe(t, pytree.tree_leaves(state))
         with probe:
             du = f(t, state, *field._args)
         return structure.ravel(du).clone(), probe.foreign

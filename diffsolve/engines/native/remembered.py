@@ -54,6 +54,8 @@ class Entry:
     sources: list[Source] = field(default_factory=list)
     constants: list[tuple[int, Tensor]] = field(default_factory=list)
     detached: str | None = None
+    hook: str = ""  # hooks on gradients, in words
+    compares: bool = False  # whether anything is compared or rounded
     used: list[bool] = field(default_factory=list)
     moving: list[int] = field(default_factory=list)
     is_current: bool = True  # until it is traced again

@@ -55,7 +55,8 @@ from diffsolve.engines.native.surroundings import Survey
 from diffsolve.engines.native.trace import Trace, flat_result, trace
 from diffsolve.engines.native.tracer import Tracer
 from diffsolve.problems.autocast import Autocasting
-from diffsolve.problems.capture import Probe, reachable_tensors
+from diffsolve.problems.capture import reachable_tensors
+from diffsolve.problems.probe import Probe
 from diffsolve.problems.sde_field import NOT_ADDITIVE, SDEField
 from diffsolve.problems.structure import StateStructure
 
@@ -256,6 +257,7 @@ def _traced(
 
     u = one.state(u0, field.d)
     try:
+        fields.refuse_torchscript(around)
         found = trace(both, one.structure, field.p, t, u, 2 * MOST_NODES, flat, watch)
         misnamed = field.noise == "additive" and _depends(found.outputs[one.rows * field.d :])
         drift, diffusion = _first_path(found, one, field)
@@ -291,6 +293,7 @@ def _traced(
         return refused(str(reason))
     entry, survey = described(_Entry, watch, around, known, dtype, found, graph, compiled)
     whole = len(one.field._g_shapes[0]) > len(one.structure.shapes[0])
+    entry.hook, entry.compares = fields.look(field, [field.f, field.g], t, u0)
     entry.m, entry.is_diagonal = m, is_diagonal
     entry.trailing = (m,) if whole else ()
     return entry, survey
@@ -374,7 +377,7 @@ def _eager(
     structure = field.structure
     with torch.no_grad():
         state = structure.unravel(u)
-        probe = Probe([t, *pytree.tree_leaves(state)])
+        probe = Probe(t, pytree.tree_leaves(state))
         if look:
             with probe:
                 du, g = (f(t, state, *field._args) for f in (field.f, field.g))

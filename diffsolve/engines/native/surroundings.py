@@ -56,6 +56,9 @@ _DEPTH = 100
 _MOST_BYTES = 1_000_000  # of an array
 
 
+_modules: Any = torch.nn.modules.module
+
+
 class _TooMuch(Exception):
     pass
 
@@ -351,6 +354,13 @@ class Survey:
                 self._contents.append((hooks, tuple(hooks)))
                 if hooks:
                     self._visit_all(hooks.values())
+        if _modules._has_any_global_hook():
+            for hooks in (
+                *(_modules._global_forward_pre_hooks, _modules._global_forward_hooks),
+                *(_modules._global_backward_pre_hooks, _modules._global_backward_hooks),
+            ):
+                self.items.append(len(hooks))
+                self._visit_all(hooks.values())
         self._visit_class(kind, own)
 
     def _visit_names(self, table: Any, besides: Any = ()) -> None:

@@ -24,7 +24,8 @@ from torch.utils import _pytree as pytree
 from diffsolve.engines.native.code_reads import Watch
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.expression import MOST_NODES, Node, Pool
-from diffsolve.engines.native.tracer import TORCH, Lifted, Tracer, is_wrapped
+from diffsolve.engines.native.tracer import Lifted, Tracer, is_wrapped
+from diffsolve.problems.probe import TORCH
 from diffsolve.problems.structure import StateStructure
 
 _NUMPY = {torch.float64: np.float64, torch.float32: np.float32}

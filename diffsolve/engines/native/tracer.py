@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,11 +17,9 @@ from diffsolve.engines.native.code_reads import Watch
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.expression import Node, Pool, array
 from diffsolve.engines.native.operations import Rule, Unsupported, rule_of
+from diffsolve.problems.probe import user_line
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-TORCH = os.path.dirname(torch.__file__) + os.sep
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep
-_LIBRARY = os.path.join(_PACKAGE, "problems", "library")  # right-hand sides, as a user's
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _internals: Any = torch._C
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
@@ -358,16 +354,7 @@ class Tracer(TorchDispatchMode):
 
     def place(self) -> str:
         """The line of the user's code that is running, in brackets."""
-        frame: Any = sys._getframe(1)
-        while frame is not None and frame.f_code is not self._root:
-            path = frame.f_code.co_filename
-            ours = path.startswith(_PACKAGE) and not path.startswith(_LIBRARY)
-            if not (ours or path.startswith((TORCH, "<frozen"))):
-                line = linecache.getline(path, frame.f_lineno).strip()
-                where = f"{os.path.basename(path)}:{frame.f_lineno}"
-                return f' ({where}: "{line}")' if line else f" ({where})"
-            frame = frame.f_back
-        return ""
+        return user_line(self._root)
 
     def decline(self, reason: str) -> NoReturn:
         raise Declined(reason + self.place())

@@ -1,0 +1,262 @@
+"""What one run of a function under torch shows: what it uses, reads and compares."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+TORCH = os.path.dirname(torch.__file__) + os.sep
+PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_LIBRARY = os.path.join(PACKAGE, "problems", "library")  # right-hand sides, as a user's
+_PRODUCTS = {
+    torch.nn.functional.linear,
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    torch.mv,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.mm,
+    Tensor.mv,
+}
+# what makes numbers of a tensor, and tensors of numbers
+_NUMBERS = {
+    "item", "tolist", "numpy", "__float__", "__int__", "__complex__", "__array__", "__dlpack__",
+}  # fmt: skip
+_COPIES = {"tensor", "new_tensor"}
+_FROM_LISTS = {*_COPIES, "as_tensor", "asarray"}
+# what a run may depend on without an operation of torch
+_READS = _NUMBERS | {"__bool__", "__index__", "is_nonzero", "equal", "allclose"}
+_HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
+#: Functions of a step's shape: constant but for jumps, where their derivative is not.
+_STEPS = {
+    "gt", "ge", "lt", "le", "eq", "ne", "isclose", "heaviside", "sign", "floor", "ceil", "round",
+    "trunc", "floor_divide", "__floordiv__", "__rfloordiv__", "remainder", "fmod", "__mod__",
+    "bucketize", "searchsorted",
+}  # fmt: skip
+_internals: Any = torch._C
+_BACKWARD_HOOK: Any = torch.nn.modules._functions.BackwardHookFunction._backward_cls  # type: ignore[attr-defined]
+
+CUT = (
+    "{name} makes a number of a tensor whose gradient is wanted, by {how}: the gradient would stop "
+    "there, and be wrong without a word. Compute with tensors: p[0] instead of float(p[0]), "
+    "torch.stack([...], -1) instead of torch.tensor([...]), u > 3 for a branch. Where the gradient "
+    "is to stop, say so: p[0].detach().item(), or solve under torch.no_grad()."
+)
+
+
+def tensors_in(args: Any) -> Iterator[Tensor]:
+    """Tensors among arguments, and in lists of them."""
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from tensors_in(x)
+
+
+def user_line(root: CodeType | None = None) -> str:
+    """The line of the user's code that is running, in brackets; nothing where there is none.
+
+    Parameters
+    ----------
+    root
+        Code below which no line is the user's.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code is not root:
+        path = frame.f_code.co_filename
+        if not (_is_ours(path) or path.startswith((TORCH, "<frozen"))):
+            line = linecache.getline(path, frame.f_lineno).strip()
+            where = f"{os.path.basename(path)}:{frame.f_lineno}"
+            return f' ({where}: "{line}")' if line else f" ({where})"
+        frame = frame.f_back
+    return ""
+
+
+def _is_ours(path: str) -> bool:
+    return path.startswith(PACKAGE) and not path.startswith(_LIBRARY)
+
+
+def _is_called_by_user() -> bool:
+    """Whether the operation that is about to run is one of the user's, not of a solve in ``f``."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path != __file__ and not path.startswith(TORCH):
+            return not _is_ours(path)
+        frame = frame.f_back
+    return True
+
+
+def cut_by(func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
+    """Where a call makes numbers of tensors that are differentiated, what it is called; or ``""``.
+
+    Whole numbers and truths have no derivative, so that nothing is lost with them.
+    """
+    name = getattr(func, "__name__", "")
+    if name in _NUMBERS:
+        if args[0].requires_grad and _is_continuous(args[0]):
+            return _spoken(name) if _is_called_by_user() else ""
+    elif name in _FROM_LISTS:
+        # as_tensor and asarray of a tensor are that tensor
+        given = (*args, *kwargs.values())
+        given = given if name in _COPIES else [x for x in given if not isinstance(x, Tensor)]
+        given = given[1:] if name == "new_tensor" else given
+        if any(x.requires_grad and _is_continuous(x) for x in tensors_in(given)):
+            return _spoken(name) if _is_called_by_user() else ""
+    return ""
+
+
+def _is_continuous(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _spoken(name: str) -> str:
+    if name in ("__float__", "__int__", "__complex__"):
+        return f"{name.strip('_')}()"
+    if name == "__array__":
+        return "a function of NumPy"
+    return f"torch.{name}" if name in _FROM_LISTS - {"new_tensor"} else f"Tensor.{name.strip('_')}"
+
+
+class Probe(TorchFunctionMode):
+    """Record what a function does with its arguments, and with tensors from outside.
+
+    Parameters
+    ----------
+    time, leaves
+        Its arguments: the time, and the tensors of the state.
+
+    Attributes
+    ----------
+    foreign
+        Tensors with ``requires_grad`` that were neither given as arguments nor computed under the
+        probe.
+    saw_no_grad
+        Whether an operation ran with gradients switched off.
+    work
+        Entries of all results, each counted with its sum's length in products of matrices: a
+        rough measure of the arithmetic.
+    cut
+        How a gradient was cut that is wanted, with the line; empty where none was.
+    hook
+        The same for a hook on a gradient.
+    reads
+        Whether values of tensors became Python's, so that another evaluation may do other things.
+    compares
+        Whether something was compared or rounded.
+    switches
+        What came of that where a tensor from outside with ``requires_grad`` had part in it, each
+        with its line.
+    """
+
+    def __init__(self, time: Tensor, leaves: Sequence[Tensor]):
+        super().__init__()
+        self._known = {id(x): x for x in (time, *leaves)}
+        self._foreign: dict[int, Tensor] = {}
+        self._of_inputs: set[int] = set()  # what was computed from foreign tensors
+        self.saw_no_grad = self.reads = self.compares = False
+        self.work = 0
+        self.cut = self.hook = ""
+        self.switches: list[tuple[Tensor, str]] = []
+
+    @property
+    def foreign(self) -> list[Tensor]:
+        return list(self._foreign.values())
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        of_inputs = self._enter(args, kwargs)
+        self._look(name, func, args, kwargs)
+        out = func(*args, **kwargs)
+        # results are kept alive, so that no identity is used twice
+        for x in tensors_in((out,)):
+            length = args[0].shape[-1] if func in _PRODUCTS and args else 1
+            self.work += x.numel() * length
+            if id(x) not in self._foreign:
+                self._known[id(x)] = x
+            if of_inputs:
+                self._of_inputs.add(id(x))
+        if name in _STEPS:
+            self.compares = True
+            if of_inputs and isinstance(out, Tensor):
+                self.switches.append((out, user_line()))
+        return out
+
+    def _enter(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Note tensors from outside; tell whether an argument is one, or was computed from one."""
+        of_inputs = False
+        for x in tensors_in((*args, *kwargs.values())):
+            if x.requires_grad and id(x) not in self._known:
+                self._foreign[id(x)] = x
+                of_inputs = True
+            of_inputs |= id(x) in self._of_inputs
+        return of_inputs
+
+    def _look(self, name: str, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.reads |= name in _READS
+        if not torch.is_grad_enabled():
+            self.saw_no_grad = True
+            return
+        if not self.cut:
+            how = cut_by(func, args, kwargs)
+            self.cut = how and how + user_line()
+        reads_graph = name == "__get__" and getattr(func, "__self__", None) is Tensor.grad_fn
+        if (name in _HOOKS or reads_graph) and not self.hook:
+            self.hook = ("the graph" if reads_graph else f"Tensor.{name}") + user_line()
+
+
+class Watched:
+    """A function that refuses to cut a gradient, in runs that autograd records.
+
+    It is for functions that read values: the first run shows one of their branches only.
+    """
+
+    def __init__(self, f: Callable[..., Any], name: str):
+        self.f = f
+        self._name = name
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.f(*args)
+        with _Refusing(self._name):
+            return self.f(*args)
+
+
+class _Refusing(TorchFunctionMode):
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        how = cut_by(func, args, kwargs or {}) if torch.is_grad_enabled() else ""
+        if how:
+            raise RuntimeError(CUT.format(name=self._name, how=how + user_line()))
+        return func(*args, **(kwargs or {}))
+
+
+def has_module_hooks(outputs: Sequence[Tensor]) -> bool:
+    """Whether the graph of ``outputs`` goes through a module's hooks on gradients."""
+    nodes: list[Any] = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen = set(nodes)
+    for node in nodes:  # grows on the way
+        if type(node) is _BACKWARD_HOOK:
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return False

@@ -1,0 +1,348 @@
+"""Gradients that would be lost without a word: hooks, numbers made of tensors, moving jumps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffsolve import (
+    EM,
+    BacksolveAdjoint,
+    DiscreteAdjoint,
+    InterpolatingAdjoint,
+    KenCarp4,
+    ODEProblem,
+    Rodas5P,
+    SDEProblem,
+    Tsit5,
+    solve,
+)
+
+# of torch, where float(p) is called
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+F64 = torch.float64
+U0 = torch.tensor([1.0, 0.5], dtype=F64)
+SENSEALGS = [
+    DiscreteAdjoint(),
+    DiscreteAdjoint(checkpoints=3),
+    DiscreteAdjoint(tape=True),
+    InterpolatingAdjoint(),
+    BacksolveAdjoint(),
+]
+each_sensealg = pytest.mark.parametrize("sensealg", SENSEALGS, ids=repr)
+each_engine = pytest.mark.parametrize("engine", ["auto", "torch"])
+
+
+def parameters() -> Tensor:
+    return torch.tensor([0.7, 1.3], dtype=F64, requires_grad=True)
+
+
+# -- hooks on gradients ------------------------------------------------------------------------
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def tenth(gradient: Any) -> Tensor:
+    return 0.1 * gradient
+
+
+def hook_in_f(net: Callable, t: Tensor, u: Tensor) -> Tensor:
+    du = net(u)
+    if du.requires_grad:
+        du.register_hook(tenth)
+    return du
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "module": lambda net: net[1].register_full_backward_hook(lambda m, gi, go: (tenth(gi[0]),)),
+    "module, before": lambda net: net.register_full_backward_pre_hook(
+        lambda m, go: (tenth(go[0]),)
+    ),
+    "all modules": lambda net: nn.modules.module.register_module_full_backward_hook(
+        lambda m, gi, go: (tenth(gi[0]),) if isinstance(m, nn.Tanh) else None
+    ),
+    "tensor": lambda net: None,
+    "forward": lambda net: net[1].register_forward_hook(lambda m, args, out: 0.5 * out),
+    "all modules, forward": lambda net: nn.modules.module.register_module_forward_hook(
+        lambda m, args, out: 0.5 * out if isinstance(m, nn.Tanh) else None
+    ),
+    "parameter": lambda net: net[0].weight.register_hook(tenth),
+}
+
+
+def gradients(f: Callable, net: nn.Module, **options: Any) -> tuple[list[Tensor], Any]:
+    u0 = U0.clone().requires_grad_()
+    sol = solve(ODEProblem(f, u0, (0.0, 1.0)), rtol=1e-7, atol=1e-7, saveat=[1.0], **options)
+    return list(torch.autograd.grad(sol.u.square().sum(), [u0, *net.parameters()])), sol
+
+
+@pytest.mark.parametrize("alg", [Tsit5(), KenCarp4()], ids=repr)
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_act_as_on_the_tape(kind: str, alg: Any) -> None:
+    """The native engine, and steps that are reversed at once, pass over hooks on gradients.
+
+    The hook is added between two solves of one function, the first of which is known then.
+    """
+    net = network()
+
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return hook_in_f(net, t, u) if kind == "tensor" else net(u)
+
+    free, sol = gradients(f, net, alg=alg)
+    assert sol.stats.engine == "native" or kind == "tensor"
+    handle = HOOKS[kind](net)
+    try:
+        want, _ = gradients(f, net, alg=alg, sensealg=DiscreteAdjoint(tape=True))
+        if kind != "tensor":
+            assert float((want[1] - free[1]).norm()) > 0.1 * float(want[1].norm())
+        for options in ({}, {"engine": "torch"}, {"sensealg": DiscreteAdjoint(checkpoints=3)}):
+            got, sol = gradients(f, net, alg=alg, **options)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        by_state, _ = gradients(f, net, alg=alg, sensealg=InterpolatingAdjoint())
+        torch.testing.assert_close(by_state[0], want[0], rtol=1e-3, atol=1e-5)
+    finally:
+        if handle is not None:
+            handle.remove()
+    if kind != "tensor":
+        again, sol = gradients(f, net, alg=alg)
+        assert sol.stats.engine == "native"
+        torch.testing.assert_close(again[1], free[1])
+
+
+def test_native_tells_of_hooks_where_a_gradient_is_wanted() -> None:
+    net = network()
+    net[1].register_full_backward_hook(lambda m, gi, go: None)
+    prob = ODEProblem(lambda t, u: net(u), U0, (0.0, 1.0))
+    assert "hooks on gradients" in solve(prob).stats.engine
+    with torch.no_grad():
+        assert solve(prob).stats.engine == "native"
+
+
+# -- numbers made of tensors -------------------------------------------------------------------
+
+CUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "torch.tensor": lambda t, u, p: torch.tensor([p[0] * u[1], -p[1] * u[0]], dtype=F64),
+    "torch.as_tensor": lambda t, u, p: torch.as_tensor([p[0] * u[1], -p[1] * u[0]], dtype=F64),
+    "Tensor.new_tensor": lambda t, u, p: u.new_tensor([p[0] * u[1], -p[1] * u[0]]),
+    "float": lambda t, u, p: torch.stack([float(p[0]) * u[1], -p[1] * u[0]]),
+    "int": lambda t, u, p: torch.stack([int(p[1]) * u[1], -p[1] * u[0]]),
+    "Tensor.item": lambda t, u, p: -p * u * u[0].item(),
+    "Tensor.tolist": lambda t, u, p: u * sum(p.tolist()),
+    "float()": lambda t, u, p: -p * math.sin(u[0]),
+    "of no value": lambda t, u, p: torch.stack([0 * p[0], float(p[0]) * 0 * u[1]]),
+}
+
+
+@each_sensealg
+@pytest.mark.parametrize("name", CUTS)
+def test_numbers_of_tensors_are_refused_with_their_line(name: str, sensealg: Any) -> None:
+    f, how = CUTS[name], "by " + (name if "." in name or "(" in name else "")
+    for engine in ("auto", "torch"):
+        prob = ODEProblem(f, U0, (0.0, 1.0), parameters())
+        with pytest.raises(RuntimeError, match="would stop there") as error:
+            solve(prob, Tsit5(), sensealg=sensealg, engine=engine)
+        assert how in str(error.value)
+        assert f"{__file__.rsplit('/', 1)[-1]}:{f.__code__.co_firstlineno}" in str(error.value)
+
+
+def test_numbers_of_the_state_are_refused_for_any_gradient() -> None:
+    def f(t: Tensor, u: Tensor) -> Tensor:
+        return -u * math.exp(u[0])
+
+    with pytest.raises(RuntimeError, match=r"float\(\)"):
+        solve(ODEProblem(f, U0.clone().requires_grad_(), (0.0, 1.0)), Tsit5())
+    rate = parameters()
+    with pytest.raises(RuntimeError, match=r"a function of NumPy|numpy\(\)"):
+        solve(ODEProblem(lambda t, u: -rate * float(u.numpy()[0]), U0, (0.0, 1.0)), Tsit5())
+
+
+@pytest.mark.parametrize("part", ["drift", "diffusion"])
+def test_numbers_in_an_sde_are_refused(part: str) -> None:
+    cut, whole = (lambda t, u, p: float(p[0]) * u), (lambda t, u, p: p[1] * u)
+    f, g = (cut, whole) if part == "drift" else (whole, cut)
+    prob = SDEProblem(f, g, U0, (0.0, 1.0), parameters())
+    name = "f" if part == "drift" else "g"
+    with pytest.raises(RuntimeError, match=f"^{name} makes a number"):
+        solve(prob, EM(), dt=0.1, seed=0)
+    alone = SDEProblem(cut, lambda t, u, p: 0.1 * u, U0, (0.0, 1.0), parameters().detach())
+    assert solve(alone, EM(), dt=0.1, seed=0).success
+
+
+@each_sensealg
+def test_number_in_a_later_branch_is_refused(sensealg: Any) -> None:
+    """The first evaluation does not show it, but shows that there are branches."""
+
+    def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        return -p * u if t < 0.5 else -float(p[0]) * u
+
+    with pytest.raises(RuntimeError, match="would stop there"):
+        sol = solve(ODEProblem(f, U0, (0.0, 1.0), parameters()), Tsit5(), sensealg=sensealg)
+        sol.u[-1].sum().backward()
+
+
+ALLOWED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "branch": lambda t, u, p: -p * u if u.max() > 3 else -2 * p * u,
+    "branch of p": lambda t, u, p: -p * u if p[0] > 3 else -2 * p * u,
+    "time": lambda t, u, p: -p * u * (2.0 + 0 * float(t) + 0 * t.item()),
+    "detached": lambda t, u, p: -p * u * (2.0 + 0 * float(p[0].detach())),
+    "index": lambda t, u, p: -p * u * [1.0, 2.0][int(u.argmax() < 5)],
+    "constants": lambda t, u, p: -p * u * torch.tensor([2.0, 2.0], dtype=F64),
+    "printed": lambda t, u, p: -p * u * (2.0 + 0 * len(f"{p[0]:.3f} {u}")),
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_reading_without_a_loss_is_no_fault(name: str) -> None:
+    p = parameters()
+    sol = solve(ODEProblem(ALLOWED[name], U0, (0.0, 1.0), p), rtol=1e-8, atol=1e-9, saveat=[1.0])
+    (got,) = torch.autograd.grad(sol.u.sum(), p)
+    torch.testing.assert_close(got, -2 * U0 * torch.exp(-2 * p.detach()), rtol=1e-6, atol=1e-8)
+
+
+@each_engine
+def test_numbers_are_fine_where_no_gradient_is_wanted(engine: str) -> None:
+    for f in CUTS.values():
+        assert solve(ODEProblem(f, U0, (0.0, 0.5), parameters().detach()), engine=engine).success
+        with torch.no_grad():
+            assert solve(ODEProblem(f, U0, (0.0, 0.5), parameters()), engine=engine).success
+
+
+# -- times of jumps ----------------------------------------------------------------------------
+
+
+def infusion(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    on, off, k = p
+    return torch.where((t >= on) & (t < off), 1.0, 0.0) - k * u
+
+
+def clearance(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    return -torch.where(t < p[0], 1.0, p[2]) * u  # no jump where u is zero
+
+
+def in_python(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    return 1.0 - p[2] * u if float(t) >= p[0] else -p[2] * u
+
+
+@each_engine
+@pytest.mark.parametrize("f", [infusion, clearance, in_python])
+def test_gradient_by_the_time_of_a_jump_is_refused(f: Callable, engine: str) -> None:
+    p = torch.tensor([2.0, 5.0, 0.3], dtype=F64, requires_grad=True)
+    prob = ODEProblem(f, torch.zeros(1, dtype=F64), (0.0, 10.0), p)
+    with pytest.raises(ValueError, match=r"f jumps at t = 2, .* wanted \(test_lost_gradients.py:"):
+        solve(prob, Tsit5(), tstops=[*p[:2].detach()], engine=engine)
+    with pytest.raises(ValueError, match="piece by piece"):
+        solve(prob, Tsit5(), tstops=[*p[:2]], engine=engine)
+    with torch.no_grad():
+        assert solve(prob, Tsit5(), tstops=[*p[:2]], engine=engine).success
+
+
+def test_a_jump_at_a_fixed_time_and_a_bend_at_a_moving_one_are_fine() -> None:
+    def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        dose = torch.where((t >= 2.0) & (t < 5.0), 1.0, 0.0)
+        bend = torch.where(t > p[0], t - p[0], 0.0 * t)
+        return dose + bend - p[1] * u
+
+    def loss(p: Tensor) -> Tensor:
+        prob = ODEProblem(f, torch.zeros(1, dtype=F64), (0.0, 10.0), p)
+        options: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9, "saveat": [10.0]}
+        return solve(prob, Tsit5(), tstops=[2.0, 4.0, 5.0], **options).u[-1, 0]
+
+    p = torch.tensor([4.0, 0.3], dtype=F64, requires_grad=True)
+    (got,) = torch.autograd.grad(loss(p), p)
+    # u(10) by p[0]: the integral of -exp(-k (10 - s)) from p[0] to 10
+    assert float(got[0]) == pytest.approx(-(1 - math.exp(-0.3 * 6)) / 0.3, rel=1e-5)
+    h = torch.tensor([0.0, 1e-5], dtype=F64)
+    slope = (loss(p.detach() + h) - loss(p.detach() - h)) / 2e-5
+    assert float(got[1]) == pytest.approx(float(slope), rel=1e-5)
+
+
+def test_the_advice_for_a_moving_jump_gives_its_gradient() -> None:
+    p = torch.tensor([2.0, 5.0, 0.3], dtype=F64, requires_grad=True)
+    u: Tensor = torch.zeros(1, dtype=F64)
+    options: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9, "save_everystep": False}
+    for t0, t1, dose in ((0.0, p[0], 0.0), (p[0], p[1], 1.0), (p[1], 10.0, 0.0)):
+        prob = ODEProblem(lambda t, u, k, dose=dose: dose - k * u, u, (t0, t1), p[2])
+        u = solve(prob, Tsit5(), **options).u[-1]
+    (got,) = torch.autograd.grad(u.sum(), p)
+    expected = torch.tensor([-math.exp(-0.3 * 8), math.exp(-0.3 * 5)], dtype=F64)
+    torch.testing.assert_close(got[:2], expected, rtol=1e-6, atol=1e-9)
+
+
+# -- TorchScript, and work in place ------------------------------------------------------------
+
+
+class Oscillator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor([0.5, 0.8], dtype=F64))
+
+    def forward(self, t: Tensor, u: Tensor) -> Tensor:
+        return -self.rate * u * torch.cos(t)
+
+
+def forced(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    return -p * u * torch.cos(t)
+
+
+ARGUMENTS = (torch.tensor(0.3, dtype=F64), U0, torch.ones(2, dtype=F64))
+SCRIPTS: dict[str, Callable[[], Any]] = {
+    "scripted function": lambda: torch.jit.script(forced),
+    "traced function": lambda: torch.jit.trace(forced, ARGUMENTS),
+    "scripted module": lambda: torch.jit.script(Oscillator()),
+    "traced module": lambda: torch.jit.trace(Oscillator(), ARGUMENTS[:2]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "in a function"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_gradients_of_torchscript(name: str, wrapped: bool) -> None:
+    f = SCRIPTS[name]()
+    by: Any = torch.tensor([0.5, 0.8], dtype=F64, requires_grad=True)
+    p = by
+    if "module" in name:
+        (by,), p = f.parameters(), None
+    called = (lambda *args: f(*args)) if wrapped else f
+    prob = ODEProblem(called, U0, (0.0, 1.0), p)
+    expected = -math.sin(1.0) * U0 * torch.exp(-by.detach() * math.sin(1.0))
+    for engine in ("auto", "torch"):
+        for sensealg in SENSEALGS:
+            options: dict[str, Any] = {"sensealg": sensealg, "engine": engine, "saveat": [1.0]}
+            sol = solve(prob, Tsit5(), rtol=1e-8, atol=1e-10, **options)
+            (got,) = torch.autograd.grad(sol.u.sum(), by)
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+    if name != "traced function":
+        assert "TorchScript" in solve(prob, Rodas5P()).stats.engine
+    with pytest.raises(ValueError, match="TorchScript"):
+        solve(prob, Tsit5(), engine="native")
+
+
+@pytest.mark.parametrize("engine", ["auto", "native", "torch"])
+@pytest.mark.parametrize("wanted", [False, True], ids=["forward", "gradient"])
+def test_a_refused_f_leaves_the_state_as_it_was(engine: str, wanted: bool) -> None:
+    def in_place(t: Tensor, u: Tensor) -> Tensor:
+        return -u.clamp_(min=0.75)
+
+    def pure(t: Tensor, u: Tensor) -> Tensor:
+        return -u
+
+    u0 = U0.clone().requires_grad_(wanted)
+    problems = (
+        ODEProblem(in_place, u0, (0.0, 1.0)),
+        SDEProblem(in_place, pure, u0, (0.0, 1.0)),
+        SDEProblem(pure, in_place, u0, (0.0, 1.0)),
+    )
+    for prob in problems:
+        options: dict[str, Any] = {} if isinstance(prob, ODEProblem) else {"seed": 0}
+        with pytest.raises(ValueError, match="in place"):
+            solve(prob, engine=engine, **options)
+        assert torch.equal(u0, U0)
