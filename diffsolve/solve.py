@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, cast
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -59,6 +59,27 @@ _DENSE_NEEDS_TAPE = (
 )
 
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _between_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``function`` as a break in the graph where ``torch.compile`` looks on.
+
+    A solve compiles for itself, or is a loop over Python's floats.
+    """
+
+    @wraps(function)
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            eager: Any = torch.compiler.disable(function)
+            return eager(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@_between_graphs
 def solve(
     prob: ODEProblem | SDEProblem,
     alg: Algorithm | None = None,
@@ -365,16 +386,18 @@ def _dense_reader(
         eps = torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 0.0
         at = torch.as_tensor(t, dtype=torch.float64)
         times = [snapped(x, ends, eps) for x in at.detach().reshape(-1).tolist()]
+        flat = read(at.reshape(-1), times, derivative)
+        return structure.unravel(flat.reshape(*at.shape, structure.size))
+
+    def read(at: Tensor, times: list[float], derivative: int) -> Tensor:
         recording = torch.is_grad_enabled()
         with torch.set_grad_enabled(on_tape and recording):
             flat = dense(times, derivative)
         if recording and not on_tape and anchor.requires_grad:
             flat = undifferentiable(flat, anchor, _DENSE_NEEDS_TAPE.format(sensealg=sensealg))
         if recording and at.requires_grad:
-            with torch.no_grad():
-                slopes = dense(times, derivative + 1)
-            flat = attach_slopes(flat, at.reshape(-1), slopes)
-        return structure.unravel(flat.reshape(*at.shape, structure.size))
+            flat = attach_slopes(flat, at, lambda at: read(at, times, derivative + 1))
+        return flat
 
     return interpolate
 

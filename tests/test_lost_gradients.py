@@ -20,8 +20,10 @@ from diffsolve import (
     Rodas5P,
     SDEProblem,
     Tsit5,
+    Vern9,
     solve,
 )
+from diffsolve.nn import NeuralODE
 
 # of torch, where float(p) is called
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
@@ -236,13 +238,14 @@ def in_python(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
 @pytest.mark.parametrize("f", [infusion, clearance, in_python])
 def test_gradient_by_the_time_of_a_jump_is_refused(f: Callable, engine: str) -> None:
     p = torch.tensor([2.0, 5.0, 0.3], dtype=F64, requires_grad=True)
+    moving: Any = p[:2]
     prob = ODEProblem(f, torch.zeros(1, dtype=F64), (0.0, 10.0), p)
     with pytest.raises(ValueError, match=r"f jumps at t = 2, .* wanted \(test_lost_gradients.py:"):
-        solve(prob, Tsit5(), tstops=[*p[:2].detach()], engine=engine)
+        solve(prob, Tsit5(), tstops=p[:2].tolist(), engine=engine)
     with pytest.raises(ValueError, match="piece by piece"):
-        solve(prob, Tsit5(), tstops=[*p[:2]], engine=engine)
+        solve(prob, Tsit5(), tstops=moving, engine=engine)
     with torch.no_grad():
-        assert solve(prob, Tsit5(), tstops=[*p[:2]], engine=engine).success
+        assert solve(prob, Tsit5(), tstops=moving, engine=engine).success
 
 
 def test_a_jump_at_a_fixed_time_and_a_bend_at_a_moving_one_are_fine() -> None:
@@ -346,3 +349,57 @@ def test_a_refused_f_leaves_the_state_as_it_was(engine: str, wanted: bool) -> No
         with pytest.raises(ValueError, match="in place"):
             solve(prob, engine=engine, **options)
         assert torch.equal(u0, U0)
+
+
+# -- solves inside of other code ---------------------------------------------------------------
+
+
+@each_sensealg
+@pytest.mark.parametrize("alg", [KenCarp4(), Rodas5P(), Tsit5()], ids=repr)
+def test_f_that_reads_another_solution(alg: Any, sensealg: Any) -> None:
+    """Its dense output can be differentiated by the time as often as implicit methods ask."""
+    start = torch.tensor([0.0, 1.0], dtype=F64)
+    prob = ODEProblem(lambda t, u: torch.stack([u[1], -u[0]]), start, (0.0, 2.0))
+    forcing = solve(prob, Vern9(), rtol=1e-12, atol=1e-13)  # sin and cos
+
+    def run(sine: Callable[[Tensor], Tensor]) -> tuple[Tensor, int, int]:
+        p = torch.tensor([3.0, 5.0], dtype=F64, requires_grad=True)
+        prob = ODEProblem(lambda t, u, p: -p * (u - sine(t)), U0, (0.0, 1.9), p)
+        sol = solve(prob, alg, sensealg=sensealg, saveat=[1.9], rtol=1e-5, atol=1e-7)
+        (got,) = torch.autograd.grad(sol.u.sum(), p)
+        return got, sol.stats.naccept, (sol.stats.adjoint or sol.stats).naccept
+
+    want, steps, back = run(torch.sin)
+    got, found_steps, found_back = run(lambda t: forcing(t)[0])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
+    assert (found_steps, found_back) == pytest.approx((steps, back), abs=1)
+
+
+def test_dense_output_has_derivatives_of_every_order_by_the_time() -> None:
+    start = torch.tensor([0.0, 1.0], dtype=F64)
+    prob = ODEProblem(lambda t, u: torch.stack([u[1], -u[0]]), start, (0.0, 2.0))
+    for engine in ("auto", "torch"):
+        sol = solve(prob, Vern9(), rtol=1e-12, atol=1e-13, engine=engine)
+        t = torch.tensor([0.3, 0.7], dtype=F64, requires_grad=True)
+        value = sol(t)[:, 0]
+        for expected in (torch.sin, torch.cos, lambda t: -torch.sin(t), lambda t: -torch.cos(t)):
+            torch.testing.assert_close(value, expected(t), rtol=1e-5, atol=1e-5)
+            (value,) = torch.autograd.grad(value.sum(), t, create_graph=True)
+
+
+def test_training_under_torch_compile() -> None:
+    """The solve is a break in the graph; what is around it is compiled, and trains as before."""
+    torch.manual_seed(2)
+    layer = NeuralODE(network(), (0.0, 1.0), Tsit5(), rtol=1e-6)
+    model = nn.Sequential(nn.Linear(2, 2), layer, nn.Linear(2, 1)).double()
+    x = torch.randn(3, 2, dtype=F64)
+
+    def step(f: Callable) -> list[Tensor]:
+        return list(torch.autograd.grad(f(x).square().sum(), list(model.parameters())))
+
+    expected = step(model)
+    compiled = torch.compile(model, backend="eager")
+    for engine in ("auto", "torch"):
+        layer.options["engine"] = engine
+        for got, want in zip(step(compiled), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)

@@ -7,6 +7,7 @@ reverse pass, and only where a time requires a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,14 +63,18 @@ class _Saved(torch.autograd.Function):
 
 class _Slopes(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, times: Tensor, slopes: Tensor) -> Tensor:
-        ctx.save_for_backward(times, slopes)
+    def forward(
+        ctx: Any, u: Tensor, times: Tensor, slopes_at: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(times)
+        ctx.slopes_at = slopes_at
         return u.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Any:
-        times, slopes = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        # of tensors, so that this can be differentiated again, as implicit methods do
+        (times,) = ctx.saved_tensors
+        slopes = ctx.slopes_at(times)
         return g, (g.conj() * slopes).sum(1).real.to(times), None
 
 
@@ -87,6 +92,9 @@ def attach_saved(u: Tensor, times: Tensor, field: VectorField, t0: float, t1: fl
     return u
 
 
-def attach_slopes(u: Tensor, times: Tensor, slopes: Tensor) -> Tensor:
-    """States ``(T, N)`` that pass their cotangents on to their times, with known ``du/dt``."""
-    return _Slopes.apply(u, times, slopes)  # type: ignore[return-value]
+def attach_slopes(u: Tensor, times: Tensor, slopes_at: Callable[[Tensor], Tensor]) -> Tensor:
+    """States ``(T, N)`` that pass their cotangents on to their times.
+
+    ``slopes_at`` gives ``du/dt`` at them, which may depend on them again.
+    """
+    return _Slopes.apply(u, times, slopes_at)  # type: ignore[return-value]
