@@ -65,6 +65,8 @@ class Job:
 
     def for_reverse(self) -> Job:
         """What a reverse pass in machine code reads of it: nothing that refers to ``f``."""
+        assert self.native is not None
+        self.native.forget_functions()
         job = object.__new__(Job)
         job.__dict__.update(self.__dict__, field=self.field.without_functions())
         return job

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField
 
-_REACH = 8  # step sizes that are looked through
-_LEAST_ULPS = 4_096  # of t
+_REACH, _FARTHEST = 8, 1_000  # step sizes that are looked through
+_LEAST_ULPS = 4_096  # of t and u
 _PARTS = 16
 _HALVINGS = 40
 _LEFT_OF_A_JUMP = 0.25  # of the difference at first; that of a smooth function goes to zero
@@ -76,15 +76,19 @@ def _examine(field: VectorField, t: float, u: Tensor, h: float) -> Finding | Non
     line = _Line(field, t, u)
     if not _is_finite(line.slope):
         return Finding("nan", t, False, _first_bad(field.structure, line.slope))
-    least = _LEAST_ULPS * math.ulp(t)
-    reach = math.copysign(max(_REACH * abs(h), least), h)
+    # far enough for t and for u to tell, but still near
+    moves = torch.finfo(u.dtype).eps * _size(u)
+    slope = _size(line.slope)
+    least = _LEAST_ULPS * moves / slope if slope > 0 else 0.0
+    size = max(_REACH * abs(h), _LEAST_ULPS * math.ulp(t), min(least, _FARTHEST * abs(h)))
+    reach = math.copysign(size, h)
     sizes = [reach * i / _PARTS for i in range(_PARTS + 1)]
     values: list[Tensor] = []
     for low, high in itertools.pairwise([0.0, *sizes]):
         values.append(line(high))
         if not _is_finite(values[-1]):
             return _border_of_nan(line, low, high)
-    return _jump(line, sizes, values)
+    return _jump(line, sizes, values) if size >= least else None
 
 
 def _border_of_nan(line: _Line, low: float, high: float) -> Finding:

@@ -116,7 +116,8 @@ class NativeField:
         self.compiled = entry.compiled
         assert self.compiled is not None
         self._trace_s = trace_s - self.compiled.compile_s
-        self._entry, self._survey = entry, survey
+        self._entry = entry
+        self._survey: Survey | None = survey
         self.template: Any = None
         self._active: tuple[bool, ...] | None = None
         self.tensors: list[Tensor] = [survey.tensor(x, leaves) for x in entry.sources]
@@ -127,6 +128,10 @@ class NativeField:
     def keep_params(self) -> None:
         if self._borrowed:
             self.params, self._borrowed = self.params.clone(), False
+
+    def forget_functions(self) -> None:
+        """Let go of what looked at ``f``: what is kept for a reverse pass must not refer to it."""
+        self._survey = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeField:
         return self  # nothing changes it, and machine code has no copies
@@ -175,6 +180,7 @@ class NativeField:
 
     def _reachable(self, field: VectorField) -> list[Tensor]:
         """Tensors that ``f`` could use, looked for where those that it uses are others."""
+        assert self._survey is not None  # the solve has not begun
         mine, part = self._survey.tensors, getattr(field.f, "__func__", None)
         cache = lasting(field.f)
         known = cache.get(("reachable", part))
