@@ -63,8 +63,8 @@ def jacobian_sparsity(prob: ODEProblem) -> Tensor:
     except Declined as reason:
         raise ValueError(f"the sparsity of f cannot be found: {reason}") from None
     entries = sorted(sparsity(found.outputs, found.u))
-    indices = torch.tensor(entries, dtype=torch.long).reshape(-1, 2).T
-    values = torch.ones(len(entries), dtype=torch.bool)
+    indices = torch.tensor(entries, dtype=torch.long, device="cpu").reshape(-1, 2).T
+    values = torch.ones(len(entries), dtype=torch.bool, device="cpu")
     size = (structure.size, structure.size)
     return torch.sparse_coo_tensor(indices, values, size, is_coalesced=True, check_invariants=True)
 
@@ -125,10 +125,12 @@ def _states(field: VectorField, u0: Any, u: Any) -> list[Tensor]:
         several = isinstance(u, (list, tuple)) and field.structure.is_tensor
         return [ravel(x).detach() for x in (u if several else [u])]
     start = ravel(u0).detach()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     found = [start]
     for _ in range(2):
-        factors = torch.rand(len(start), generator=generator, dtype=torch.float64).to(start)
+        factors = torch.rand(len(start), generator=generator, dtype=torch.float64, device="cpu").to(
+            start
+        )
         found.append(start * (0.9 + 0.2 * factors) + 1e-3 * factors)
     return found
 

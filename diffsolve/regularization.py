@@ -238,7 +238,7 @@ def _local_step(
 def _sampled_time(sol: Solution, sampling: str, generator: torch.Generator | None) -> float:
     if not len(sol.steps):
         raise ValueError("the solution has no accepted step to sample from")
-    r = float(torch.rand((), generator=generator, dtype=torch.float64))
+    r = float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu"))
     starts = sol.steps.t.detach()
     if sampling == "biased":
         return float(starts[int(r * len(starts))])

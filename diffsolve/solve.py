@@ -384,7 +384,7 @@ def _dense_reader(
         if not isinstance(derivative, int) or derivative < 0:
             raise ValueError(f"derivative must be 0, 1, 2, ..., got {derivative!r}")
         eps = torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 0.0
-        at = torch.as_tensor(t, dtype=torch.float64)
+        at = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         times = [snapped(x, ends, eps) for x in at.detach().reshape(-1).tolist()]
         flat = read(at.reshape(-1), times, derivative)
         return structure.unravel(flat.reshape(*at.shape, structure.size))
@@ -404,8 +404,8 @@ def _dense_reader(
 
 def _as_column(values: list[Any]) -> Tensor:
     if any(isinstance(x, Tensor) for x in values):
-        return torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in values])
-    return torch.tensor(values, dtype=torch.float64)
+        return torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in values])
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _refusing_gradients(steps: Steps, anchor: Tensor, sensealg: Sensealg) -> Steps:

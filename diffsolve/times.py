@@ -65,7 +65,7 @@ class SaveTimes:
         if not isinstance(saveat, Tensor):
             if isinstance(saveat, Real) or getattr(saveat, "ndim", 1) == 0:
                 return cls(_spaced(float(saveat), t0, t1), from_start=True)
-            return cls._of_tensor(torch.as_tensor(np.asarray(saveat, dtype=np.float64)), t0, t1)
+            return cls._of_tensor(torch.from_numpy(np.array(saveat, dtype=np.float64)), t0, t1)
         if saveat.dim() == 0:
             return cls(_spaced(float(saveat), t0, t1), from_start=True)
         return cls._of_tensor(saveat, t0, t1)
@@ -107,7 +107,7 @@ class SaveTimes:
         """The times that were reached, ``(T,)`` float64, on the tape where a time is."""
         if self.given is not None:
             return self.given[: len(reached)].to(device="cpu", dtype=torch.float64)
-        values = torch.tensor(reached, dtype=torch.float64)
+        values = torch.tensor(reached, dtype=torch.float64, device="cpu")
         t0, t1 = span
         if not self.from_start or not self.differentiable(span) or not len(values):
             return values
@@ -134,7 +134,7 @@ class SaveTimes:
         ends = [float(detached(t)) for t in span if isinstance(t, Tensor) and t.requires_grad]
         if self.given is None:
             ends = [float(detached(t0)), float(detached(t1))]
-        tied = torch.zeros(len(times), dtype=torch.bool)
+        tied = torch.zeros(len(times), dtype=torch.bool, device="cpu")
         for end in ends:
             tied |= times.detach() == end
         return torch.where(tied, times.detach(), times)

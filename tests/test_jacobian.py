@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from diffsolve import ODEProblem, jacobian_sparsity
+from diffsolve import KenCarp4, ODEProblem, jacobian_sparsity, solve
 from diffsolve.problems import library
+from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.jacobian import linearise
 
 F64 = torch.float64
 
@@ -95,3 +99,51 @@ def test_what_cannot_be_followed_is_named():
         jacobian_sparsity(problem(lambda t, u: torch.sort(u)[0], 3))
     with pytest.raises(TypeError, match="ODEProblem"):
         jacobian_sparsity(nn.Linear(2, 2))
+
+
+COUPLED = {
+    (2, 1): lambda u: u.flip(0),
+    (1, 2): lambda u: u.flip(1),
+    (2, 2): lambda u: u.flip(0),
+    (3, 1): lambda u: u.roll(1, 0),
+    (2, 2, 1): lambda u: u.flip(1),
+    (30, 1): lambda u: u.roll(1, 0),
+    (30, 2): lambda u: torch.cat([u[:15], u[:15] ** 2]),
+    (2, 20): lambda u: u.flip(0),
+}
+
+
+@pytest.mark.parametrize("shape", COUPLED)
+@pytest.mark.parametrize("by_autograd", [True, False])
+def test_rows_that_are_coupled_are_no_batch(shape, by_autograd):
+    """The blocks that an implicit method uses are the whole Jacobian, also where rows are coupled
+    only from some time or state on."""
+    mixed = COUPLED[shape]
+
+    def f(t, u):
+        du = -u + (t > 1) * mixed(u) * 1e-3
+        return du if by_autograd else torch.from_numpy(du.detach().numpy().copy())
+
+    n = math.prod(shape)
+    u0 = torch.linspace(0.5, 1.5, n, dtype=torch.float64).reshape(shape)
+    field = VectorField.of(ODEProblem(f, u0, (0.0, 2.0)))
+    flat = u0.reshape(-1)
+    for t in (0.0, 1.5):
+        found = torch.block_diag(*linearise(field, t, 0.1, flat).blocks)
+        expected = torch.func.jacrev(
+            lambda x, t=t: -x + (t > 1) * mixed(x.view(shape)).reshape(-1) * 1e-3
+        )(flat)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_column_of_coupled_equations_is_solved_as_a_vector():
+    matrix = torch.tensor([[-1.0, 0.5], [100.0, -101.0]], dtype=torch.float64)
+    found = []
+    for shape in ((2,), (2, 1)):
+        A = matrix.clone().requires_grad_()
+        u0 = torch.tensor([1.0, 0.3], dtype=torch.float64).reshape(shape)
+        prob = ODEProblem(lambda t, u, A: A @ u, u0, (0.0, 1.0), A)
+        sol = solve(prob, KenCarp4(), saveat=[1.0], rtol=1e-7, atol=1e-9, engine="torch")
+        found.append((sol.stats.naccept, torch.autograd.grad(sol.u.sum(), A)[0]))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-10, atol=1e-12)

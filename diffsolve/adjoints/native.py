@@ -7,6 +7,7 @@ kernels what that one does with tensors.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from diffsolve.adjoints.reversal import in_tolerances, reverse_failure, reverse_stops
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, first_order
+from diffsolve.adjoints.sweep import Sweep
+from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.native.engine import RETCODES
 from diffsolve.engines.native.field import NativeField
 from diffsolve.engines.native.memory import Memory
@@ -72,6 +75,8 @@ class _NativeDiscrete(torch.autograd.Function):
         # autograd frees the states after backward, and sees a parameter changed in place
         ctx.save_for_backward(u0, *params, found.memory.give())
         ctx.job, ctx.native, ctx.memory = job.for_reverse(), job.native, found.memory.records()
+        # a graph must not keep f; what the solution keeps serves as long as that lives
+        ctx.whole_job, ctx.checkpoints = weakref.ref(job), carrier.kept
         return found.u, found.columns.estimates()
 
     @staticmethod
@@ -87,6 +92,8 @@ class _NativeDiscrete(torch.autograd.Function):
         pull: Any = stochastic_sweep if isinstance(native, NativeSDE) else sweep
         cotangents = of_saved, *_rows(of_steps)
         swept = pull(ctx.memory, saved[ctx.counts], cotangents, native.active)
+        if job.alg.has_jacobian_inside and not swept.is_finite(ctx.needs_input_grad[1]):
+            return None, *_by_torch(ctx, cotangents)
         u_bar, times = None, job.saves.array
         if ctx.needs_input_grad[1]:
             u_bar = torch.from_numpy(swept.u_bar)
@@ -99,6 +106,27 @@ class _NativeDiscrete(torch.autograd.Function):
         grads = gradients(job, params, swept.p_bar)
         stats.wall_s = time.perf_counter() - started
         return None, u_bar, *grads
+
+
+def _by_torch(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of a solve whose second derivatives are not finite.
+
+    The torch engine solves it once more, and goes back through steps with such derivatives by
+    another method; see ``Sweep``.
+    """
+    job, u0 = ctx.whole_job(), ctx.inputs[0]
+    tape, trajectory = StepTape(ctx.checkpoints), None
+    if job is not None:
+        trajectory = job.run(u0.detach(), tape)
+    if trajectory is None or len(tape.records) != ctx.memory.integers[L.ACCEPTED]:
+        raise RuntimeError(
+            "the gradient is NaN or Inf, since f has no second derivative at a state of the solve, "
+            "such as u**1.5 and a norm at zero: keep the solution until backward, use "
+            "engine='torch', or a method that needs only first derivatives, such as KenCarp4()"
+        )
+    u_bar, grads = Sweep(job, cotangents, trajectory.final).run(tape)
+    job.stats.adjoint.engine = "torch"
+    return u_bar, *grads
 
 
 def _rows(table: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -177,7 +205,7 @@ def _reverse(
     along = sensealg.along_path
     alg = sensealg.alg or job.alg
     extra = 0 if along else n
-    z = torch.zeros(n + extra + len(entries), dtype=bars.dtype)
+    z = torch.zeros(n + extra + len(entries), dtype=bars.dtype, device="cpu")
     z[:n] = bars[-1]
     if not along:
         z[n : 2 * n] = saved[-1]
@@ -220,7 +248,7 @@ def _reverse(
         )
     if times[0] == job.t0 and times[-1] != job.t0:
         z[:n] += bars[0]
-    flat = torch.zeros(compiled.n_params, dtype=bars.dtype)
+    flat = torch.zeros(compiled.n_params, dtype=bars.dtype, device="cpu")
     flat[entries] = z[n + extra :]
     return z[:n], flat
 
@@ -236,7 +264,9 @@ def _settings(
     forward = job.settings.tolerance
 
     def blocks(given: float | None, theirs: Tensor) -> Tensor:
-        own = torch.as_tensor(float(theirs.min()) if given is None else given, dtype=theirs.dtype)
+        own = torch.as_tensor(
+            float(theirs.min()) if given is None else given, dtype=theirs.dtype, device="cpu"
+        )
         if sensealg.along_path or given is not None:
             return own
         full = own.expand(size).clone()

@@ -10,9 +10,11 @@ Its matrices cost one batched reverse pass a component of the state, its solutio
 matrix-vector product a step, and the gradients by the parameters one more batched pass with all
 the lambdas. Where the state is a batch of rows ``(..., d)``, ``f`` usually treats them one by one:
 then ``d`` passes give every row's matrix. That is assumed and checked, because the last pass gives
-the true product of every step's matrix with its lambda as well; where it differs, and where ``f``
-cannot be batched, the caller goes step by step. Both ways agree to rounding, and which one runs
-depends on sizes and on what ``f`` allows, never on timings.
+the true product of every step's matrix with its lambda as well. Nor is ``torch.vmap`` believed,
+whose rule for an operation of ``f`` may have a wrong derivative: once a solve, the gradients of a
+step are computed without it too. Where something differs, and where ``f`` cannot be batched, the
+caller goes step by step. Both ways agree to rounding, and which one runs depends on sizes and on
+what ``f`` allows, never on timings.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.sde_field import GivenNoise, SDEField
 from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.agreement import same_gradients, uneven
 from diffsolve.solvers.algorithm import summands
 from diffsolve.solvers.norms import measure
 from diffsolve.solvers.switching import AutoSwitch
@@ -71,6 +74,7 @@ class ParallelSweep:
         self.of_saved, *self.of_estimates = cotangents
         self.value = self._entries_of_a_value()
         self.rows, self.size = self._blocks()
+        self._checked = False  # whether a batch has the gradients of a step alone
         self.enabled = (
             self.size <= _LARGEST_BLOCK
             and (2 * self.size + 2) * job.field.work <= _WORK_WORTH_A_CALL
@@ -160,20 +164,17 @@ class ParallelSweep:
         calls = self._calls()
         u = torch.stack(states).detach().requires_grad_()
         try:
-            outputs = self._run_again(records, u)
+            arguments = self._arguments(records, u)
+            outputs = self._run_again(*arguments)
         except Exception as error:  # whatever torch.vmap cannot do, the other sweep can
-            _log.debug("f cannot be batched over steps, going step by step: %s", error)
-            self.enabled = False
-            return None
+            return self._give_up(f"f cannot be batched over steps: {error}")
         refuse_unknown_leaves(reached_leaves(outputs), [u, *self.params])
         self._count_each(calls, steps)
         u_new, of_u, of_f, values, *estimates = outputs
         known = torch.stack([*states[1:], end])
         off = self.field.rounding_error(u_new, known, (of_u, of_f))
         if not bool((off <= 1).all()):
-            _log.debug("f gives other values in a batch, going step by step")
-            self.enabled = False
-            return None
+            return self._give_up("f gives other values in a batch")
 
         read: list[tuple[Tensor, Tensor]] = []  # what was read off the steps, with cotangents
         if self.of_saved is not None and values.shape[1]:
@@ -183,16 +184,54 @@ class ParallelSweep:
                 read.append((y, y_bar[begin : begin + steps].to(y.dtype)))
         read = [(y, y_bar) for y, y_bar in read if y.requires_grad]
 
-        local = _pull(read, [u])[0] if read else None
-        bars_after, bars = self._recursion(records, self._step_jacobians(u_new, u), local, bar)
-        pairs = [*([(u_new, bars_after)] if u_new.requires_grad else []), *read]
-        true_bars, *grads = _pull(pairs, [u, *self.params])
+        try:
+            if not self._checked and not self._has_true_gradients(arguments, outputs):
+                return self._give_up("f has other gradients in a batch")
+            local = _pull(read, [u])[0] if read else None
+            bars_after, bars = self._recursion(records, self._step_jacobians(u_new, u), local, bar)
+            pairs = [*([(u_new, bars_after)] if u_new.requires_grad else []), *read]
+            true_bars, *grads = _pull(pairs, [u, *self.params])
+        except RuntimeError as error:  # such as that of torch.utils.checkpoint
+            return self._give_up(f"f cannot be differentiated in a batch: {error}")
         if self.rows > 1 and not _same_products(bars, true_bars, bars_after):
-            _log.debug("the rows of the state are not independent, going step by step")
             _remember_coupled(self.job.field.f)
-            self.enabled = False
-            return None
+            return self._give_up("the rows of the state are not independent")
         return bars[0], grads
+
+    def _give_up(self, why: str) -> None:
+        """No batch is tried again in this reverse pass."""
+        _log.debug("going step by step: %s", why)
+        self.enabled = False
+
+    def _has_true_gradients(
+        self, arguments: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
+    ) -> bool:
+        """Whether the step in the middle of a batch has the gradients that it has alone."""
+        i, u = len(outputs[0]) // 2, arguments[2]
+        start = u[i].detach().requires_grad_()
+        nf, ng = self._calls()
+        times, theta, _, *noise = (x[i] for x in arguments)
+        alone = self._run_again(times, theta, start, *noise)
+        self.field.nf = nf
+        if isinstance(self.field, SDEField):
+            self.field.ng = ng
+        together_pairs, alone_pairs = [], []
+        for k in (0, *range(3, len(outputs))):  # without the sizes of summands
+            together, one = outputs[k], alone[k]
+            if together.requires_grad and one.requires_grad:
+                weights = uneven(one)
+                bars = torch.zeros_like(together)
+                bars[i] = weights
+                together_pairs.append((together, bars))
+                alone_pairs.append((one, weights))
+        inside, *found = _pull(together_pairs, [u, *self.params])
+        expected, *known = _pull(alone_pairs, [start, *self.params])
+        if expected is not None:  # no other step may get a part of it
+            whole = torch.zeros_like(u)
+            whole[i] = expected
+            expected = whole
+        self._checked = same_gradients([inside, *found], [expected, *known])
+        return self._checked
 
     def _calls(self) -> tuple[int, int]:
         return self.field.nf, self.field.ng if isinstance(self.field, SDEField) else 0
@@ -204,19 +243,31 @@ class ParallelSweep:
         if isinstance(self.field, SDEField):
             self.field.ng += (ng - before[1]) * (steps - 1)
 
-    def _run_again(self, records: list[Record], u: Tensor) -> tuple[Tensor, ...]:
-        """New states ``(m, N)``, their summands, values ``(m, most, N)`` inside, estimates."""
-        alg, field, tolerance = self.alg, self.field, self.job.settings.tolerance
+    def _arguments(self, records: list[Record], u: Tensor) -> tuple[Tensor, ...]:
+        """What a step is run again with, a row for each of them: see ``_run_again``."""
+        field = self.field
         most = max(len(r.thetas) for r in records) if self.of_saved is not None else 0
         thetas = [[*r.thetas, *[0.0] * (most - len(r.thetas))] for r in records] if most else []
-        times = torch.tensor([(r.t, r.h) for r in records], dtype=torch.float64).to(u.device)
+        times = torch.tensor([(r.t, r.h) for r in records], dtype=torch.float64, device="cpu")
         theta = torch.tensor(thetas, dtype=torch.float64, device=u.device)
-        theta = theta.reshape(len(records), most)
-        wanted = any(bar is not None for bar in self.of_estimates)
-
         noise: tuple[Tensor, ...] = ()
         if isinstance(field, SDEField):
             noise = field.noise_of([(r.t, r.h) for r in records], self._times_inside(records, most))
+        return times.to(u.device), theta.reshape(len(records), most), u, *noise
+
+    def _run_again(
+        self, time: Tensor, theta: Tensor, u: Tensor, *noise: Tensor
+    ) -> tuple[Tensor, ...]:
+        """New states, their summands, values inside the steps, and estimates.
+
+        Parameters
+        ----------
+        time, theta, u, noise
+            Start and size of a step, where values inside are wanted, the state, and the noise; or
+            of all steps ``(m, ...)``.
+        """
+        alg, field, tolerance = self.alg, self.field, self.job.settings.tolerance
+        wanted = any(bar is not None for bar in self.of_estimates)
 
         def one_step(time: Tensor, theta: Tensor, u: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
             t, h = time.unbind()
@@ -225,16 +276,18 @@ class ParallelSweep:
             state = alg.init(field, t, u)
             step = alg.step(field, t, h, state)
             reached = step.state[0], *summands(state, h)
-            values = step.interpolant(theta) if most else u[None][:0]
+            values = step.interpolant(theta) if len(theta) else u[None][:0]
             if not wanted:
                 return *reached, values, *(u.new_zeros(3).unbind())
             e = measure(step, u, tolerance, on_tape=True)
-            found = (torch.as_tensor(x) for x in (e.error, e.error_norm, e.stiffness))
+            found: Any = (e.error, e.error_norm, e.stiffness)
             return *reached, values, *found
 
         try:
             with torch.enable_grad():
-                return torch.vmap(one_step)(times, theta, u, *noise)
+                if u.dim() == 1:
+                    return one_step(time, theta, u, *noise)
+                return torch.vmap(one_step)(time, theta, u, *noise)
         finally:
             if isinstance(field, SDEField):
                 field.given = None
@@ -295,7 +348,7 @@ class ParallelSweep:
             if sources is not None:
                 running = running + sources[n]
             before[n] = running
-        return torch.as_tensor(after).to(bar), torch.as_tensor(before).to(bar)
+        return torch.from_numpy(after).to(bar), torch.from_numpy(before).to(bar)
 
 
 def _same_products(assumed: Tensor, true: Tensor | None, after: Tensor) -> bool:

@@ -10,7 +10,6 @@ of parameters beyond that of a product.
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -23,8 +22,9 @@ from torch import Tensor
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.jacobian import differentiator
 from diffsolve.solvers.linear import BlockLU, factor
+from diffsolve.solvers.time_difference import Stencil
 
-_START, _ENDS = np.zeros(1), np.array([0.0, 1.0])
+_START = np.zeros(1)
 
 Gradients = tuple[Tensor, Tensor]
 
@@ -189,10 +189,8 @@ def reverse_jacobian(reverse: Any, t: float, h: float, z: Tensor, slope: bool) -
     at = Lagrangian(reverse.field, reverse.params, time, u, bar, flat)
     moving = None
     if slope and forward.moves_unseen:  # by autograd, that is: a difference of all sees it
-        eps = torch.finfo(time.dtype).eps
-        size = math.copysign(math.sqrt(eps * max(1e-5, abs(t))), h)
-        now, later = reverse.times(t, size, _ENDS)
-        moving = (reverse.derivative(later, z) - reverse.derivative(now, z)) / (later - now)
+        stencil = Stencil(reverse, t, h)
+        moving = stencil.slope(*(reverse.derivative(x, z) for x in stencil.times))
     elif slope:
         moving = reverse.slope_at(time, at, found.slope)
     sizes = (reverse.n, reverse.sizes[1], sum(reverse.sizes[2:]))

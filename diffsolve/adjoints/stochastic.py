@@ -389,10 +389,10 @@ def _couples(field: SDEField, t: Tensor, u: Tensor) -> bool:
         If the noise of a path depends on the state of another path.
     """
     rows, d = field.rows, field.d
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(u)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(u)
 
     with torch.enable_grad():
         u = u.detach().requires_grad_()

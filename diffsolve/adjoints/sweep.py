@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.torch_engine import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.sde_field import SDEField
-from diffsolve.solvers.algorithm import read, summands
+from diffsolve.solvers.algorithm import Step, read, summands
 from diffsolve.solvers.norms import measure, rms
+from diffsolve.solvers.sdirk.methods import KenCarp4
 from diffsolve.solvers.stochastic.noise.base import Noise
 
 StateBar = list[Tensor | None]
+_SMOOTH = KenCarp4()
 
 
 def _runs(records: list[Record]) -> list[tuple[int, int]]:
@@ -103,26 +106,67 @@ class Sweep:
     def _through_step(
         self, index: int, record: Record, state: tuple[Tensor, ...], state_bar: StateBar
     ) -> StateBar:
-        pulled: list[tuple[Tensor, Tensor]] = []
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in state]
             step = record.repeat(self.field, tuple(leaves))
-            self._compare(step.state[0], record, state)
+        self._compare(step.state[0], record, state)
+        grads = self._through(step, index, record, leaves, state_bar)
+        if record.alg.has_jacobian_inside and not _all_finite(grads):
+            grads = self._through_another(index, record, state, state_bar) or grads
+        add_up(self.dparams, grads[len(leaves) :])
+        return grads[: len(leaves)]
+
+    def _through_another(
+        self, index: int, record: Record, state: tuple[Tensor, ...], state_bar: StateBar
+    ) -> StateBar | None:
+        """The same by another method, whose derivative needs no second derivatives of ``f``.
+
+        Those are infinite, or none, where a root or a norm starts at zero, and the derivative of
+        the solution is finite all the same. That of an SDIRK step is as accurate as its values.
+
+        Raises
+        ------
+        RuntimeError
+            If that cannot be done.
+        """
+        trouble = (
+            f"a gradient of {record.alg.name} is NaN or Inf at t = {record.t:.8g}, where f has no "
+            "second derivative, such as u**1.5 and a norm at zero: use a method that needs only "
+            "first derivatives, such as KenCarp4()"
+        )
+        if not _all_finite(state_bar):
+            return None  # what comes in is not finite either
+        if any(bar is not None for bar in self.of_estimates):
+            raise RuntimeError(trouble)
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in state]
+            step = _SMOOTH.step(
+                self.field, record.t, record.h, _SMOOTH.init(self.field, record.t, *leaves)
+            )
+        if not step.converged:
+            raise RuntimeError(trouble)
+        return self._through(step, index, record, leaves, state_bar)
+
+    def _through(
+        self, step: Step, index: int, record: Record, leaves: list[Tensor], state_bar: StateBar
+    ) -> StateBar:
+        """Cotangents of the leaves and of the parameters."""
+        pulled: list[tuple[Tensor, Tensor]] = []
+        with torch.enable_grad():
             pulled += [
                 (y, bar) for y, bar in zip(step.state, state_bar, strict=True) if bar is not None
             ]
             if record.thetas and self.of_saved is not None:
-                theta = torch.tensor(record.thetas, dtype=torch.float64)
+                theta = torch.tensor(record.thetas, dtype=torch.float64, device="cpu")
                 inside = slice(record.first_save, record.first_save + len(record.thetas))
                 times = (self.job.save_times or ())[inside]
                 values = read(step.interpolant, times, theta)
                 pulled.append((values, self.of_saved[inside]))
             if any(bar is not None for bar in self.of_estimates):
                 e = measure(step, leaves[0], self.job.settings.tolerance, on_tape=True)
-                values = (e.error, e.error_norm, e.stiffness)
-                for y, bar in zip(values, self.of_estimates, strict=True):
+                found: Any = (e.error, e.error_norm, e.stiffness)
+                for y, bar in zip(found, self.of_estimates, strict=True):
                     if bar is not None:
-                        y = torch.as_tensor(y)
                         pulled.append((y, bar[index].to(y.dtype)))
         return self._pull(pulled, leaves)
 
@@ -134,7 +178,8 @@ class Sweep:
             u = state[0].detach().requires_grad_()
             made = record.begin(self.field, u)
             pulled = [(y, bar) for y, bar in zip(made, state_bar, strict=True) if bar is not None]
-        (u_bar,) = self._pull(pulled, [u])
+        u_bar, *grads = self._pull(pulled, [u])
+        add_up(self.dparams, grads)
         return [u_bar, *[None] * (len(state) - 1)]
 
     def _repeats(self, tape: StepTape) -> bool:
@@ -170,7 +215,8 @@ class Sweep:
 
     def _expect(self, final: Tensor) -> None:
         self._after = final  # the state that the step at hand must lead to
-        self._off = torch.zeros((), device=final.device)  # by how much steps missed that, at most
+        # by how much steps missed that, at most
+        self._off = torch.zeros((), dtype=final.dtype.to_real(), device=final.device)
 
     def _compare(self, reached: Tensor, record: Record, state: tuple[Tensor, ...]) -> None:
         """Note whether a step leads where it led; read at the end, to wait for no device."""
@@ -184,13 +230,15 @@ class Sweep:
         self._after = state[0]
 
     def _pull(self, pulled: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> StateBar:
-        """Cotangents of the leaves; those of the parameters are summed up."""
+        """Cotangents of the leaves, and of the parameters."""
         pulled = [(y, bar) for y, bar in pulled if y.requires_grad]
         if not pulled:
-            return [None] * len(leaves)
+            return [None] * (len(leaves) + len(self.params))
         outputs, bars = zip(*pulled, strict=True)
         # at every step: each may take another branch of f
         refuse_unknown_leaves(reached_leaves(outputs), [*leaves, *self.params])
-        grads = torch.autograd.grad(outputs, [*leaves, *self.params], bars, allow_unused=True)
-        add_up(self.dparams, grads[len(leaves) :])
-        return list(grads[: len(leaves)])
+        return list(torch.autograd.grad(outputs, [*leaves, *self.params], bars, allow_unused=True))
+
+
+def _all_finite(tensors: Sequence[Tensor | None]) -> bool:
+    return all(x is None or bool(torch.isfinite(x).all()) for x in tensors)

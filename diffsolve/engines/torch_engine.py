@@ -362,9 +362,11 @@ class _Loop:
             if not all(bool(torch.isfinite(x).all()) for x in step.state):
                 error = math.nan
             elif settings.h_on_tape:
-                error = torch.as_tensor(error).to("cpu", torch.float64)  # times live on the host
+                error = torch.as_tensor(
+                    error, dtype=torch.float64, device="cpu"
+                )  # times live on the host
             else:
-                error = float(torch.as_tensor(error).detach())
+                error = float(detached(error))
         accept, factor = error < math.inf, 1.0
         if settings.adaptive:
             judged = self._error_within(step, before, h, lands, error)
@@ -551,9 +553,11 @@ class _Loop:
         if inside:
             thetas = [(x - t) / h for x in inside]
             if self.settings.h_on_tape:
-                theta = torch.stack([torch.as_tensor(x) for x in thetas])
+                theta = torch.stack(
+                    [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in thetas]
+                )
             else:
-                theta = torch.tensor(thetas, dtype=torch.float64)
+                theta = torch.tensor(thetas, dtype=torch.float64, device="cpu")
             values = read(step.interpolant, inside, theta)
             for x, value in zip(inside, values.unbind(0), strict=True):
                 self._save(x, value)

@@ -208,7 +208,9 @@ class SDEField(VectorField):
         assert self.path is not None
         with outside_transforms():
             whole = self.path.increment(t, t + h).W
-            theta = torch.tensor([(x - t) / h for x in times], dtype=torch.float64).to(whole)
+            theta = torch.tensor(
+                [(x - t) / h for x in times], dtype=torch.float64, device="cpu"
+            ).to(whole)
             # what is drawn between known points depends on the order in which they are made known:
             # that of the step, as in the compiled loop
             self.path.at(sorted(times, reverse=h < 0), since=t)

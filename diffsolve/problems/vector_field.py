@@ -508,4 +508,4 @@ def _can_call(f: Callable[..., Any], count: int) -> bool:
 
 
 def _doubles(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

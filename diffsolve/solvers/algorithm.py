@@ -122,6 +122,9 @@ class Algorithm(ABC):
         Order of convergence.
     adaptive
         Whether it has an error estimate.
+    has_jacobian_inside
+        Whether a step multiplies with the Jacobian of ``f`` itself, so that its derivative needs
+        second derivatives of ``f``.
     supports_mass_matrix
         Whether it can solve ``M du/dt = f``.
     is_one_step
@@ -143,6 +146,7 @@ class Algorithm(ABC):
     order: float
     adaptive: bool
     damped_sizes: tuple[Any, int] | None = None
+    has_jacobian_inside: ClassVar[bool] = False
     supports_mass_matrix: ClassVar[bool] = False
     is_one_step: ClassVar[bool] = False
     kernels: ClassVar[str | None] = None

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.jacobian import Push, differentiator
 from diffsolve.solvers.linear import BlockLU, factor
@@ -53,7 +53,7 @@ def stage_on_tape(
         value = f(g)
         if lu is None:
             blocks = differentiator(field).exact_at(f, g, value)
-            lu = factor(field, blocks, -float(torch.as_tensor(step).detach()), gamma)
+            lu = factor(field, blocks, -float(detached(step)), gamma)
             if lu is None:
                 raise RuntimeError(
                     "a stage has no derivative: its matrix I - h gamma J is singular or not finite"

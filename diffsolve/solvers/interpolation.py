@@ -70,7 +70,7 @@ class DenseOutput:
     def at(self, t: float, derivative: int = 0) -> Tensor:
         """State, or a derivative of it, at one time."""
         i, theta = self.locate(t)
-        at = torch.tensor([theta], dtype=torch.float64)
+        at = torch.tensor([theta], dtype=torch.float64, device="cpu")
         return read(self.steps[i], [t], at, derivative)[0]
 
     def __call__(self, times: Sequence[float], derivative: int = 0) -> Tensor:
@@ -82,7 +82,7 @@ class DenseOutput:
         parts, order = [values[:0]], []
         for index in sorted({i for i, _ in located}):
             wanted = [j for j, (i, _) in enumerate(located) if i == index]
-            theta = torch.tensor([located[j][1] for j in wanted], dtype=torch.float64)
+            theta = torch.tensor([located[j][1] for j in wanted], dtype=torch.float64, device="cpu")
             parts.append(read(self.steps[index], [times[j] for j in wanted], theta, derivative))
             order += wanted
         back = torch.tensor(order, dtype=torch.long, device=self.u0.device).argsort()

@@ -2,13 +2,12 @@
 
 Exact Jacobians come from reverse-mode products, many at once, so ``f`` itself need not support
 batching. A state ``(..., d)`` is often a batch of independent rows: then ``d`` products give every
-row's block. That is never assumed: each time one more product, with random signs, must agree.
+row's block. That is never assumed: each time products with random vectors must agree as well.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from diffsolve.problems.plain_norms import PlainNorms, refuse_opaque_norms
 from diffsolve.problems.structure import detached, under_transform
 from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.agreement import same_gradients, uneven
 from diffsolve.solvers.given_jacobian import given_jacobian
 from diffsolve.solvers.jacobian_layout import Layout, first_layout
 from diffsolve.solvers.linear import Jacobian
+from diffsolve.solvers.time_difference import time_difference, time_difference_on_tape
 
 _START = np.zeros(1)
-_ENDS = np.array([0.0, 1.0])
 _MOST_AT_ONCE = 4_000_000  # entries of the products that are computed in one batch
 
 
@@ -105,6 +106,7 @@ class Differentiator:
         self.by_differences = False
         self.moves_unseen: bool | None = None
         self._batched = True
+        self._checked = False  # whether a batch of products is what they are one by one
 
     @property
     def field(self) -> VectorField:
@@ -154,7 +156,7 @@ class Differentiator:
             (pushed,) = torch.autograd.grad(by_time, w, torch.ones_like(by_time))
         except RuntimeError:  # f holds a function that can be differentiated once only
             with torch.no_grad():
-                pushed = self.time_difference(t, h, u, y.detach())
+                pushed = time_difference(self.field, t, h, u, y.detach())
         return Jacobian(self.field, blocks, pushed)
 
     def _graph(self, f: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,10 +201,13 @@ class Differentiator:
         for bars in self.layout.cotangents.split(chunk):
             part = self._batch(y, u, bars) if self._batched else None
             if part is None:
-                rows = [
-                    torch.autograd.grad(y, u, bar, retain_graph=True, allow_unused=True)[0]
-                    for bar in bars
-                ]
+                try:
+                    rows = [
+                        torch.autograd.grad(y, u, bar, retain_graph=True, allow_unused=True)[0]
+                        for bar in bars
+                    ]
+                except RuntimeError as error:  # an operation of f has no derivative
+                    raise _NotDifferentiable from error
                 if rows[0] is None:
                     return None
                 part = torch.stack(rows)
@@ -211,12 +216,17 @@ class Differentiator:
 
     def _batch(self, y: Tensor, u: Tensor, bars: Tensor) -> Tensor | None:
         try:
-            return torch.autograd.grad(
+            (rows,) = torch.autograd.grad(
                 y, u, bars, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )[0]
+            )
         except RuntimeError:  # an operation of f that torch.vmap does not know
             self._batched = False
             return None
+        if rows is not None and not self._checked:
+            weights = uneven(bars[:, 0])
+            alone = torch.autograd.grad(y, u, weights @ bars, retain_graph=True)
+            self._checked = self._batched = same_gradients([weights @ rows], alone)
+        return rows if self._batched else None
 
     def _transformed(self, time: Tensor, u: Tensor, slope: bool, given: Tensor | None) -> Jacobian:
         """The same in the way of ``torch.func``, whose transforms nest."""
@@ -228,11 +238,28 @@ class Differentiator:
         blocks = None
         while blocks is None:
             pull: Any = torch.func.vjp(f, u)[1]
-            (rows,) = torch.vmap(pull)(self.layout.cotangents)
+            rows = self._each_pulled(pull, self.layout.cotangents)
             blocks = self.layout.blocks(rows.detach())
             if blocks is None:
                 self.layout = first_layout(self.field, rows=False)
         return blocks
+
+    def _each_pulled(self, pull: Any, bars: Tensor) -> Tensor:
+        """What ``torch.vmap(pull)`` should be."""
+        if self._batched:
+            try:
+                (rows,) = torch.vmap(pull)(bars)
+                if not self._checked:
+                    weights = uneven(bars[:, 0])
+                    (alone,) = pull(weights @ bars)
+                    found, known = (weights @ rows).detach(), alone.detach()
+                    self._checked = self._batched = same_gradients([found], [known])
+            except RuntimeError:  # an operation of f that torch.vmap does not know
+                self._batched = False
+            else:
+                if self._batched:
+                    return rows
+        return torch.stack([pull(bar)[0] for bar in bars])
 
     # -- by differences ------------------------------------------------------------------------
 
@@ -254,8 +281,10 @@ class Differentiator:
             blocks = torch.stack(columns, -1)
             if count == 1:
                 return blocks
-            signed = steps * layout.signs.reshape(count, size)
-            if layout.agree(moved(signed), blocks * signed[:, None, :], 1e-3):
+            eps = torch.finfo(y.dtype.to_real()).eps
+            rtol, noise = max(1e-5, 1e4 * eps), 100 * eps * float(y.abs().max())
+            moves = [steps * x.reshape(count, size) for x in layout.directions]
+            if all(layout.agree(moved(x), blocks * x[:, None, :], rtol, noise) for x in moves):
                 return blocks
             layout = self.layout = first_layout(self.field, rows=False)
 
@@ -272,14 +301,7 @@ class Differentiator:
                 with watch:
                     later = self.field(end, u)
                 self.moves_unseen = watch.touched or not torch.equal(later, y)
-            return self.time_difference(t, h, u, y) if self.moves_unseen else None
-
-    def time_difference(self, t: float, h: float, u: Tensor, y: Tensor) -> Tensor:
-        """``df/dt`` by a difference to the inside of the step; ``y`` is ``f(t, u)``."""
-        eps = torch.finfo(self.field.structure.time_dtype).eps
-        size = math.copysign(math.sqrt(eps * max(1e-5, abs(t))), h)
-        now, later = self.field.times(t, size, _ENDS)
-        return (self.field(later, u) - y) / (later - now)
+            return time_difference(self.field, t, h, u, y) if self.moves_unseen else None
 
 
 def _difference_step(x: Tensor) -> Tensor:
@@ -314,12 +336,17 @@ def push_forward(
     if under_transform():
         return functools.partial(_nested_push, field, time, u)
     unseen = differentiator(field).moves_unseen is True
-    with torch.enable_grad():
+    recorded = torch.is_grad_enabled()
+    start = u
+    with torch.enable_grad(), PlainNorms():
         zero: Any = None
         if anchor is not None and anchor.requires_grad:
             zero = 0 * anchor.reshape(-1)[0]
+        u = u.view_as(u)
         if not u.requires_grad:
-            u = u.view_as(u).requires_grad_()
+            u.requires_grad_()
+        if recorded and not field.first_order:
+            u.register_hook(functools.partial(_refuse_endless, float(detached(t))))
         if not time.requires_grad:
             time = time.clone().requires_grad_() if zero is None else time + zero
         y = field(time, u)
@@ -327,6 +354,12 @@ def push_forward(
         pulled: Any = (None, None)
         if y.requires_grad:
             pulled = torch.autograd.grad(y, (u, time), w, create_graph=True, allow_unused=True)
+    if recorded and "norms" not in field.scratch:
+        refuse_opaque_norms(y)
+        field.scratch["norms"] = True  # seen
+    moving = None
+    if unseen:
+        moving = time_difference_on_tape(field, float(detached(t)), float(detached(h)), start)
 
     def push(v: Tensor | None, d: float) -> Tensor:
         pairs = [
@@ -341,19 +374,30 @@ def push_forward(
                 outputs, w, tangents, create_graph=True, allow_unused=True
             )
         total = torch.zeros_like(u) if pushed is None else pushed
-        if unseen and d:
-            start, size = (float(detached(x)) for x in (t, h))
-            total = total + d * differentiator(field).time_difference(start, size, u, y)
-        return total
+        return total + d * moving if moving is not None and d else total
 
     return push
+
+
+def _refuse_endless(t: float, grad: Tensor) -> None:
+    if not bool(torch.isfinite(grad).all()):
+        raise RuntimeError(
+            f"a gradient through the Jacobian of f is NaN or Inf at t = {t:.8g}: f has no second "
+            "derivative there, as u**1.5 and a norm at zero, or the loss has none. Use "
+            "DiscreteAdjoint() without tape, or a method that needs only first derivatives, such "
+            "as KenCarp4()"
+        )
 
 
 def _nested_push(field: VectorField, time: Tensor, u: Tensor, v: Tensor | None, d: float) -> Tensor:
     """The same in the way of ``torch.func``."""
 
+    def plain(s: Tensor, x: Tensor) -> Tensor:
+        with PlainNorms():
+            return field(s, x)
+
     def pull(w: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.vjp(lambda s, x: field(s, x), time, u)[1](w)
+        return torch.func.vjp(plain, time, u)[1](w)
 
     push: Any = torch.func.vjp(pull, torch.zeros_like(u))[1]
     return push((torch.full_like(time, d), torch.zeros_like(u) if v is None else v))[0]

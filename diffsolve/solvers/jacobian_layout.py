@@ -13,6 +13,9 @@ from torch import Tensor
 from diffsolve.problems.structure import outside_transforms
 from diffsolve.problems.vector_field import VectorField
 
+_SMALL = 16  # unknowns up to which every entry of the matrix is computed
+_DIRECTIONS = 2  # of which one could lie such that coupled rows look independent
+
 
 class MatrixTooLarge(ValueError):
     """An implicit step would need a dense matrix that is too large."""
@@ -27,24 +30,35 @@ class Layout:
         ``(B, d)``: number and size of the diagonal blocks.
     cotangents
         What the Jacobian is multiplied with from the left.
-    signs
-        Random signs ``(N,)`` for a product that tells whether the structure is as assumed.
+    directions
+        Random vectors ``(n, N)`` whose products tell whether the structure is as assumed.
     """
 
     shape: tuple[int, int]
     cotangents: Tensor
-    signs: Tensor
+    directions: Tensor
 
     def blocks(self, products: Tensor) -> Tensor | None:
         """The matrix ``(B, d, d)`` from the products; None where its structure is another."""
         raise NotImplementedError
 
-    def agree(self, known: Tensor, terms: Tensor, rtol: float) -> bool:
-        """Whether ``known`` is the sum of ``terms`` over the last axis, up to rounding."""
+    def agree(
+        self,
+        known: Tensor,
+        terms: Tensor,
+        rtol: float,
+        atol: float = 0.0,
+        by_block: bool = False,
+    ) -> bool:
+        """Whether ``known`` is the sum of ``terms`` over the last axis, up to rounding.
+
+        That is relative to the largest of all, or of the own block.
+        """
         off = (known - terms.sum(-1)).abs()
         sizes = terms.abs().sum(-1) + known.abs()
+        largest = sizes.amax(-1, keepdim=True) if by_block else sizes.amax()
         # NaN and Inf are found elsewhere, and show nothing of the structure
-        return not bool((off > rtol * sizes.amax()).any())
+        return not bool((off > rtol * largest + atol).any())
 
 
 class Dense(Layout):
@@ -66,26 +80,31 @@ class Dense(Layout):
 
 
 class Rows(Layout):
-    """Blocks of a state ``(..., d)`` whose rows ``f`` treats independently."""
+    """Blocks of a state ``(..., d)`` whose rows ``f`` treats independently.
+
+    A product with the same vector in every row adds up what all rows say of a block. Products with
+    vectors that differ from row to row agree with that only where the other rows say nothing.
+    """
 
     def __init__(self, field: VectorField):
         shape = field.structure.shapes[0]
         count, size = self.shape = (math.prod(shape[:-1]), shape[-1])
         self.rounding = rounding(field)
-        self.signs = random_signs(field)
-        n = count * size
-        chosen = torch.zeros(size + 1, count, size, dtype=field.dtype, device=field.device)
+        self.directions = random_directions(field)
+        chosen = torch.zeros(size, count, size, dtype=field.dtype, device=field.device)
         for j in range(size):
             chosen[j, :, j] = 1
-        chosen[size] = self.signs.reshape(count, size)
-        self.cotangents = chosen.reshape(size + 1, n)
+        self.cotangents = torch.cat([chosen.reshape(size, count * size), self.directions])
 
     def blocks(self, products: Tensor) -> Tensor | None:
         count, size = self.shape
-        *rows, known = products.reshape(size + 1, count, size).unbind(0)
-        blocks = torch.stack(rows, 1)
-        terms = (blocks * self.signs.reshape(count, size, 1)).mT
-        return blocks if self.agree(known, terms, self.rounding) else None
+        rows = products.reshape(-1, count, size)
+        blocks = rows[:size].transpose(0, 1)
+        for known, direction in zip(rows[size:], self.directions, strict=True):
+            terms = (blocks * direction.reshape(count, size, 1)).mT
+            if not self.agree(known, terms, self.rounding, by_block=True):
+                return None
+        return blocks
 
 
 class Coloured(Layout):
@@ -99,19 +118,20 @@ class Coloured(Layout):
     def __init__(self, field: VectorField, pattern: Tensor):
         n = field.structure.size
         self.shape = (1, n)
-        self.signs, self.rounding = random_signs(field), rounding(field)
+        self.directions, self.rounding = random_directions(field), rounding(field)
         self.colours = _colours(pattern).to(field.device)
         self.mask = pattern.to(field.dtype).to(field.device)
         chosen = torch.nn.functional.one_hot(self.colours).to(self.mask).T
-        self.cotangents = torch.cat([chosen, self.signs[None]])
+        self.cotangents = torch.cat([chosen, self.directions])
 
     def blocks(self, products: Tensor) -> Tensor:
         matrix = products[self.colours] * self.mask
-        if not self.agree(products[-1], (matrix * self.signs[:, None]).T, self.rounding):
-            raise ValueError(
-                "jac_sparsity is wrong: the Jacobian of f has entries outside of it; compare it "
-                "with jacobian_sparsity(prob)"
-            )
+        for known, direction in zip(products[-_DIRECTIONS:], self.directions, strict=True):
+            if not self.agree(known, (matrix * direction[:, None]).T, self.rounding):
+                raise ValueError(
+                    "jac_sparsity is wrong: the Jacobian of f has entries outside of it; compare "
+                    "it with jacobian_sparsity(prob)"
+                )
         return matrix[None]
 
 
@@ -128,12 +148,13 @@ def first_layout(field: VectorField, rows: bool = True) -> Layout:
     structure = field.structure
     if field.jac_sparsity is not None:
         pattern = checked_pattern(field.jac_sparsity, structure.size)
-        if int(_colours(pattern).max()) + 2 < structure.size:
+        if int(_colours(pattern).max()) + 1 + _DIRECTIONS < structure.size:
             return Coloured(field, pattern)
         return Dense(field)
     shape = structure.shapes[0]
-    # lower precision is too coarse to tell that rows are independent
-    several = structure.is_tensor and math.prod(shape[:-1]) > 1
+    # the whole matrix of a small state costs no more than a check that its rows are independent,
+    # and lower precision is too coarse for that check
+    several = structure.is_tensor and math.prod(shape[:-1]) > 1 and structure.size > _SMALL
     return Rows(field) if rows and several and not field.low_eps else Dense(field)
 
 
@@ -157,7 +178,7 @@ def checked_pattern(pattern: Any, n: int) -> Tensor:
         entries = torch.from_numpy(np.stack([stored.row, stored.col]).astype(np.int64))
         found = _of_entries(entries, stored.shape)
     else:
-        found = torch.as_tensor(np.asarray(pattern) != 0)
+        found = torch.as_tensor(np.asarray(pattern) != 0, device="cpu")
     if found.shape != (n, n):
         raise ValueError(
             f"jac_sparsity has shape {tuple(found.shape)}, expected {(n, n)}: a tensor, an array, "
@@ -168,22 +189,28 @@ def checked_pattern(pattern: Any, n: int) -> Tensor:
 
 def _of_entries(entries: Tensor, shape: Sequence[int]) -> Tensor:
     """A matrix of booleans that is true at entries ``(2, k)``."""
-    found = torch.zeros(*shape, dtype=torch.bool)
+    found = torch.zeros(*shape, dtype=torch.bool, device="cpu")
     found[tuple(entries.cpu())] = True
     return found
 
 
-def random_signs(field: VectorField) -> Tensor:
-    """Signs ``(N,)``, the same each time and from no generator that anyone else uses."""
-    generator = torch.Generator().manual_seed(4)
+def random_directions(field: VectorField) -> Tensor:
+    """Vectors ``(n, N)``, the same each time and from no generator that anyone else uses.
+
+    No two entries are equal, nor two sums of them: signs would be equal for two rows in every
+    second case, and in a state of few rows for all of them.
+    """
+    generator = torch.Generator("cpu").manual_seed(4)
+    shape = (_DIRECTIONS, field.structure.size)
     with outside_transforms():  # they would take it for randomness of the user's
-        bits = torch.randint(2, (field.structure.size,), generator=generator)
-    return (2 * bits - 1).to(dtype=field.dtype, device=field.device)
+        values = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (2 * values - 1).to(dtype=field.dtype, device=field.device)
 
 
 def rounding(field: VectorField) -> float:
     """By how much sums of products may differ, relative to the largest."""
-    return 1e4 * torch.finfo(field.dtype).eps + 8 * field.low_eps
+    single = field.structure.time_dtype != torch.float64
+    return (1e3 if single else 1e4) * torch.finfo(field.dtype).eps + 8 * field.low_eps
 
 
 def _colours(pattern: Tensor) -> Tensor:
@@ -197,4 +224,4 @@ def _colours(pattern: Tensor) -> Tensor:
             taken.append(torch.zeros_like(row))
         taken[colour] |= row
         colours.append(colour)
-    return torch.tensor(colours)
+    return torch.tensor(colours, device="cpu")

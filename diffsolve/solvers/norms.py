@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.problems.structure import StateStructure, detached
+from diffsolve.problems.structure import StateStructure, detached, outside_transforms
 from diffsolve.solvers.algorithm import Step
 
 Number = float | Tensor
@@ -88,14 +88,17 @@ def _uniform(rtol: float, atol: float, dtype: torch.dtype, device: torch.device)
             raise ValueError(f"{name} must be zero or positive and finite, got {value!r}")
     if rtol == atol == 0:
         raise ValueError("rtol and atol must not both be zero")
-    relative, absolute = (torch.tensor(x, dtype=dtype, device=device) for x in (rtol, atol))
+    # what is kept for other solves must not be wrapped by a transform, which ends
+    with outside_transforms():
+        relative, absolute = (torch.tensor(x, dtype=dtype, device=device) for x in (rtol, atol))
     return Tolerance(relative, absolute)
 
 
 def _flat_tolerance(name: str, value: Any, structure: StateStructure) -> Tensor:
     dtype, device = structure.time_dtype, structure.device
     if isinstance(value, (int, float)):
-        flat = torch.tensor(float(value), dtype=dtype, device=device)
+        with outside_transforms():
+            flat = torch.tensor(float(value), dtype=dtype, device=device)
         smallest = float(value)
     else:
         leaves = pytree.tree_leaves(value)

@@ -122,6 +122,10 @@ class AutoSwitch(Algorithm):
         return f"AutoSwitch({self.nonstiff.name}, {self.stiff.name})"
 
     @property
+    def has_jacobian_inside(self) -> bool:  # type: ignore[override]
+        return self.stiff.has_jacobian_inside
+
+    @property
     def key(self) -> Any:
         return type(self), self.nonstiff.key, self.stiff.key
 

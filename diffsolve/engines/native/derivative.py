@@ -14,6 +14,7 @@ from diffsolve.engines.native.expression import Node, Pool, needed
 
 Partial = Node | float
 _SQRT_PI = math.sqrt(math.pi)
+_ENDLESS = {"sqrt", "pow", "asin", "acos", "acosh"}  # finite where their slope is infinite
 _FLAT = {"sign", "floor", "ceil", "trunc", "round", "held"}
 
 
@@ -33,17 +34,19 @@ def _d_pow(node: Node) -> list[tuple[int, Partial]]:
 def _d_binary_extreme(node: Node) -> list[tuple[int, Partial]]:
     pool = node.pool
     a, b = node.args
-    wins = pool.binary("gt" if node.op == "max" else "lt", a, b)
+    loses, wins = ("lt", "gt") if node.op == "max" else ("gt", "lt")
     tie = pool.binary("eq", a, b)
-    by_a = pool.where(tie, 0.5, pool.where(wins, 1.0, 0.0))
-    return [(0, by_a), (1, 1.0 - by_a)]
+    return [
+        (i, pool.where(tie, 0.5, pool.where(pool.binary(op, a, b), 0.0, 1.0)))
+        for i, op in enumerate((loses, wins))
+    ]
 
 
 def _d_extreme(node: Node) -> list[tuple[int, Partial]]:
     pool = node.pool
-    hits = [pool.where(pool.binary("eq", x, node), 1.0, 0.0) for x in node.args]
-    count = pool.sum(hits)
-    return [(i, hit / count) for i, hit in enumerate(hits)]
+    hits = [pool.binary("eq", x, node) for x in node.args]
+    share = 1.0 / pool.sum(hits)
+    return [(i, pool.where(hit, share, 0.0)) for i, hit in enumerate(hits)]
 
 
 def partials(node: Node) -> list[tuple[int, Partial]]:
@@ -137,12 +140,37 @@ def _slope(pool: Pool, node: Node, x: Node) -> Partial:
 
 def _times(partial: Partial, bar: Node) -> Node:
     """``partial * bar``; a masked slope masks the product, so that 0 times Inf is not met."""
-    if isinstance(partial, Node) and partial.op == "where":
-        condition, a, b = partial.args
-        if a.is_const and b.is_const and {a.data, b.data} == {0.0, 1.0}:
-            pool = partial.pool
-            return pool.where(condition, bar if a.data else 0.0, bar if b.data else 0.0)
+    if isinstance(partial, Node):
+        if partial.is_const and partial.data == 1.0:
+            return bar
+        if partial.op == "where" and any(x.is_const and x.data == 0.0 for x in _choices(partial)):
+            pool, (condition, *branches) = partial.pool, partial.args
+            zeros = (x.is_const and x.data == 0.0 for x in branches)
+            taken = (
+                0.0 if zero else _times(x, bar) for x, zero in zip(branches, zeros, strict=True)
+            )
+            return pool.where(condition, *taken)
     return bar * partial
+
+
+def _pushed(node: Node, partial: Partial, dot: Node) -> Node:
+    """The same forward, where ``dot`` is what lies below ``node``.
+
+    A mask below comes first in torch's reverse pass, so that it does not meet the infinite slope of
+    a root after it.
+    """
+    if node.op in _ENDLESS and not dot.is_const:
+        pool = node.pool
+        return pool.where(pool.binary("eq", dot, 0.0), 0.0, _times(partial, dot))
+    return _times(partial, dot)
+
+
+def _choices(node: Node) -> list[Node]:
+    """What a choice, or a choice of choices, is made from."""
+    found = []
+    for x in node.args[1:]:
+        found += _choices(x) if x.op == "where" else [x]
+    return found
 
 
 def _moving(nodes: Sequence[Node], wrt: Sequence[Node]) -> set[int]:
@@ -187,7 +215,7 @@ def jvp(outputs: Sequence[Node], tangents: Mapping[Node, Any]) -> list[Node | No
         terms = [by_index[node.index]] if node.index in by_index else []
         if any(a.index in dots for a in node.args):
             terms += [
-                _times(partial, dots[node.args[i].index])
+                _pushed(node, partial, dots[node.args[i].index])
                 for i, partial in partials(node)
                 if node.args[i].index in dots
             ]
@@ -213,7 +241,7 @@ def jacobian(outputs: Sequence[Node], wrt: Sequence[Node]) -> dict[tuple[int, in
         if any(a.index in rows for a in node.args):
             for i, partial in partials(node):
                 for j, entry in rows.get(node.args[i].index, {}).items():
-                    terms.setdefault(j, []).append(_times(partial, entry))
+                    terms.setdefault(j, []).append(_pushed(node, partial, entry))
         row = {j: node.pool.sum(parts) for j, parts in terms.items()}
         row = {j: x for j, x in row.items() if not (x.is_const and x.data == 0)}
         if row:

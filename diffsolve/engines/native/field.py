@@ -194,7 +194,7 @@ class NativeField:
         return reachable_tensors(field.f)
 
 
-_NOTHING = torch.empty(0, dtype=torch.float64)
+_NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 _FROZEN = "values of f go around torch's operations, so that the trace does not see them change"
 _NOT_ITSELF = "f gives other values at each evaluation: random numbers, or the time of day"
 

@@ -312,7 +312,7 @@ def described(
     survey.note_generators()
     sources = [survey.source_of(x) for x in found.inputs]
     if graph.numbers:
-        sources.append(Source("numbers", 0, torch.tensor(graph.numbers, dtype=dtype)))
+        sources.append(Source("numbers", 0, torch.tensor(graph.numbers, dtype=dtype, device="cpu")))
     constants: list[tuple[int, Tensor]] = []
     for x, _ in found.constants:
         place = survey.place_of(x)

@@ -53,6 +53,11 @@ class Swept:
     counts: Counts
     kernel_s: float
 
+    def is_finite(self, by_state: bool) -> bool:
+        """Whether no gradient by the parameters, and by the state if wanted, is NaN or Inf."""
+        state = not by_state or bool(np.isfinite(self.u_bar).all())
+        return state and bool(np.isfinite(self.p_bar.numpy()).all())
+
 
 def refuse_lost(status: int) -> None:
     """Refuse to go on where a step of the solve could not be taken again."""
@@ -248,7 +253,7 @@ def solve_reverse(
         Row of ``bars`` to add at a stop, or -1.
     """
     n = len(bars[0])
-    params = torch.cat([native.params, torch.zeros(2 * n, dtype=bars.dtype)])
+    params = torch.cat([native.params, torch.zeros(2 * n, dtype=bars.dtype, device="cpu")])
     made = template(native.compiled, alg, problem.settings)
     memory = Memory(native, made, len(problem.z), params, breaks, problem.field, problem.jacobian)
     integers, reals = memory.integers, memory.reals

@@ -141,7 +141,7 @@ def _solved(
     seeds = (
         seed.reshape(-1).to("cpu", torch.int64).contiguous()
         if seeded
-        else torch.tensor([signed(seed)])
+        else torch.tensor([signed(seed)], device="cpu")
     )
     parts = [Part(native, made, first, rows, field.breaks, seeds, seeded) for first, rows in shares]
     n, dtype = field.rows * compiled.d, parts[0].dtype

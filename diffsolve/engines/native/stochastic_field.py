@@ -114,7 +114,7 @@ class NativeSDE(NativeField):
         width = compiled.d if kind == "drift" else compiled.width
         arguments = self.arguments(rows)
         u = u.detach().contiguous()
-        out = torch.empty(rows * width, dtype=u.dtype)
+        out = torch.empty(rows * width, dtype=u.dtype, device="cpu")
         function_at(address, compiled.single)(
             t, u.data_ptr(), arguments.ctypes.data + 8, out.data_ptr()
         )
@@ -208,7 +208,9 @@ class _Rows:
         self.rows = 1 if field.rows == 1 else 2
         if self.rows == 2:
             shape = structure.shapes[0]
-            blank = torch.empty(2, *[1] * (len(shape) - 2), shape[-1], dtype=field.dtype)
+            blank = torch.empty(
+                2, *[1] * (len(shape) - 2), shape[-1], dtype=field.dtype, device="cpu"
+            )
             structure = StateStructure.of(blank)
         self.structure = structure
         # what g returns for these rows is judged as the field judges it
@@ -423,7 +425,7 @@ def _why_not_itself(
             return _COUPLED.format(why="the first paths alone give other values")
     # a shift of its own for each path: what they share, they show
     beside = float(t) + math.copysign(1e-3 * max(1.0, abs(float(t))), direction)
-    numbers = torch.arange(field.rows, dtype=u0.dtype)
+    numbers = torch.arange(field.rows, dtype=u0.dtype, device="cpu")
     share = (1.0 + (numbers * 0.6180339887).frac())[:, None]
     rows = u0.view(field.rows, field.d)
     compared = 0

@@ -110,7 +110,7 @@ def trace(
     watch = watch or Watch()
     tracer = Tracer(pool, structure.dtype, trace.__code__, watch)
     with torch.no_grad():
-        t = torch.as_tensor(t0, dtype=structure.time_dtype).detach().clone()
+        t = torch.as_tensor(t0, dtype=structure.time_dtype, device="cpu").detach().clone()
         u = u0.detach().clone()
         t_node, u_nodes = pool.input("t", 0), list(pool.inputs("u", structure.size))
         tracer.own(t, [t_node])

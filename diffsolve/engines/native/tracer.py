@@ -301,7 +301,7 @@ class Tracer(TorchDispatchMode):
         if memory in self._blank:
             nodes[:] = self.pool.const(float("nan"))
         elif memory in self._fresh:
-            values = torch.empty(0, dtype=x.dtype).set_(storage).tolist()
+            values = torch.empty(0, dtype=x.dtype, device="cpu").set_(storage).tolist()
             nodes[:] = [self.pool.const(v) for v in values]
             self._fresh.discard(memory)
         return nodes

@@ -40,6 +40,7 @@ class Rosenbrock(TableauMethod):
     """
 
     is_implicit = True
+    has_jacobian_inside = True
     kernels = "rosenbrock"
     tableau_type = RosenbrockTableau
 

@@ -18,12 +18,12 @@ from diffsolve.solvers.stochastic.noise.philox import EXTRA, counter_of
 
 def draw_seed() -> int:
     """A seed from torch's default generator, so that ``torch.manual_seed`` decides it."""
-    return int(torch.randint(1 << 62, ()))
+    return int(torch.randint(1 << 62, (), device="cpu"))
 
 
 def from_numpy(seed: Any) -> Any:
     """A seed, a tensor where it is an array of NumPy."""
-    return torch.as_tensor(seed) if isinstance(seed, np.ndarray) else seed
+    return torch.from_numpy(seed) if isinstance(seed, np.ndarray) else seed
 
 
 class Noise(ABC):

@@ -59,7 +59,7 @@ class Draws:
         self.rows, self.m = rows, m
         self.device = torch.device("cpu") if device.type == "mps" else device
         own = isinstance(seed, Tensor)
-        seeds = seed.reshape(-1) if own else torch.tensor([signed(seed)])
+        seeds = seed.reshape(-1) if own else torch.tensor([signed(seed)], device="cpu")
         self.seeds = seeds.to(self.device, torch.int64).contiguous()
         self.seeded = own
         self._draw: Any = self.kernel("draw")
@@ -70,7 +70,7 @@ class Draws:
             self._path = (torch.zeros_like(path) if own else path)[:, None]
             return
         self._size = 8 * rows * m
-        work = self._work = torch.empty(2, rows, m, dtype=torch.float64)
+        work = self._work = torch.empty(2, rows, m, dtype=torch.float64, device="cpu")
         at = self.seeds.data_ptr(), own
         self._for_draw = (ctypes.c_int64 * 9)(*at, 0, 0, 0, rows, m)
         self._for_bridge = (ctypes.c_int64 * 9)(*at, 0, rows, m, 0, 0, work.data_ptr())
@@ -88,7 +88,7 @@ class Draws:
         """
         if self._draw is None:
             return self._by_torch(counter, count, both)
-        out = torch.empty(1 + both, count, self.rows, self.m, dtype=torch.float64)
+        out = torch.empty(1 + both, count, self.rows, self.m, dtype=torch.float64, device="cpu")
         I = self._for_draw
         I[2], I[3], I[7] = counter, count, out.data_ptr()
         I[8] = I[7] + self._size * count if both else 0
@@ -118,7 +118,7 @@ class Draws:
         if not self._bridge:
             W, H = whole[row : row + 2] * scale
             return divide(W, H, self(counter, 1, True)[:, 0], left, right)
-        out = torch.empty(4, self.rows, self.m, dtype=torch.float64)
+        out = torch.empty(4, self.rows, self.m, dtype=torch.float64, device="cpu")
         I, R = self._for_bridge, self._reals
         I[2], I[5], I[8] = counter, whole.data_ptr() + row * self._size, out.data_ptr()
         I[6] = I[5] + self._size

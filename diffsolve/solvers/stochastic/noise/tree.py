@@ -93,7 +93,7 @@ class VirtualBrownianTree(Noise):
         if self._kernel is None:
             self._descent = Descent(self._draws, self._depth, self.t1 - self.t0)
             return
-        self._work = torch.empty(_ROWS * max(_TILE, self.m), dtype=torch.float64)
+        self._work = torch.empty(_ROWS * max(_TILE, self.m), dtype=torch.float64, device="cpu")
         at = self._draws.seeds.data_ptr(), self._draws.seeded, self.rows, self.m, self._depth
         self._integers = (ctypes.c_int64 * 10)(*at, 0, 0, 0, 0, self._work.data_ptr())
         self._reals = (ctypes.c_double * 4)(self.t1 - self.t0)
@@ -134,7 +134,7 @@ class VirtualBrownianTree(Noise):
             W, area = self._descent.between(leaf_s, part_s, leaf_t, part_t)
             H = area / (t - s) - 0.5 * W
         else:
-            found = torch.empty(2, self.rows, self.m, dtype=torch.float64)
+            found = torch.empty(2, self.rows, self.m, dtype=torch.float64, device="cpu")
             I, R = self._integers, self._reals
             I[5], I[6], I[7] = leaf_s, leaf_t, found.data_ptr()
             I[8] = I[7] + 8 * self.rows * self.m
