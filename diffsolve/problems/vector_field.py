@@ -315,7 +315,9 @@ class VectorField:
         wanted = differentiate and (
             u0.requires_grad or any(isinstance(x, Tensor) for x in self._reached)
         )
-        leaf = u0.detach().clone().requires_grad_(wanted)
+        leaf = u0.detach().clone()
+        if wanted:  # never under a transform, which allows no such leaf
+            leaf.requires_grad_()
         # a leaf could not be changed in place, which is told in words below
         state = self.structure.unravel(leaf.clone() if wanted else leaf)
         leaves = pytree.tree_leaves(state)

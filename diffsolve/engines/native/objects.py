@@ -40,7 +40,7 @@ HARMLESS = (
 )  # fmt: skip
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 BUILTINS = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
-_OF_TUPLES: Any = type(namedtuple("_One", "x").x)
+_OF_TUPLES: Any = type(vars(namedtuple("_One", "x"))["x"])
 MEMBERS = (types.MemberDescriptorType, types.GetSetDescriptorType, _OF_TUPLES)
 TRUSTED = {"torch", "numpy", "builtins", "diffsolve", "typing", "abc"}
 KNOWN = TRUSTED | sys.stdlib_module_names
