@@ -92,7 +92,11 @@ class _NativeDiscrete(torch.autograd.Function):
         pull: Any = stochastic_sweep if isinstance(native, NativeSDE) else sweep
         cotangents = of_saved, *_rows(of_steps)
         swept = pull(ctx.memory, saved[ctx.counts], cotangents, native.active)
-        if job.alg.has_jacobian_inside and not swept.is_finite(ctx.needs_input_grad[1]):
+        if (
+            job.alg.has_jacobian_inside
+            and not swept.is_finite(ctx.needs_input_grad[1])
+            and all(x is None or bool(x.isfinite().all()) for x in cotangents)
+        ):  # f is the reason, not the loss
             return None, *_by_torch(ctx, cotangents)
         u_bar, times = None, job.saves.array
         if ctx.needs_input_grad[1]:

@@ -230,22 +230,45 @@ class Watched:
     def __call__(self, *args: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.f(*args)
-        with _Refusing(self._name):
+        with _Refusing(self._name, args[0]):
             return self.f(*args)
 
 
+def may_be_read(time: Tensor) -> Tensor:
+    """A time for a Jacobian: what ``f`` reads of it as a number gets its derivative elsewhere."""
+    time._may_be_read = True  # type: ignore[attr-defined]
+    return time
+
+
 class _Refusing(TorchFunctionMode):
-    def __init__(self, name: str):
+    def __init__(self, name: str, time: Tensor):
         super().__init__()
         self._name = name
+        self._free = time if getattr(time, "_may_be_read", False) else None
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         how = cut_by(func, args, kwargs or {}) if torch.is_grad_enabled() else ""
-        if how:
+        if how and not self._is_of_time((*args, *(kwargs or {}).values())):
             raise RuntimeError(CUT.format(name=self._name, how=how + user_line()))
         return func(*args, **(kwargs or {}))
+
+    def _is_of_time(self, args: tuple) -> bool:
+        """Whether nothing but a time that may be read is made a number."""
+        free = self._free
+        if free is None:
+            return False
+        found = [x for x in tensors_in(args) if x.requires_grad and x is not free]
+        nodes: list[Any] = [x.grad_fn for x in found]
+        seen = {free.grad_fn, *nodes}
+        for node in nodes:  # grows on the way
+            if node is None or (hasattr(node, "variable") and node.variable is not free):
+                return False  # another leaf
+            following = [x for x, _ in node.next_functions if x is not None and x not in seen]
+            seen.update(following)
+            nodes += following
+        return True
 
 
 def has_module_hooks(outputs: Sequence[Tensor]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from diffsolve.problems.plain_norms import PlainNorms, refuse_opaque_norms
+from diffsolve.problems.probe import may_be_read
 from diffsolve.problems.structure import detached, under_transform
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.agreement import same_gradients, uneven
@@ -143,7 +144,7 @@ class Differentiator:
             return Jacobian(self.field, given)
         if under_transform():
             return self._transformed(time, u, slope, given)
-        moving = time.detach().requires_grad_() if slope else time
+        moving = may_be_read(time.detach().requires_grad_()) if slope else time
         y, leaf = self._graph(functools.partial(self.field, moving), u)
         blocks = self.of_graph(y, leaf) if given is None else given
         if not slope:
@@ -349,6 +350,7 @@ def push_forward(
             u.register_hook(functools.partial(_refuse_endless, float(detached(t))))
         if not time.requires_grad:
             time = time.clone().requires_grad_() if zero is None else time + zero
+            may_be_read(time)
         y = field(time, u)
         w = torch.zeros_like(y, requires_grad=True) if zero is None else torch.zeros_like(y) + zero
         pulled: Any = (None, None)
