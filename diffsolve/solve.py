@@ -386,20 +386,35 @@ def _dense_reader(
         eps = torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 0.0
         at = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         times = [snapped(x, ends, eps) for x in at.detach().reshape(-1).tolist()]
-        flat = read(at.reshape(-1), times, derivative)
+        flat = _read_dense(dense, on_tape, anchor, why, at.reshape(-1), times, derivative)
         return structure.unravel(flat.reshape(*at.shape, structure.size))
 
-    def read(at: Tensor, times: list[float], derivative: int) -> Tensor:
-        recording = torch.is_grad_enabled()
-        with torch.set_grad_enabled(on_tape and recording):
-            flat = dense(times, derivative)
-        if recording and not on_tape and anchor.requires_grad:
-            flat = undifferentiable(flat, anchor, _DENSE_NEEDS_TAPE.format(sensealg=sensealg))
-        if recording and at.requires_grad:
-            flat = attach_slopes(flat, at, lambda at: read(at, times, derivative + 1))
-        return flat
-
+    why = _DENSE_NEEDS_TAPE.format(sensealg=sensealg)
     return interpolate
+
+
+def _read_dense(
+    dense: DenseOutput | NativeDense,
+    on_tape: bool,
+    anchor: Tensor,
+    why: str,
+    at: Tensor,
+    times: list[float],
+    derivative: int,
+) -> Tensor:
+    """Flat states at ``times``, with gradients by ``at``, or with ``why`` there are none.
+
+    It stands alone: a closure that names itself would keep the solution alive.
+    """
+    recording = torch.is_grad_enabled()
+    with torch.set_grad_enabled(on_tape and recording):
+        flat = dense(times, derivative)
+    if recording and not on_tape and anchor.requires_grad:
+        flat = undifferentiable(flat, anchor, why)
+    if recording and at.requires_grad:
+        again = partial(_read_dense, dense, on_tape, anchor, why)
+        flat = attach_slopes(flat, at, lambda at: again(at, times, derivative + 1))
+    return flat
 
 
 def _as_column(values: list[Any]) -> Tensor:
