@@ -379,6 +379,7 @@ def _dense_reader(
     structure = job.field.structure
     ends = (job.t0, dense.direction * dense.ends[-1])
     on_tape = isinstance(sensealg, DiscreteAdjoint) and sensealg.tape
+    noisy = isinstance(job.field, SDEField)
 
     def interpolate(t: Any, derivative: int) -> Any:
         if not isinstance(derivative, int) or derivative < 0:
@@ -386,6 +387,8 @@ def _dense_reader(
         eps = torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 0.0
         at = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         times = [snapped(x, ends, eps) for x in at.detach().reshape(-1).tolist()]
+        if noisy and at.requires_grad and torch.is_grad_enabled():
+            dense(times, 1)  # raises: a path has no derivative
         flat = _read_dense(dense, on_tape, anchor, why, at.reshape(-1), times, derivative)
         return structure.unravel(flat.reshape(*at.shape, structure.size))
 

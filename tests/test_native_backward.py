@@ -48,7 +48,7 @@ def test_memory_is_freed_after_backward(sensealg):
     prob = ODEProblem(linear, u0, (0.0, 1.0), leaf([[-1.0, 0.3], [0.1, -0.7]]))
     sol = solve(prob, Tsit5(), sensealg=sensealg, saveat=[1.0], engine="native")
     node = sol.u.grad_fn
-    while not hasattr(node, "carrier"):
+    while not hasattr(node, "memory"):
         node = node.next_functions[0][0]
     memory = node.memory
     kept = [weakref.ref(x) for x in node.saved_tensors[2:]]

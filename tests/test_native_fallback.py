@@ -27,8 +27,10 @@ def test_what_cannot_be_built_falls_back_to_torch(
     if where == "kernels":
         original = kernels.llvm.cached_code
 
-        def nothing_is_cached(content: str, make: Any, *args: Any) -> Any:
-            return make() if content.startswith("advance") else original(content, make, *args)
+        def nothing_is_cached(content: str, make: Any, *args: Any, **options: Any) -> Any:
+            if content.startswith("advance"):
+                return make()
+            return original(content, make, *args, **options)
 
         monkeypatch.setattr(kernels.llvm, "cached_code", nothing_is_cached)
         monkeypatch.setitem(sys.modules, "diffsolve.engines.native.build", None)

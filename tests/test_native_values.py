@@ -48,6 +48,7 @@ from diffsolve import (
 )
 from diffsolve.engines.native import compiled as compiled_module
 from diffsolve.engines.native import field as field_module
+from diffsolve.engines.native import remembered
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 
@@ -298,7 +299,9 @@ def test_pytree_state():
 def test_single_precision(alg):
     prob = library.lotka_volterra_time(tspan=(0.0, 2.0), dtype=torch.float32)
     reference, got = both(prob, alg, adaptive=False, dt=0.05, saveat=0.12)
-    assert_same_counts(got, reference)
+    # compiled, the derivative at the end comes with the other stages
+    assert got.stats.nf == reference.stats.nf + alg.may_end_open
+    assert got.stats.naccept == reference.stats.naccept
     assert got.u.dtype is torch.float32
     assert got.t.dtype is torch.float64
     for name in ("error", "error_norm", "stiffness"):
@@ -343,6 +346,7 @@ def test_generic_step_is_the_fused_one(alg, monkeypatch):
     for most in (compiled_module._MOST_IN_STEP, 0):
         monkeypatch.setattr(compiled_module, "_MOST_IN_STEP", most)
         monkeypatch.setattr(field_module, "_by_content", OrderedDict())
+        monkeypatch.setattr(remembered, "_by_code", OrderedDict())
         rate = leaf(0.3)
         u0, p = leaf([1.0, 1.0]), leaf([1.5, 1.0, 3.0, 1.0])
         base = library.lotka_volterra_time()

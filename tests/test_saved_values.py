@@ -155,7 +155,8 @@ def test_estimates_see_what_steps_do_not(name):
         error = np.abs(form.interpolant.weights(theta) @ rows - theta**power).max()
         if error > 1e-3:
             break
-        if form.b_dense is not None and name != "TRAPEZOID":  # which has no other two rows
+        # no rows of these two tell the power that is missed from the one below
+        if form.b_dense is not None and name not in ("TRAPEZOID", "ROS3P"):
             assert abs(form.b_dense @ rows) <= 1e-2
     if form.b_dense is not None:
         assert abs(form.b_dense @ rows) >= 0.9 * error

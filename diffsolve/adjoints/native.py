@@ -118,19 +118,20 @@ def _by_torch(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | N
     The torch engine solves it once more, and goes back through steps with such derivatives by
     another method; see ``Sweep``.
     """
-    job, u0 = ctx.whole_job(), ctx.inputs[0]
-    tape, trajectory = StepTape(ctx.checkpoints), None
+    job: Job | None = ctx.whole_job()
     if job is not None:
-        trajectory = job.run(u0.detach(), tape)
-    if trajectory is None or len(tape.records) != ctx.memory.integers[L.ACCEPTED]:
-        raise RuntimeError(
-            "the gradient is NaN or Inf, since f has no second derivative at a state of the solve, "
-            "such as u**1.5 and a norm at zero: keep the solution until backward, use "
-            "engine='torch', or a method that needs only first derivatives, such as KenCarp4()"
-        )
-    u_bar, grads = Sweep(job, cotangents, trajectory.final).run(tape)
-    job.stats.adjoint.engine = "torch"
-    return u_bar, *grads
+        tape = StepTape(ctx.checkpoints)
+        end = job.run(ctx.inputs[0].detach(), tape).final
+        if end is not None and len(tape.records) == ctx.memory.integers[L.ACCEPTED]:
+            u_bar, grads = Sweep(job, cotangents, end).run(tape)
+            if job.stats.adjoint is not None:
+                job.stats.adjoint.engine = "torch"
+            return u_bar, *grads
+    raise RuntimeError(
+        "the gradient is NaN or Inf, since f has no second derivative at a state of the solve, "
+        "such as u**1.5 and a norm at zero: keep the solution until backward, use "
+        "engine='torch', or a method that needs only first derivatives, such as KenCarp4()"
+    )
 
 
 def _rows(table: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.problems.probe import may_be_read
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.jacobian import differentiator
 from diffsolve.solvers.linear import BlockLU, factor
@@ -53,7 +54,8 @@ class Lagrangian:
     ):
         self.params, self.bar, self.flat = params, bar, flat
         with torch.enable_grad():
-            self.time, self.u = time.clone().requires_grad_(), u.detach().requires_grad_()
+            self.time = may_be_read(time.clone().requires_grad_())  # its slope is then a difference
+            self.u = u.detach().requires_grad_()
             self.value = field(self.time, self.u)
 
     def by_parameters(self, bar: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def interpolation_error(form: ImplicitRows, smoothed: bool) -> Array | None:
 
     The estimate vanishes for the solutions that the interpolant follows exactly, smooth ones of
     stiff problems (Prothero and Robinson's test equation) among them; and equals its largest error
-    for the lowest power of t that it does not follow there.
+    for the lowest power of t that it does not follow there. Where that power and a lower one leave
+    the same rows, both are seen.
 
     Parameters
     ----------
@@ -82,11 +83,12 @@ def interpolation_error(form: ImplicitRows, smoothed: bool) -> Array | None:
     error, own = float(errors[worst]), float(form.b_error @ rows)
     if abs(own) >= abs(error) and not smoothed:
         return None
+    apart = [x for x in followed if not _is_parallel(x, rows)]
     fast = form.linear_rows(_STIFF, 1.0, lambda t: 0.0, 0.0) / abs(_STIFF)
     largest = _LARGEST * max(1.0, _size(form.a[-1]))
     for order in range(dense.order, 0, -1):
         at_worst = _terms(form, order, weights[worst], float(theta[worst]))
-        candidates = (_solved(at_worst, [*followed, *x], rows, error) for x in ([fast], []))
+        candidates = (_solved(at_worst, [*apart, *x], rows, error) for x in ([fast], []))
         found = min((x for x in candidates if x is not None), key=_size, default=None)
         if found is not None and _size(found) <= largest:
             return found
@@ -124,6 +126,10 @@ def _null_space(conditions: Array) -> Array:
 
 def _size(weights: Array) -> float:
     return float(np.abs(weights).sum())
+
+
+def _is_parallel(x: Array, y: Array) -> bool:
+    return bool(abs(x @ y) > (1 - 1e-8) * np.linalg.norm(x) * np.linalg.norm(y))
 
 
 def _smooth_rows(form: ImplicitRows, power: int) -> Array:

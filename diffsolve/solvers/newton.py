@@ -236,9 +236,8 @@ class Newton:
         if tolerance is None:
             unit = _UNITS * self._eps * torch.maximum(g.abs(), k.abs() * abs(step))
             return float((change.abs() * abs(step) / (unit + _tiny(unit))).amax())
-        return abs(step) * float(
-            tolerance.scaled_norm(change, torch.maximum(self._magnitude, g.abs()))
-        )
+        # of the state at the start: a bad guess may lie where tolerances are large
+        return abs(step) * float(tolerance.scaled_norm(change, self._magnitude))
 
     def _is_rounding(self, change: Tensor, step: float, k: Tensor, g: Tensor, units: float) -> bool:
         """Whether an increment is small beside the largest component, where that is enough."""

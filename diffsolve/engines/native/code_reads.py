@@ -18,7 +18,8 @@ import torch
 
 _HERE = os.path.dirname(__file__)
 _PACKAGE = os.path.dirname(os.path.dirname(_HERE)) + os.sep
-_LIBRARY = os.path.join(_PACKAGE, "problems", "library")  # right-hand sides, as a user's
+#: Right-hand sides and layers, which are as a user's.
+_LIKE_A_USERS = tuple(os.path.join(_PACKAGE, *x) for x in (("problems", "library"), ("nn",)))
 _TRUSTED = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(np.__file__) + os.sep,
@@ -42,7 +43,7 @@ def is_trusted(code: CodeType) -> bool:
     """Whether it belongs to torch, NumPy or this package: what it reads is known otherwise."""
     path = code.co_filename
     return path.startswith(_TRUSTED) or (
-        path.startswith(_PACKAGE) and not path.startswith(_LIBRARY)
+        path.startswith(_PACKAGE) and not path.startswith(_LIKE_A_USERS)
     )
 
 

@@ -11,6 +11,7 @@ import atexit
 import os
 import sys
 import threading
+import time
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -51,5 +52,16 @@ def _give_back() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_take, after_in_parent=_give_back, after_in_child=_give_back)
-# a daemon thread must not be inside of LLVM while the process takes it down
-atexit.register(compiling.acquire)
+
+
+def _end() -> None:
+    """Wait for daemon threads: Python aborts where it ends one inside of LLVM or PyTorch.
+
+    One that solves on comes to the lock before it compiles again, and waits there.
+    """
+    compiling.acquire()
+    if threading.active_count() > 1:
+        time.sleep(0.1)
+
+
+atexit.register(_end)

@@ -433,7 +433,8 @@ def begin_attempt(I, R):
     """
     if I[L.THINNING] == 0 or I[L.STRIDE] == 0:
         return
-    if I[L.ACCEPTED] % I[L.STRIDE] == 0 or I[L.REJECTIONS] > 0:
+    starts = I[L.ACCEPTED] % I[L.STRIDE] == 0 or I[L.ACCEPTED] == I[L.RUN_BEGIN]
+    if starts or I[L.REJECTIONS] > 0:
         forget(I, R)
         I[L.FORGOT] = 1
     else:

@@ -44,6 +44,7 @@ _OF_TUPLES: Any = type(vars(namedtuple("_One", "x"))["x"])
 MEMBERS = (types.MemberDescriptorType, types.GetSetDescriptorType, _OF_TUPLES)
 TRUSTED = {"torch", "numpy", "builtins", "diffsolve", "typing", "abc"}
 KNOWN = TRUSTED | sys.stdlib_module_names
+
 _OF_C = (list, tuple, dict, set, frozenset, deque, defaultdict, OrderedDict, int, float, str, bytes)
 LIKE_PLAIN = (np.generic, int, float, complex, str, bytes, bytearray)
 OF_CLASSES = frozenset(
@@ -66,6 +67,12 @@ class Values:
         return iter(self._table.values())
 
 
+def root_of(kind: Any) -> str:
+    """The package of a class; the layers of this one are as a user's."""
+    module: str = kind.__module__
+    return "" if module.startswith("diffsolve.nn.") else module.partition(".")[0]
+
+
 def as_plain(x: Any) -> Any:
     """The value of an object that is a number or a text of a kind of its own."""
     if isinstance(x, np.generic):
@@ -77,7 +84,7 @@ def as_plain(x: Any) -> Any:
 
 
 def is_function_of_c(x: Any, kind: Any) -> bool:
-    known = kind.__module__.partition(".")[0] in TRUSTED or "cython" in kind.__name__
+    known = root_of(kind) in TRUSTED or "cython" in kind.__name__
     return known and callable(x) and not getattr(x, "__dict__", None)
 
 
@@ -105,7 +112,7 @@ def has_own_getattr(kind: Any) -> bool:
 def goes_by_name(kind: Any) -> bool:
     """Whether a module's own code names the children that it uses."""
     bases = kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
-    return all(base.__module__.partition(".")[0] != "torch" for base in bases)
+    return all(root_of(base) != "torch" for base in bases)
 
 
 def state_of(generator: Any) -> Any:

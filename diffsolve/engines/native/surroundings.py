@@ -45,6 +45,7 @@ from diffsolve.engines.native.objects import (
     has_own_getattr,
     is_empty,
     is_function_of_c,
+    root_of,
     slots_of,
     state_of,
 )
@@ -382,7 +383,7 @@ class Survey:
         if isinstance(kind, enum.EnumMeta):
             self._visit_all(kind)
         for base in kind.__mro__:
-            root = base.__module__.partition(".")[0]
+            root = root_of(base)
             if root in TRUSTED:
                 continue
             table = vars(base)
@@ -502,7 +503,7 @@ class Survey:
         if own is None and not slots and not is_empty(kind):
             self.give_up(f"it reads an object of {kind.__name__}, which is not Python's")
         # what code of torch and NumPy reads is not known by name
-        every = self._plan.by_any_name or kind.__module__.partition(".")[0] in TRUSTED
+        every = self._plan.by_any_name or root_of(kind) in TRUSTED
         if type(own) is dict:
             if every or has_own_getattr(kind):
                 self._visit_dict({k: v for k, v in own.items() if k != PREPARED})

@@ -173,7 +173,7 @@ SWITCH = _integer("SWITCH")  # 0: no; NONSTIFF or STIFF: which of them is at wor
 SWITCH_COUNT = _integer("SWITCH_COUNT")  # steps in a row that ask for the other
 SWITCH_AFTER = _integer("SWITCH_AFTER")  # so many hand over to it
 TAKEN_OVER = _integer("TAKEN_OVER")  # whether the next step is the first of its method
-RUN_BEGIN = _integer("RUN_BEGIN")  # first step of the method at work, in a reverse pass
+RUN_BEGIN = _integer("RUN_BEGIN")  # first step of the method at work
 RUN_STATE = _integer("RUN_STATE")  # (2, N): the state that it took over
 DENSE_ROWS = _integer("DENSE_ROWS")  # rows of a record of DENSE
 

@@ -56,7 +56,8 @@ def epsilon(like):
 def increment_size(I, step, delta, k, g, like):
     """Size of an increment, in tolerances or in units of rounding."""
     if I[L.TO_ROUNDING] == 0:
-        return abs(step) * scaled_norm(I, delta, row(I, L.W_U, like), g, like)
+        u = row(I, L.W_U, like)  # a bad guess may lie where tolerances are large
+        return abs(step) * scaled_norm(I, delta, u, u, like)
     x, y, z = view(delta, like), view(k, like), view(g, like)
     unit, largest = _UNITS * epsilon(like), 0.0
     for j in range(I[L.N]):
