@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from diffsolve import (
     DiscreteAdjoint,
@@ -186,3 +187,45 @@ def test_a_time_read_as_a_number_that_moves_f(tape):
     (steps, number), (expected, tensor) = found
     assert steps <= expected + 2
     torch.testing.assert_close(number, tensor, rtol=1e-5, atol=0.0)
+
+
+class Wave(torch.autograd.Function):
+    """``sin(3 t)`` with one derivative."""
+
+    @staticmethod
+    def forward(ctx, t):
+        ctx.save_for_backward(t)
+        return torch.sin(3 * t)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, bar):
+        (t,) = ctx.saved_tensors
+        return 3 * torch.cos(3 * t) * bar
+
+
+PARTS_OF_TIME = {
+    "once": lambda t: Wave.apply(t),
+    "once, beside another": lambda t: Wave.apply(t) + t * t,
+    "read, beside another": lambda t: math.sin(3 * float(t)) + t * t,
+}
+
+
+@pytest.mark.parametrize("part", PARTS_OF_TIME)
+@pytest.mark.parametrize("tape", [False, True])
+@pytest.mark.parametrize("alg", [Rodas5P(), Rosenbrock23()])
+def test_a_part_of_the_time_that_autograd_does_not_see(part, tape, alg):
+    found = []
+    whole = (lambda t: torch.sin(3 * t)) if part == "once" else lambda t: torch.sin(3 * t) + t * t
+    for by_time in (PARTS_OF_TIME[part], whole):
+        x = torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=F64, requires_grad=True)
+
+        def f(t, u, p, by_time=by_time):
+            return -p * u * by_time(t) - u**2
+
+        prob = ODEProblem(f, x[:2], (0.0, 2.0), x[2:])
+        options = {"rtol": 1e-4, "atol": 1e-4, "engine": "torch"}
+        sol = solve(prob, alg, sensealg=DiscreteAdjoint(tape=tape), **options)
+        found.append((sol.u[-1].detach(), *torch.autograd.grad(sol.u[-1].sum(), x)))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,20 +162,22 @@ def _filled(cell: Any) -> bool:
     return True
 
 
-def reached_leaves(outputs: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Leaves that the graph of ``outputs`` leads to, by identity."""
-    found: dict[int, Tensor] = {}
+def nodes_of(outputs: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph that ``outputs`` have, each once."""
     nodes: list[Any] = [y.grad_fn for y in outputs if y.grad_fn is not None]
     seen = set(nodes)
     for node in nodes:  # grows on the way
-        if isinstance(node, _LEAF):
-            found[id(node.variable)] = node.variable
-            continue
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 nodes.append(following)
-    return found
+
+
+def reached_leaves(outputs: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Leaves that the graph of ``outputs`` leads to, by identity."""
+    leaves = (node.variable for node in nodes_of(outputs) if isinstance(node, _LEAF))
+    return {id(x): x for x in leaves}
 
 
 def refuse_unknown_leaves(leaves: dict[int, Tensor], known: Sequence[Tensor]) -> None:

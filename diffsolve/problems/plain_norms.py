@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from diffsolve.problems.capture import nodes_of
+
 #: Nodes of a graph that cannot be differentiated three times.
 _OPAQUE = ("NativeLayerNormBackward", "NativeBatchNormBackward", "CudnnBatchNormBackward")
 
@@ -39,18 +41,13 @@ def refuse_opaque_norms(y: Tensor) -> None:
     RuntimeError
         If the graph of ``y`` has one.
     """
-    nodes: list[Any] = [] if y.grad_fn is None else [y.grad_fn]
-    seen = set(nodes)
-    for node in nodes:  # grows on the way
+    for node in nodes_of([y]):
         if node.name().startswith(_OPAQUE):
             raise RuntimeError(
                 f"f calls a normalisation ({node.name()}) from compiled code, such as TorchScript, "
                 "and PyTorch gets its third derivative wrong, which a gradient through this method "
                 "needs: call it from Python, or solve with KenCarp4() or an explicit method"
             )
-        following = [x for x, _ in node.next_functions if x is not None and x not in seen]
-        seen.update(following)
-        nodes += following
 
 
 def _standard(x: Tensor, axes: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from diffsolve.problems.capture import nodes_of
+
 TORCH = os.path.dirname(torch.__file__) + os.sep
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARY = os.path.join(PACKAGE, "problems", "library")  # right-hand sides, as a user's
@@ -240,6 +242,11 @@ def may_be_read(time: Tensor) -> Tensor:
     return time
 
 
+def was_read(time: Tensor) -> bool:
+    """Whether something made a number of a time that may be read."""
+    return getattr(time, "_was_read", False)
+
+
 class _Refusing(TorchFunctionMode):
     def __init__(self, name: str, time: Tensor):
         super().__init__()
@@ -250,8 +257,11 @@ class _Refusing(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         how = cut_by(func, args, kwargs or {}) if torch.is_grad_enabled() else ""
-        if how and not self._is_of_time((*args, *(kwargs or {}).values())):
-            raise RuntimeError(CUT.format(name=self._name, how=how + user_line()))
+        if how:
+            if not self._is_of_time((*args, *(kwargs or {}).values())):
+                raise RuntimeError(CUT.format(name=self._name, how=how + user_line()))
+            self._free._was_read = True  # type: ignore[union-attr]
+            args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
         return func(*args, **(kwargs or {}))
 
     def _is_of_time(self, args: tuple) -> bool:
@@ -273,13 +283,4 @@ class _Refusing(TorchFunctionMode):
 
 def has_module_hooks(outputs: Sequence[Tensor]) -> bool:
     """Whether the graph of ``outputs`` goes through a module's hooks on gradients."""
-    nodes: list[Any] = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(nodes)
-    for node in nodes:  # grows on the way
-        if type(node) is _BACKWARD_HOOK:
-            return True
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return False
+    return any(type(node) is _BACKWARD_HOOK for node in nodes_of(outputs))

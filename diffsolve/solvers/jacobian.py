@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from diffsolve.problems.capture import nodes_of
 from diffsolve.problems.plain_norms import PlainNorms, refuse_opaque_norms
-from diffsolve.problems.probe import may_be_read
+from diffsolve.problems.probe import may_be_read, was_read
 from diffsolve.problems.structure import detached, under_transform
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.agreement import same_gradients, uneven
@@ -28,6 +29,7 @@ from diffsolve.solvers.linear import Jacobian
 from diffsolve.solvers.time_difference import time_difference, time_difference_on_tape
 
 _START = np.zeros(1)
+_ONCE = "torch::autograd::Error"  # where something is differentiable once only
 _MOST_AT_ONCE = 4_000_000  # entries of the products that are computed in one batch
 
 
@@ -153,12 +155,24 @@ class Differentiator:
         (by_time,) = torch.autograd.grad(y, moving, w, create_graph=True, allow_unused=True)
         if by_time is None:
             return Jacobian(self.field, blocks, self._unseen_slope(t, h, u, y.detach()))
-        try:
-            (pushed,) = torch.autograd.grad(by_time, w, torch.ones_like(by_time))
-        except RuntimeError:  # f holds a function that can be differentiated once only
+        self.notice(moving, by_time)
+        if self.moves_unseen:
             with torch.no_grad():
                 pushed = time_difference(self.field, t, h, u, y.detach())
+        else:
+            (pushed,) = torch.autograd.grad(by_time, w, torch.ones_like(by_time))
         return Jacobian(self.field, blocks, pushed)
+
+    def notice(self, time: Tensor, by_time: Tensor | None) -> None:
+        """Note whether autograd sees less than all of what ``f`` does with its time.
+
+        It may be read as a number, and a function of it may be differentiable once only: PyTorch
+        leaves out both where another path leads on. The graph is looked at once a solve.
+        """
+        if self.moves_unseen is None and by_time is not None:
+            self.moves_unseen = any(node.name() == _ONCE for node in nodes_of([by_time]))
+        if was_read(time) and by_time is not None:
+            self.moves_unseen = True
 
     def _graph(self, f: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -336,7 +350,7 @@ def push_forward(
     (time,) = field.times(t, h, _START)
     if under_transform():
         return functools.partial(_nested_push, field, time, u)
-    unseen = differentiator(field).moves_unseen is True
+    known = differentiator(field)
     recorded = torch.is_grad_enabled()
     start = u
     with torch.enable_grad(), PlainNorms():
@@ -360,7 +374,9 @@ def push_forward(
         refuse_opaque_norms(y)
         field.scratch["norms"] = True  # seen
     moving = None
-    if unseen:
+    known.notice(time, pulled[1])
+    if known.moves_unseen:
+        pulled = pulled[0], None
         moving = time_difference_on_tape(field, float(detached(t)), float(detached(h)), start)
 
     def push(v: Tensor | None, d: float) -> Tensor:
