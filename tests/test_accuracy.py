@@ -172,6 +172,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_same_pair_and_controller_cost_no_more_than_scipys(pair: str, name: str) -> None:
@@ -195,6 +196,7 @@ def test_default_cost_no_more_than_scipys(pair: str, name: str) -> None:
     assert ours_total <= theirs_total + 2 * per_step * len(tolerances), costs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS)
 def test_default_cost_at_equal_accuracy_is_no_more_than_scipys(pair: str) -> None:
     # nf * error**(1/order) does not change when the tolerance does, so it compares the methods

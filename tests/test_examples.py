@@ -99,6 +99,7 @@ def test_methods_for_sdes_converge_with_their_orders(examples_path: None, tmp_pa
     assert (tmp_path / "gbm.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_regularized_neural_sdes_need_fewer_evaluations(
     examples_path: None, tmp_path: Path
 ) -> None:

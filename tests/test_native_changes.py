@@ -63,6 +63,7 @@ def test_f_may_wait_for_a_thread_that_solves() -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
+@pytest.mark.slow
 def test_f_may_solve_in_other_threads() -> None:
     def f(t: Tensor, u: Tensor) -> Tensor:
         found = []

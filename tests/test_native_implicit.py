@@ -202,6 +202,7 @@ def test_states_of_any_structure():
         assert off(got.u["yz"][1], reference.u["yz"][1]) <= 1e-8
 
 
+@pytest.mark.slow
 def test_components_that_nothing_depends_on():
     """Integrals of the others: their columns are zero, and no matrix holds them."""
 
@@ -485,7 +486,7 @@ def test_steps_that_are_too_long_for_one_function(monkeypatch):
     assert off(one[4], loops[4]) <= 1e-8
 
 
-@pytest.mark.parametrize("n", [13, 20, 30])
+@pytest.mark.parametrize("n", [13, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 30))])
 @pytest.mark.parametrize("alg", [Rosenbrock23(), Rodas5P(), AutoTsit5()], ids=label)
 def test_steps_that_turn_out_to_be_too_long(alg, n):
     """Their systems are short, their stages are not."""

@@ -446,6 +446,7 @@ def test_infinite_noise_is_no_success(alg, engine) -> None:
     assert bool(sol.u.isfinite().all()) and 0.5 < sol.t[-1] < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "native"])
 def test_steps_that_never_arrive(engine) -> None:
     prob = linear(2, 2)

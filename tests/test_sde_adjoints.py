@@ -420,6 +420,7 @@ def test_networks_with_shared_parameters(sensealg):
         assert distance(got, expected) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(LINEAR))
 @each
 def test_ito_gradients_backward_in_time(kind, sensealg):

@@ -72,6 +72,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda x: ",".join(x))
 @pytest.mark.parametrize("noise", ["diagonal", "scalar", "additive", "general"])
 def test_gradient_is_that_of_the_steps(noise, options):

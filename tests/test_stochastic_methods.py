@@ -413,6 +413,7 @@ def test_the_error_follows_the_tolerance(alg: Any, limits: tuple[int, ...], kind
     assert min(errors) > 0.02  # and no work for nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alg", SRA_METHODS, ids=repr)
 def test_the_error_follows_the_tolerance_with_additive_noise(alg: Any) -> None:
     prob = pendulum(50, 3)
@@ -425,6 +426,7 @@ def test_the_error_follows_the_tolerance_with_additive_noise(alg: Any) -> None:
         assert sol.stats.nf < stages * most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prob", "alg"),
     [(linear(rows=20), SOSRI()), (sinh(20), SRIW1()), (pendulum(20), SRA1())],

@@ -347,6 +347,7 @@ def test_along_a_virtual_brownian_tree() -> None:
     assert rms(lamba.u[-1] - ends[2]) > 2 * second / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tol", [1e-3, 2.0**-10])
 def test_a_tree_is_cut_no_finer_than_it_resolves(tol: float) -> None:
     """Areas within its leaves are not known, and steps as short as a leaf are allowed."""

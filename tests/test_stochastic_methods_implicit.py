@@ -66,6 +66,7 @@ def test_strong_order_with_nonlinear_drift_and_noise(alg: Any) -> None:
     assert order == pytest.approx(1.0, abs=0.12)
 
 
+@pytest.mark.slow
 def test_strong_order_with_additive_and_general_noise() -> None:
     def g(t: Tensor, u: Tensor) -> Tensor:
         return (1 + t) * torch.tensor([[0.5, 0.2], [0.0, 0.3]], dtype=DOUBLE).expand(*u.shape, 2)
@@ -201,6 +202,7 @@ def test_an_equation_without_solution_fails(alg: Any) -> None:
     assert failed.value.retcode is ReturnCode.NEWTON_FAILED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [10, 2])
 @pytest.mark.parametrize("alg", METHODS, ids=repr)
 def test_noise_may_lead_far_from_where_the_matrix_was_taken(alg: Any, n: int) -> None:
@@ -379,6 +381,7 @@ def test_gradients_of_all_sensealgs_agree(options: Any) -> None:
         assert_near(found, grads[0], 1e-4)
 
 
+@pytest.mark.slow
 def test_many_stiff_paths_agree_with_short_explicit_steps() -> None:
     prob = stiff(20, 100.0)
     (fine,) = same_path(prob, SOSRI(), [2000])

@@ -135,6 +135,7 @@ def test_backward_in_time() -> None:
     assert abs(float(sol.u[-1] - math.cos(2.0))) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [None, 4])
 def test_gradient_across_switches(checkpoints: int | None) -> None:
     def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
