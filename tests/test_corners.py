@@ -5,7 +5,17 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from diffsolve import DiscreteAdjoint, Euler, KenCarp4, ODEProblem, Rodas5P, Rosenbrock23, solve
+from diffsolve import (
+    TRBDF2,
+    DiscreteAdjoint,
+    Euler,
+    KenCarp4,
+    ODEProblem,
+    Rodas5P,
+    Rosenbrock23,
+    Trapezoid,
+    solve,
+)
 
 F64 = torch.float64
 
@@ -30,7 +40,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("engine", ["native", "torch"])
-@pytest.mark.parametrize("alg", [Rodas5P(), Rosenbrock23()])
+@pytest.mark.parametrize("alg", [Rodas5P(), Rosenbrock23(), TRBDF2(), Trapezoid()])
 def test_where_f_has_no_second_derivative(name, engine, alg):
     f, start, values = CASES[name]
 
@@ -50,6 +60,15 @@ def test_where_f_has_no_second_derivative(name, engine, alg):
     sol = solve(prob, alg, **options)
     (found,) = torch.autograd.grad(sol.u.square().sum(), p)
     torch.testing.assert_close(found, torch.tensor(want), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_estimates_that_have_no_gradient_are_refused(engine):
+    u0 = torch.zeros(1, dtype=F64, requires_grad=True)
+    prob = ODEProblem(lambda t, u: 1 - u - u**1.5, u0, (0.0, 5.0))
+    sol = solve(prob, TRBDF2(), saveat=[5.0], engine=engine)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*leave the estimates"):
+        (sol.u[-1].sum() + sol.steps.error.sum()).backward()
 
 
 def test_the_tape_says_that_there_is_no_second_derivative():

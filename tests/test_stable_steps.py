@@ -7,8 +7,8 @@ import torch
 
 import diffsolve
 from diffsolve import DiscreteAdjoint, ODEProblem, Tsit5, solve
-from diffsolve.solvers.explicit_rk.stability import damped_sizes, stability_polynomial
-from diffsolve.solvers.stable_steps import eigenvalues
+from diffsolve.solvers.explicit_rk.stability import stability_polynomial, stable_sizes
+from diffsolve.solvers.stable_steps import GROWTHS, eigenvalues
 
 DOUBLE = torch.float64
 METHODS = ("Heun", "BS3", "Tsit5", "DP5", "DP8", "Vern7", "AutoTsit5")
@@ -77,6 +77,69 @@ def test_diffusion_by_its_conductivity(engine, sensealg):
     assert sol.stats.nf < 1.5 * free.stats.nf
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["Tsit5", "Vern7", "Heun"])
+def test_steps_backward_in_time(name, engine):
+    """The mirror of a solve has its steps and its gradient."""
+    found = []
+    x = torch.linspace(0, 1, 24, dtype=DOUBLE)
+    for sign, span in ((1.0, (0.0, 0.02)), (-1.0, (0.02, 0.0))):
+        u0 = torch.exp(-100 * (x - 0.5) ** 2).requires_grad_()
+        k = torch.ones(25, dtype=DOUBLE, requires_grad=True)
+
+        def f(t, u, k, sign=sign):
+            return sign * diffusion(t, u, k)
+
+        alg = getattr(diffsolve, name)()
+        sol = solve(ODEProblem(f, u0, span, k), alg, saveat=[span[1]], engine=engine)
+        grads = torch.autograd.grad(sol.u[-1].square().sum(), (u0, k))
+        found.append((sol.stats.naccept, *grads))
+    (steps, *ahead), (mirrored, *back) = found
+    assert abs(steps - mirrored) <= 1
+    for got, expected in zip(back, ahead, strict=True):
+        assert (got - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "cost"),
+    [
+        ("BS3", 5.0, 2),
+        ("Tsit5", 5.0, 2),
+        ("Tsit5", 50.0, 2.5),
+        ("Vern7", 5.0, 1.5),
+        ("DP8", 5.0, 1.5),
+    ],
+)
+def test_waves_keep_their_size_in_gradients(name, end, cost):
+    """Advection turns every mode and damps none: what a step adds to one stays to the end."""
+    n = 50
+    x = torch.arange(n, dtype=DOUBLE) / n
+
+    def advection(t, u, speed):
+        return speed * (u.roll(1) - u.roll(-1)) * (n / 2)
+
+    u0 = torch.exp(-50 * (x - 0.5) ** 2).requires_grad_()
+    prob = ODEProblem(advection, u0, (0.0, float(end)), leaf(1.0))
+    options = {"saveat": [float(end)], "rtol": 1e-3, "atol": 1e-5, "engine": "native"}
+    sol = solve(prob, getattr(diffsolve, name)(), **options)
+    weights = torch.where(x < 0.5, 1.0, 0.0).double()  # has something of every mode
+    (by_u0,) = torch.autograd.grad(weights @ sol.u[-1], u0)
+    assert by_u0.norm() < 1.1 * weights.norm()  # the exact flow turns it
+    with torch.no_grad():
+        free = solve(prob, getattr(diffsolve, name)(), **options)
+    assert sol.stats.nf < cost * free.stats.nf
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_decay_at_the_limit_costs_few_more_steps(name):
+    prob = ODEProblem(lambda t, u, p: -p * u, leaf([1.0]), (0.0, 10.0), leaf(100.0))
+    options = {"saveat": [10.0], "rtol": 1e-2, "atol": 1e-2, "engine": "native"}
+    watched = solve(prob, getattr(diffsolve, name)(), **options)
+    with torch.no_grad():
+        free = solve(prob, getattr(diffsolve, name)(), **options)
+    assert watched.stats.nf < 1.5 * free.stats.nf
+
+
 def turning(t, u, p):
     """The last two components turn quickly and decay slowly, and are zero."""
     return torch.stack([-u[0], -5 * u[1] + p * u[2], -p * u[1] - 5 * u[2]])
@@ -132,16 +195,19 @@ def test_the_engines_take_the_same_steps():
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "AutoTsit5"])
-def test_damped_sizes_lie_within_the_region_of_stability(name):
+def test_stable_sizes_lie_within_the_region_of_stability(name):
     tableau = getattr(diffsolve, name)().tableau
-    coefficients = stability_polynomial(tableau.stages)[::-1]
-    sizes = torch.from_numpy(damped_sizes(tableau.stages)).numpy()
-    assert sizes[-1] < tableau.stability_interval
-    for i, size in enumerate(sizes):
-        cosine = i / (len(sizes) - 1)
-        z = size * complex(-cosine, math.sqrt(1 - cosine**2))
-        r = sum(c * z**k for k, c in enumerate(coefficients[::-1]))
-        assert abs(r) <= 1.0021
+    coefficients = stability_polynomial(tableau.stages)
+    table = stable_sizes(tableau.stages)
+    assert table[0, -1] < tableau.stability_interval
+    for growth, sizes in zip(GROWTHS, table, strict=True):
+        for i, size in enumerate(sizes):
+            cosine = i / (len(sizes) - 1)
+            for part in (0.5, 1.0, 1.09):  # also where an eigenvalue is found too small
+                z = part * size * complex(-cosine, math.sqrt(1 - cosine**2))
+                r = abs(sum(c * z**k for k, c in enumerate(coefficients)))
+                decay = (1 - cosine / 2) * z.real
+                assert r <= max(0.9, math.exp(decay + 1.01 * growth * abs(z)))
 
 
 def test_eigenvalues_on_a_plane():

@@ -93,7 +93,7 @@ class _NativeDiscrete(torch.autograd.Function):
         cotangents = of_saved, *_rows(of_steps)
         swept = pull(ctx.memory, saved[ctx.counts], cotangents, native.active)
         if (
-            job.alg.has_jacobian_inside
+            (job.alg.has_jacobian_inside or (job.alg.is_implicit and of_steps is not None))
             and not swept.is_finite(ctx.needs_input_grad[1])
             and all(x is None or bool(x.isfinite().all()) for x in cotangents)
         ):  # f is the reason, not the loss

@@ -111,7 +111,8 @@ class Sweep:
             step = record.repeat(self.field, tuple(leaves))
         self._compare(step.state[0], record, state)
         grads = self._through(step, index, record, leaves, state_bar)
-        if record.alg.has_jacobian_inside and not _all_finite(grads):
+        estimated = record.alg.is_implicit and any(bar is not None for bar in self.of_estimates)
+        if (record.alg.has_jacobian_inside or estimated) and not _all_finite(grads):
             grads = self._through_another(index, record, state, state_bar) or grads
         add_up(self.dparams, grads[len(leaves) :])
         return grads[: len(leaves)]
@@ -137,7 +138,7 @@ class Sweep:
         if not _all_finite(state_bar):
             return None  # what comes in is not finite either
         if any(bar is not None for bar in self.of_estimates):
-            raise RuntimeError(trouble)
+            raise RuntimeError(trouble + ", and leave the estimates of its steps out of the loss")
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in state]
             step = _SMOOTH.step(

@@ -259,9 +259,10 @@ class _Loop:
                 self.controller = self.settings.controller_stiff
         self.memory = self.controller.start()
         self.stable: StableSteps | None = None
-        sizes = self.alg.damped_sizes
+        sizes = self.alg.stable_sizes
         if self.settings.stable_steps and self.settings.adaptive and sizes is not None:
-            self.stable = StableSteps(self.rhs, sizes[0], sizes[1])
+            span = abs(float(detached(self.t1)) - float(detached(self.t0)))
+            self.stable = StableSteps(self.rhs, sizes[0], sizes[1], span)
 
     def run(self, du0: Tensor | None) -> Trajectory:
         bar = progress_bar(self.t0, self.t1) if self.settings.progress else None

@@ -129,7 +129,7 @@ class Algorithm(ABC):
         Whether it can solve ``M du/dt = f``.
     is_one_step
         Whether the state of the method follows from ``(t, u)``, as ``init`` makes it.
-    damped_sizes
+    stable_sizes
         Of an explicit method the sizes of ``h lambda`` up to which its steps damp a mode
         (``explicit_rk/stability.py``), and its evaluations in a step; None: nothing limits them.
     carries_derivative
@@ -145,7 +145,7 @@ class Algorithm(ABC):
 
     order: float
     adaptive: bool
-    damped_sizes: tuple[Any, int] | None = None
+    stable_sizes: tuple[Any, int] | None = None
     has_jacobian_inside: ClassVar[bool] = False
     supports_mass_matrix: ClassVar[bool] = False
     is_one_step: ClassVar[bool] = False

@@ -22,6 +22,10 @@ from diffsolve.problems.vector_field import VectorField
 
 #: Directions of the complex plane in a table of sizes (``explicit_rk/stability.py``).
 DIRECTIONS = 33
+#: Logarithms of the growth of a mode in a time ``1 / |lambda|``, one for each row of the table.
+GROWTHS = tuple(10.0**-j for j in range(1, 10))
+#: Logarithm of the growth of a mode over the whole span, at most.
+GROWTH_IN_ALL = 0.3
 #: A step of more than this part of the limit is near it.
 NEAR = 0.8
 #: Evaluations of steps from one look at the Jacobian to the next, at most: it takes two.
@@ -33,8 +37,6 @@ MIXED = 1e-3
 #: Products with differences of two sizes that differ by more than this part are none.
 NONLINEAR = 0.5
 WIDER = 8.0
-
-
 #: A step whose estimate of the stiffness is so many times that of the limit is looked at again ...
 FASTER = 1.2
 #: ... where the product with its size is more than this part of the interval of stability.
@@ -44,7 +46,7 @@ NEW = 2
 #: A step so many times longer than that of the last look is looked at again, too.
 GROWN = 5.0
 #: A step of more than so many times the limit at its end is refused.
-TOO_LONG = 1.1
+TOO_LONG = 1.05
 
 
 class StableSteps:
@@ -59,7 +61,9 @@ class StableSteps:
     field
         Right-hand side.
     sizes
-        What ``damped_sizes`` gives for the method.
+        What ``stable_sizes`` gives for the method.
+    span
+        Length of the whole solve.
     evaluations
         Of the right-hand side in a step.
 
@@ -77,8 +81,8 @@ class StableSteps:
     Problems (2011), section 6.2.
     """
 
-    def __init__(self, field: VectorField, sizes: np.ndarray, evaluations: int):
-        self.field, self.sizes = field, sizes
+    def __init__(self, field: VectorField, sizes: np.ndarray, evaluations: int, span: float):
+        self.field, self.sizes, self.span = field, sizes, span
         self._most_wait = most_wait(evaluations)
         self.limit, self.rate = math.inf, 0.0
         self._direction: Tensor | None = None
@@ -110,7 +114,7 @@ class StableSteps:
         much longer than the step before which the Jacobian was seen, and near a new limit.
         """
         taken = float(detached(size))
-        known = max(FASTER * self.rate, HALF * float(self.sizes[-1]) / taken)
+        known = max(FASTER * self.rate, HALF * float(self.sizes[0, -1]) / taken)
         is_new = taken > NEAR * self.limit and self._wait <= NEW
         is_new = is_new or taken > GROWN * self._seen
         if float(detached(stiffness)) <= known and not is_new:
@@ -176,19 +180,24 @@ class StableSteps:
             mixed = MIXED * math.sqrt(3 / u.numel())
             self._direction = b / math.sqrt(bb) + mixed * fresh
         for real, imaginary in eigenvalues(aa, wa, wb, ab, self._eps):
-            limit = self._size_for(real, imaginary)
+            limit = self._size_for(sign * real, imaginary)
             if limit < self.limit:
                 self.limit, self.rate = limit, math.hypot(real, imaginary)
 
     def _size_for(self, real: float, imaginary: float) -> float:
-        """Largest step for a mode; one that grows is limited by its rotation alone."""
-        size = math.hypot(real, imaginary)
-        if real >= 0:
-            return float(self.sizes[0]) / imaginary if imaginary > 0 else math.inf
-        place = -real / size * (len(self.sizes) - 1)
-        i = min(int(place), len(self.sizes) - 2)
-        low, high = float(self.sizes[i]), float(self.sizes[i + 1])
-        return (low + (place - i) * (high - low)) / size
+        """Largest step for a mode; one that grows is limited by its rotation alone.
+
+        ``real`` is the part of the eigenvalue along the direction of the solve.
+        """
+        size = imaginary if real >= 0 else math.hypot(real, imaginary)
+        if size == 0:
+            return math.inf
+        row = math.log10(max(size * self.span / GROWTH_IN_ALL, 10.0)) - 1
+        column = max(-real, 0.0) / size * (DIRECTIONS - 1)
+        j, i = min(int(row), len(GROWTHS) - 2), min(int(column), DIRECTIONS - 2)
+        y, x = min(row - j, 1.0), column - i
+        low, high = self.sizes[j : j + 2, i : i + 2] @ (1 - x, x)
+        return float(low + y * (high - low)) / size
 
 
 def most_wait(evaluations: int) -> int:

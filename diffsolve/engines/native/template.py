@@ -136,8 +136,8 @@ class Template:
         if self.stiff is not None:
             integers[L.SWITCH], integers[L.SWITCH_AFTER] = L.NONSTIFF, STIFF_STEPS
             integers[L.DENSE_ROWS], reals[L.STIFF_ABOVE] = 1 + self.most_rows, limit
-        if settings.stable_steps and settings.adaptive and alg.damped_sizes is not None:
-            sizes, evaluations = alg.damped_sizes
+        if settings.stable_steps and settings.adaptive and alg.stable_sizes is not None:
+            sizes, evaluations = alg.stable_sizes
             self.held[L.STABLE] = sizes
             integers[L.STABLE] = address(sizes)
             integers[L.STABLE_MOST_WAIT] = most_wait(evaluations)

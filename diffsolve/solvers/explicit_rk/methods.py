@@ -10,7 +10,7 @@ from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.controllers import Controller, IController
 from diffsolve.solvers.explicit_rk import tableaus, tableaus_high_order
-from diffsolve.solvers.explicit_rk.stability import damped_sizes
+from diffsolve.solvers.explicit_rk.stability import stable_sizes
 from diffsolve.solvers.explicit_rk.step import take_step
 from diffsolve.solvers.explicit_rk.tableau import Tableau
 from diffsolve.solvers.stage_rows import RKState
@@ -41,9 +41,9 @@ class ExplicitRK(TableauMethod):
     tableau_type = Tableau
 
     @property
-    def damped_sizes(self) -> Any:  # type: ignore[override]
+    def stable_sizes(self) -> Any:  # type: ignore[override]
         stages = self.tableau.stages
-        return damped_sizes(stages), stages.n - 1
+        return stable_sizes(stages), stages.n - 1
 
     @property
     def may_end_open(self) -> bool:

@@ -8,13 +8,16 @@ import numpy as np
 
 from diffsolve.solvers.explicit_rk.tableau import Stages
 from diffsolve.solvers.order_conditions import Array
-from diffsolve.solvers.stable_steps import DIRECTIONS
+from diffsolve.solvers.stable_steps import DIRECTIONS, GROWTHS
 
 #: What is left of a mode after a step whose error is not known: it vanishes soon.
-_LEFT = 0.5
-#: What a step may add to a mode, as a part of it.
-_SLACK = 0.002
-_SPACING = 0.02
+_LEFT = 0.9
+#: Part of the true decay that a step has to show: of a mode that only decays, and of others more.
+_DECAY = 0.5
+#: Steps are shorter than those at the edge, since eigenvalues are found too small by some percent.
+#: The edge of the region of stability is steepest along the imaginary axis.
+_SAFETY_REAL, _SAFETY_IMAGINARY = 1.1, 1.15
+_SHORT, _SPACING = np.geomspace(1e-4, 0.02, 200), 0.02  # of the sizes that are tried
 
 
 def stability_polynomial(stages: Stages) -> Array:
@@ -33,32 +36,35 @@ def stability_polynomial(stages: Stages) -> Array:
 
 
 @lru_cache(maxsize=100)
-def damped_sizes(stages: Stages) -> Array:
-    """Largest ``|h lambda|`` up to which steps damp a mode, or follow it.
+def stable_sizes(stages: Stages) -> Array:
+    """Largest ``|h lambda|`` up to which steps damp a mode, or let it grow slowly enough.
 
-    That is ``|R(z)| <= max(1/2, 1.002 |exp(z)|)`` for all shorter ``z`` of the same direction. On
-    the edge of the region of stability, where ``|R| = 1``, what a gradient holds of a mode would
-    stay for ever, and errors of the eigenvalue would let it grow.
+    That is ``|R(z)| <= max(0.9, exp((1 - cos / 2) Re z + growth |z|))`` for all shorter ``z`` of
+    the same direction. A method that is not stable on the imaginary axis adds a little to a mode in
+    each step, which a gradient holds to the end. How much it may add depends on the length of the
+    span.
 
     Returns
     -------
     Array
-        Entry ``i`` for ``cos = -i / 32`` of the angle of ``lambda``: imaginary at the first, real
-        and negative at the last.
+        Entry ``[j, i]`` for the growth ``GROWTHS[j]``, and for ``cos = -i / 32`` of the angle of
+        ``lambda``: imaginary at the first, real and negative at the last.
     """
     coefficients = stability_polynomial(stages)[::-1]
     cosines = np.linspace(0.0, 1.0, DIRECTIONS)
+    decay = 1 - (1 - _DECAY) * cosines[:, None]
     directions = (-cosines + 1j * np.sqrt(1 - cosines**2))[:, None]
-    found = np.full(DIRECTIONS, np.nan)
-    start, most = 0.0, 2.0 * stages.n**2  # no polynomial of that degree reaches so far
-    while np.isnan(found).any() and start < most:
-        radii = start + _SPACING * np.arange(1, 401)
+    found = np.full((len(GROWTHS), DIRECTIONS), np.nan)
+    radii, most = _SHORT, 2.0 * stages.n**2  # no polynomial of that degree reaches so far
+    while np.isnan(found).any() and radii[0] < most:
         z = directions * radii
-        allowed = np.maximum(_LEFT, (1 + _SLACK) * np.exp(z.real))
-        excess = np.abs(np.polyval(coefficients, z)) - allowed
-        for i, row in enumerate(excess):
-            beyond = np.flatnonzero(row > 0)
-            if len(beyond) and np.isnan(found[i]):
-                found[i] = radii[beyond[0]] - _SPACING
-        start = radii[-1]
-    return np.where(np.isnan(found), most, found)
+        logarithm = np.log(np.abs(np.polyval(coefficients, z)) + 1e-300)
+        for j, growth in enumerate(GROWTHS):
+            allowed = np.maximum(np.log(_LEFT), decay * z.real + growth * radii)
+            beyond = logarithm > allowed + 1e-14
+            edge = radii[np.maximum(beyond.argmax(1) - 1, 0)]
+            new = beyond.any(1) & np.isnan(found[j])
+            found[j, new] = edge[new]
+        radii = radii[-1] + _SPACING * np.arange(400)
+    found = np.where(np.isnan(found), most, found)
+    return found / (_SAFETY_IMAGINARY + cosines * (_SAFETY_REAL - _SAFETY_IMAGINARY))

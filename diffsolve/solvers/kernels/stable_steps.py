@@ -17,6 +17,8 @@ from diffsolve.solvers.stable_steps import (
     DIRECTIONS,
     FASTER,
     GROWN,
+    GROWTH_IN_ALL,
+    GROWTHS,
     HALF,
     MIXED,
     MOST_LOOKS,
@@ -27,6 +29,7 @@ from diffsolve.solvers.stable_steps import (
     WIDER,
 )
 
+ROWS, LOG_10 = len(GROWTHS), math.log(10.0)
 _EPS = 2.0**-52
 _EPS_SINGLE = 2.0**-23
 _32_BITS = 0xFFFFFFFF
@@ -146,12 +149,12 @@ def limit_by_eigenvalues(I, R, aa, wa, wb, ab, eps):
     """The limit by the eigenvalues of ``J`` on the plane of ``w`` and ``a = J w``."""
     rest = aa - wa * wa
     if rest <= eps**0.25 * aa:
-        limit_by(I, R, wa, 0.0)
+        limit_by(I, R, R[L.DIRECTION] * wa, 0.0)
         return
     alpha = math.sqrt(aa)
     coupling = alpha * wb - wa * wa
     other = (alpha * ab - wa * aa - wa * coupling) / rest
-    middle, shift = 0.5 * (wa + other), 0.5 * (wa - other)
+    middle, shift = 0.5 * R[L.DIRECTION] * (wa + other), 0.5 * (wa - other)
     square = shift * shift + coupling
     if square < 0:
         limit_by(I, R, middle, math.sqrt(-square))
@@ -162,16 +165,24 @@ def limit_by_eigenvalues(I, R, aa, wa, wb, ab, eps):
 
 @inlined
 def limit_by(I, R, real, imaginary):
-    sizes, rate = reals(I[L.STABLE]), math.hypot(real, imaginary)
-    if real >= 0:
-        limit = sizes[0] / imaginary if imaginary > 0 else math.inf
-    else:
-        place = -real / rate * (DIRECTIONS - 1)
-        i = int(place)
-        i = DIRECTIONS - 2 if i > DIRECTIONS - 2 else i
-        limit = (sizes[i] + (place - i) * (sizes[i + 1] - sizes[i])) / rate
+    """``real`` is the part of the eigenvalue along the direction of the solve."""
+    size = imaginary if real >= 0 else math.hypot(real, imaginary)
+    if size == 0:
+        return
+    sizes, growth = reals(I[L.STABLE]), size * (R[L.T_HIGH] - R[L.T_LOW]) / GROWTH_IN_ALL
+    below = math.log(growth if growth > 10.0 else 10.0) / LOG_10 - 1
+    column = (-real if real < 0 else 0.0) / size * (DIRECTIONS - 1)
+    j, i = int(below), int(column)
+    j = ROWS - 2 if j > ROWS - 2 else j
+    i = DIRECTIONS - 2 if i > DIRECTIONS - 2 else i
+    y, x = below - j, column - i
+    y = 1.0 if y > 1.0 else y
+    low = sizes[j * DIRECTIONS + i] * (1 - x) + sizes[j * DIRECTIONS + i + 1] * x
+    j += 1
+    high = sizes[j * DIRECTIONS + i] * (1 - x) + sizes[j * DIRECTIONS + i + 1] * x
+    limit = (low + y * (high - low)) / size
     if limit < R[L.STABLE_SIZE]:
-        R[L.STABLE_SIZE], R[L.STABLE_RATE] = limit, rate
+        R[L.STABLE_SIZE], R[L.STABLE_RATE] = limit, math.hypot(real, imaginary)
 
 
 @inlined

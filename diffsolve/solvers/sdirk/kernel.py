@@ -321,7 +321,8 @@ def reverse_step(I, R, t, h, like):
     implicit = integers(I[L.IMPLICIT])
     gamma = reals(I[L.GAMMA])[0]
     total, g, bar = bar_row(I, TOTAL, like), row(I, L.W_TEMP, like), row(I, L.W_DU, like)
-    if I[L.STIFFNESS_BARS] != 0 or (I[L.SMOOTHED] != 0 and I[L.B_ERROR] != 0):
+    of_error = I[L.ERROR_BARS] != 0 or I[L.ERROR_NORM_BARS] != 0
+    if I[L.STIFFNESS_BARS] != 0 or (I[L.SMOOTHED] != 0 and I[L.B_ERROR] != 0 and of_error):
         through_jacobian(I, t, h, total, like)  # what the estimates left there
     I[L.FRESH] = 0
     for i in range(stages - 1, 0, -1):
