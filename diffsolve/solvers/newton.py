@@ -182,7 +182,7 @@ class Newton:
                 eta = theta / (1 - theta)
                 if theta ** (MOST_ITERATIONS - m) / (1 - theta) * size > self.kappa:
                     break
-            if eta * size < self.kappa:
+            if eta * size < self.kappa and (m > 1 or self._is_small(change, step)):
                 return k, g
             before = size
         if self._is_rounding(change, step, k, g, _MOST_UNITS * self._eps):
@@ -236,8 +236,19 @@ class Newton:
         if tolerance is None:
             unit = _UNITS * self._eps * torch.maximum(g.abs(), k.abs() * abs(step))
             return float((change.abs() * abs(step) / (unit + _tiny(unit))).amax())
-        # of the state at the start: a bad guess may lie where tolerances are large
-        return abs(step) * float(tolerance.scaled_norm(change, self._magnitude))
+        return abs(step) * float(
+            tolerance.scaled_norm(change, torch.maximum(self._magnitude, g.abs()))
+        )
+
+    def _is_small(self, change: Tensor, step: float) -> bool:
+        """Whether the first increment is, beside the state at the start.
+
+        A bad guess may lie where tolerances are large; the next increment would show that.
+        """
+        tolerance: Tolerance | None = self.field.accuracy
+        if tolerance is None:
+            return True
+        return abs(step) * float(tolerance.scaled_norm(change, self._magnitude)) < self.kappa
 
     def _is_rounding(self, change: Tensor, step: float, k: Tensor, g: Tensor, units: float) -> bool:
         """Whether an increment is small beside the largest component, where that is enough."""

@@ -56,8 +56,7 @@ def epsilon(like):
 def increment_size(I, step, delta, k, g, like):
     """Size of an increment, in tolerances or in units of rounding."""
     if I[L.TO_ROUNDING] == 0:
-        u = row(I, L.W_U, like)  # a bad guess may lie where tolerances are large
-        return abs(step) * scaled_norm(I, delta, u, u, like)
+        return abs(step) * scaled_norm(I, delta, row(I, L.W_U, like), g, like)
     x, y, z = view(delta, like), view(k, like), view(g, like)
     unit, largest = _UNITS * epsilon(like), 0.0
     for j in range(I[L.N]):
@@ -68,6 +67,13 @@ def increment_size(I, step, delta, k, g, like):
         size /= unit * (a if a > b else b) + 1e-300
         largest = size if size > largest else largest
     return largest
+
+
+@inlined
+def is_small(I, R, step, delta, like):
+    """Whether the first increment is, beside the state at the start: see ``newton.py``."""
+    u = row(I, L.W_U, like)
+    return I[L.TO_ROUNDING] != 0 or abs(step) * scaled_norm(I, delta, u, u, like) < R[L.KAPPA]
 
 
 @inlined
@@ -190,7 +196,7 @@ def newton(I, R, t, h, i, base, like):
             left = theta ** float(_MOST_ITERATIONS - m) / (1.0 - theta) * size
             if left > R[L.KAPPA]:
                 break
-        if eta * size < R[L.KAPPA]:
+        if eta * size < R[L.KAPPA] and (m > 1 or is_small(I, R, step, delta, like)):
             I[L.FAILURE] = 0
             return True, slowest
         before = size
