@@ -26,6 +26,7 @@ ALL = (
     "work_precision",
     "native",
     "native_work_precision",
+    "stable_steps",
     "stiff",
     "stiff_work_precision",
     "stiff_batch",
