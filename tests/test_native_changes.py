@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from diffsolve import DiscreteAdjoint, ODEProblem, Tsit5, solve
+from diffsolve import EM, DiscreteAdjoint, ODEProblem, SDEProblem, Tsit5, solve
 
 F64 = torch.float64
 ENGINES = pytest.mark.parametrize("engine", ["native", "auto"])
@@ -267,6 +267,67 @@ def test_values_that_go_around_torch_are_not_frozen() -> None:
     same(prob, "auto")
     with pytest.raises(ValueError, match="engine="):
         solve(prob, Tsit5(), engine="native")
+
+
+LEVELS = [1.0, 2.0]
+LATE = torch.tensor([2.0, 3.0], dtype=F64)
+MAKERS: dict[str, Any] = {
+    "torch.tensor": lambda x: torch.tensor([x[0], x[1]], dtype=F64),
+    "in a tuple": lambda x: torch.tensor(((x[0], 1.0), (1.0, x[1])), dtype=F64).diagonal(),
+    "in a deque": lambda x: torch.tensor(collections.deque(x), dtype=F64),
+    "torch.as_tensor": lambda x: torch.as_tensor([x[0], x[1]], dtype=F64),
+    "torch.asarray": lambda x: torch.asarray([x[0], x[1]], dtype=F64),
+    "Tensor.new_tensor": lambda x: x.new_tensor([x[0], x[1]]),
+    "Tensor.new": lambda x: x.new([x[0], x[1]]),
+    "torch.DoubleTensor": lambda x: torch.DoubleTensor([x[0], x[1]]),
+    "torch.Tensor": lambda x: torch.Tensor([x[0], x[1]]).double(),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_tensors_of_lists_of_tensors_are_not_frozen(name: str) -> None:
+    """They show only later, and torch reads their numbers around its dispatcher."""
+    make = MAKERS[name]
+
+    def later(t: Tensor, x: Tensor) -> Tensor:
+        return 1 + torch.where(t > 0.2, 1.0, 0.0) * make(x)
+
+    fs: list[Any] = [
+        (lambda t, u: -u * later(t, u**2), None),
+        (lambda t, u: -u * (1 + torch.where(u < 0.7, 1.0, 0.0) * make(torch.stack([t, t]))), None),
+        (lambda t, u: -u * later(t, LATE), None),
+        (lambda t, u, p: -u * later(t, p), LATE),
+    ]
+    for f, p in fs:
+        prob = ODEProblem(f, ones(), (0.0, 1.0), p)
+        assert "declined" in solve(prob, Tsit5()).stats.engine
+        same(prob, "auto")
+    for f, g in [(fs[0][0], lambda t, u: 0.1 * u), (lambda t, u: -u, fs[0][0])]:
+        prob = SDEProblem(f, g, ones(), (0.0, 1.0))
+        sol, by_torch = (
+            solve(prob, EM(), dt=0.1, seed=0, engine=engine) for engine in ("auto", "torch")
+        )
+        assert "declined" in sol.stats.engine
+        assert torch.equal(sol.u, by_torch.u)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda u: torch.tensor([1.0, 2.0], dtype=F64),
+        lambda u: torch.tensor([LEVELS[0], np.float64(2.0)], dtype=F64),
+        lambda u: torch.tensor(LEVELS, dtype=F64),
+        lambda u: torch.tensor(range(2), dtype=F64),
+        lambda u: torch.DoubleTensor([1.0, 2.0]),
+        lambda u: u.new_tensor(LEVELS),
+        lambda u: u[[1, 0]],
+        lambda u: u[torch.tensor([1, 0])],
+    ],
+)
+def test_tensors_of_constants_are_compiled(make: Any) -> None:
+    prob = ODEProblem(lambda t, u: -u * make(u), ones(), (0.0, 1.0))
+    assert solve(prob, Tsit5(), engine="native").stats.engine == "native"
+    same(prob, "native")
 
 
 def test_method_of_a_module_that_is_p_is_not_kept_alive() -> None:
