@@ -291,6 +291,7 @@ MAKERS: dict[str, Any] = {
     "Tensor.new": lambda x: x.new([x[0], x[1]]),
     "torch.DoubleTensor": lambda x: torch.DoubleTensor([x[0], x[1]]),
     "torch.Tensor": lambda x: torch.Tensor([x[0], x[1]]).double(),
+    "torch.to_dlpack": lambda x: from_dlpack(to_dlpack(x)),
 }
 
 

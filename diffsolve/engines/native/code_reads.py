@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 
 _HERE = os.path.dirname(__file__)
 _PACKAGE = os.path.dirname(os.path.dirname(_HERE)) + os.sep
@@ -42,6 +43,7 @@ _METHODS = {
 READERS = {"open", "eval", "exec", "globals", "__import__", "input", *_METHODS}
 #: Functions of libraries that may, seen as they run.
 _RUN = {"open", "load", *_METHODS}
+_TO_DLPACK: Any = torch.utils.dlpack.to_dlpack
 #: Python's own modules whose functions read all attributes of an object.
 _GENERAL = {"dataclasses.py", "inspect.py", "copyreg.py", "pickle.py"}
 _IN_FORMAT = re.compile(r"\{([^{}!:]*)")
@@ -195,11 +197,13 @@ class Watch:
         By identity.
     is_blind
         Whether another profiler is there, which is left alone.
+    shares_memory
+        Whether memory of a tensor went to another library, which torch does not tell of.
     """
 
     def __init__(self) -> None:
         self.codes: dict[int, CodeType] = {}
-        self.is_blind = False
+        self.is_blind = self.shares_memory = False
 
     def __enter__(self) -> Watch:
         self.is_blind = sys.getprofile() is not None
@@ -211,10 +215,12 @@ class Watch:
         if not self.is_blind:
             sys.setprofile(None)
 
-    def _note(self, frame: Any, event: str, _: Any) -> None:
+    def _note(self, frame: Any, event: str, called: Any) -> None:
         if event == "call":
             code = frame.f_code
             self.codes[id(code)] = code
+        elif called is _TO_DLPACK and event == "c_call":
+            self.shares_memory = True
 
     def pause(self) -> None:
         """What runs now is not the function's own work."""

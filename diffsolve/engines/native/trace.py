@@ -133,6 +133,8 @@ def trace(
             raise
         if tracer.declined is not None:  # f caught it
             raise tracer.declined
+        if watch.shares_memory:
+            raise Declined("torch.to_dlpack needs values that are known only while solving")
         outputs = (flat or flat_result)(du, structure, tracer)
     return Trace(pool, t_node, u_nodes, tracer.inputs, outputs, tracer.constants, tracer.detached)
 
