@@ -262,16 +262,16 @@ class Probe(TorchFunctionMode):
     def _look_at_write(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note what is written behind autograd's back."""
         owners = (args[0], getattr(args[0], "_base", None)) if args else ()
-        if any(id(x) in self._raw for x in owners if x is not None) and any(
-            x.requires_grad for x in tensors_in((*args[1:], *kwargs.values()))
-        ):
+        is_raw = any(id(x) in self._raw for x in owners if x is not None)
+        written = tensors_in((*args[1:], *kwargs.values()))
+        if is_raw and any(x.requires_grad for x in written) and _is_called_by_user():
             self._stopped[id(args[0])] = "writing into Tensor.data" + user_line()
 
     def _severs(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether derivatives by ``torch.autograd.grad`` would have gradients, if it kept them."""
         if func is not torch.autograd.grad or not torch.is_grad_enabled():
             return False
-        if kwargs.get("create_graph") or any(args[4:5]):
+        if kwargs.get("create_graph") or any(args[4:5]) or not _is_called_by_user():
             return False
         try:
             found = func(*args[:3], **{**kwargs, "retain_graph": True, "create_graph": True})
@@ -283,7 +283,7 @@ class Probe(TorchFunctionMode):
 
 
 def _is_data(name: str, func: Any) -> bool:
-    return name == "__get__" and func.__self__ is Tensor.data
+    return name == "__get__" and getattr(func, "__self__", None) is Tensor.data
 
 
 class Watched:
