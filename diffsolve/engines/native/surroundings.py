@@ -379,7 +379,7 @@ class Survey:
             self._visit_class(type(kind))
         if issubclass(kind, torch.nn.Module):  # what it runs, also where it is torch's
             for name in ("__call__", "forward"):
-                method = getattr(kind, name)
+                method = getattr(kind, name, ABSENT)
                 self._checks.attribute(kind, name, method)
                 self._visit(method)
         if isinstance(kind, enum.EnumMeta):
