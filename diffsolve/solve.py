@@ -31,6 +31,7 @@ from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.prepared import Prepared
 from diffsolve.problems.capture import reachable_tensors
 from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.probe import unhooked
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
@@ -230,7 +231,8 @@ def solve(
             if recording and isinstance(asked, Sensealg):
                 _refuse_native(asked, field, moving)
             look: Any = find_stochastic if isinstance(field, SDEField) else find
-            native = look(field, t0, u0, direction, guard=engine == "auto")
+            with unhooked():
+                native = look(field, t0, u0, direction, guard=engine == "auto")
             if recording:
                 field.params = native.differentiable(field, u0.requires_grad)
             sensealg = choose(asked, recording and (moving or bool(field.params)), transformed)

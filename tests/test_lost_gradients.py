@@ -140,6 +140,11 @@ CUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Tensor.item": lambda t, u, p: -p * u * u[0].item(),
     "Tensor.tolist": lambda t, u, p: u * sum(p.tolist()),
     "float()": lambda t, u, p: -p * math.sin(u[0]),
+    "torch.asarray": lambda t, u, p: torch.asarray([p[0] * u[1], -p[1] * u[0]], dtype=F64),
+    "Tensor.new": lambda t, u, p: -u * p[1] * u.new([p[0], p[0]]),
+    "float() ": lambda t, u, p: torch.DoubleTensor([p[0], 1.0]) * -u * p[1],
+    "torch.linspace": lambda t, u, p: -u * p[1] * torch.linspace(p[0], 1.0, 2, dtype=F64),
+    "torch.logspace": lambda t, u, p: -u * p[1] * torch.logspace(0.0, p[0], 2, dtype=F64),
     "of no value": lambda t, u, p: torch.stack([0 * p[0], float(p[0]) * 0 * u[1]]),
 }
 
@@ -147,13 +152,108 @@ CUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 @each_sensealg
 @pytest.mark.parametrize("name", CUTS)
 def test_numbers_of_tensors_are_refused_with_their_line(name: str, sensealg: Any) -> None:
-    f, how = CUTS[name], "by " + (name if "." in name or "(" in name else "")
+    f, how = CUTS[name], "by " + (name.strip() if "." in name or "(" in name else "")
     for engine in ("auto", "torch"):
         prob = ODEProblem(f, U0, (0.0, 1.0), parameters())
         with pytest.raises(RuntimeError, match="would stop there") as error:
             solve(prob, Tsit5(), sensealg=sensealg, engine=engine)
         assert how in str(error.value)
         assert f"{__file__.rsplit('/', 1)[-1]}:{f.__code__.co_firstlineno}" in str(error.value)
+
+
+def _force(create_graph: bool = False, detached: bool = False) -> Any:
+    """Force of a potential, by a derivative in ``f``."""
+
+    def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = u if u.requires_grad else u.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((p * x**2).sum(), x, create_graph=create_graph)
+        return -p * u - (slope.detach() if detached else slope)
+
+    return f
+
+
+def _written(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    rates = torch.ones(2, dtype=F64)
+    rates.data[0] = p[0]
+    return -rates * u * p[1]
+
+
+def _written_in_a_view(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    rates = torch.ones(2, dtype=F64)
+    rates.data[:1].copy_(p[:1])
+    return -rates * u * p[1]
+
+
+STOPPED: dict[str, tuple[Any, str]] = {
+    "grad": (_force(), "torch.autograd.grad without create_graph"),
+    "data": (_written, "writing into Tensor.data"),
+    "data, in a view": (_written_in_a_view, "writing into Tensor.data"),
+    "parameter": (lambda t, u, p: nn.Parameter(-p * u), "Parameter that it made"),
+}
+
+
+@each_sensealg
+@pytest.mark.parametrize("name", STOPPED)
+def test_gradients_that_stop_without_a_word_are_refused(name: str, sensealg: Any) -> None:
+    f, how = STOPPED[name]
+    with pytest.raises(RuntimeError, match=f"would stop there.*{how}|{how}.*would stop there"):
+        prob = ODEProblem(f, U0, (0.0, 1.0), parameters())
+        solve(prob, Tsit5(), sensealg=sensealg, engine="torch")
+    sde = SDEProblem(f, lambda t, u, p: 0.1 * u, U0, (0.0, 1.0), parameters())
+    with pytest.raises(RuntimeError, match=how):
+        solve(sde, EM(), dt=0.1, engine="torch")
+    with torch.no_grad():
+        assert solve(ODEProblem(f, U0, (0.0, 1.0), parameters()), Tsit5()).success
+
+
+def test_a_parameter_made_of_the_state_is_refused_in_any_shape() -> None:
+    state, rate = torch.ones(2, 2, dtype=F64), parameters()
+    prob = ODEProblem(lambda t, u: nn.Parameter(-rate * u), state, (0.0, 1.0))
+    with pytest.raises(RuntimeError, match="Parameter that it made"):
+        solve(prob, Tsit5(), engine="torch")
+
+
+def _constant_field(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    """The derivative of what is linear has no gradient to lose."""
+    with torch.enable_grad():
+        x = u.detach().requires_grad_()
+        (slope,) = torch.autograd.grad((2.0 * x).sum(), x)
+    return -slope * p * u
+
+
+def _of_detached(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = u.detach().requires_grad_()
+        (slope,) = torch.autograd.grad((p.detach() * x**2).sum(), x)
+    return -2 * p * u + 0 * slope
+
+
+def _of_another_solve(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    """The solve differentiates without a graph where its steps take care of the gradient."""
+    inner = ODEProblem(lambda t, v, q: -q * v, u, (0.0, 0.1), p)
+    alg, tape = Rodas5P(), DiscreteAdjoint(tape=True)
+    return -p * solve(inner, alg, sensealg=tape, dt=0.1, adaptive=False, engine="torch").u[-1]
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+@pytest.mark.parametrize(
+    "f",
+    [
+        _of_another_solve,
+        _constant_field,
+        _of_detached,
+        _force(create_graph=True),
+        _force(detached=True),
+        lambda t, u, p: -p * u * float(2 + 0 * p.numpy(force=True)[0]),
+    ],
+)
+def test_gradients_that_are_whole_or_stopped_in_words_are_no_fault(f: Any, engine: str) -> None:
+    p = parameters()
+    prob = ODEProblem(f, U0, (0.0, 1.0), p)
+    sol = solve(prob, Tsit5(), engine=engine, dt=0.5, adaptive=False)
+    (got,) = torch.autograd.grad(sol.u[-1].sum(), p)
+    assert bool((got < 0).all())
 
 
 def test_numbers_of_the_state_are_refused_for_any_gradient() -> None:

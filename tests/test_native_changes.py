@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import array
+import builtins
 import collections
+import ctypes
+import dataclasses
+import decimal
+import functools
 import gc
+import inspect
+import pathlib
+import tempfile
 import threading
+import types
 import weakref
 from typing import Any
 
@@ -14,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from diffsolve import DiscreteAdjoint, ODEProblem, Tsit5, solve
+from diffsolve import EM, DiscreteAdjoint, ODEProblem, SDEProblem, Tsit5, solve
 
 F64 = torch.float64
 ENGINES = pytest.mark.parametrize("engine", ["native", "auto"])
@@ -250,7 +260,7 @@ def test_what_is_detached_in_words_is_detached_here_too() -> None:
     def f(t: Tensor, u: Tensor) -> Tensor:
         with torch.enable_grad():
             x = u.detach().requires_grad_()
-            (slope,) = torch.autograd.grad((w * x**2).sum(), x)
+            (slope,) = torch.autograd.grad((w.detach() * x**2).sum(), x)
         return -slope + 0 * w.sum()
 
     def gradient(engine: str) -> Tensor:
@@ -269,6 +279,68 @@ def test_values_that_go_around_torch_are_not_frozen() -> None:
         solve(prob, Tsit5(), engine="native")
 
 
+LEVELS = [1.0, 2.0]
+LATE = torch.tensor([2.0, 3.0], dtype=F64)
+MAKERS: dict[str, Any] = {
+    "torch.tensor": lambda x: torch.tensor([x[0], x[1]], dtype=F64),
+    "in a tuple": lambda x: torch.tensor(((x[0], 1.0), (1.0, x[1])), dtype=F64).diagonal(),
+    "in a deque": lambda x: torch.tensor(collections.deque(x), dtype=F64),
+    "torch.as_tensor": lambda x: torch.as_tensor([x[0], x[1]], dtype=F64),
+    "torch.asarray": lambda x: torch.asarray([x[0], x[1]], dtype=F64),
+    "Tensor.new_tensor": lambda x: x.new_tensor([x[0], x[1]]),
+    "Tensor.new": lambda x: x.new([x[0], x[1]]),
+    "torch.DoubleTensor": lambda x: torch.DoubleTensor([x[0], x[1]]),
+    "torch.Tensor": lambda x: torch.Tensor([x[0], x[1]]).double(),
+    "torch.to_dlpack": lambda x: from_dlpack(to_dlpack(x)),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_tensors_of_lists_of_tensors_are_not_frozen(name: str) -> None:
+    """They show only later, and torch reads their numbers around its dispatcher."""
+    make = MAKERS[name]
+
+    def later(t: Tensor, x: Tensor) -> Tensor:
+        return 1 + torch.where(t > 0.2, 1.0, 0.0) * make(x)
+
+    fs: list[Any] = [
+        (lambda t, u: -u * later(t, u**2), None),
+        (lambda t, u: -u * (1 + torch.where(u < 0.7, 1.0, 0.0) * make(torch.stack([t, t]))), None),
+        (lambda t, u: -u * later(t, LATE), None),
+        (lambda t, u, p: -u * later(t, p), LATE),
+    ]
+    for f, p in fs:
+        prob = ODEProblem(f, ones(), (0.0, 1.0), p)
+        assert "declined" in solve(prob, Tsit5()).stats.engine
+        same(prob, "auto")
+    for f, g in [(fs[0][0], lambda t, u: 0.1 * u), (lambda t, u: -u, fs[0][0])]:
+        prob = SDEProblem(f, g, ones(), (0.0, 1.0))
+        sol, by_torch = (
+            solve(prob, EM(), dt=0.1, seed=0, engine=engine) for engine in ("auto", "torch")
+        )
+        assert "declined" in sol.stats.engine
+        assert torch.equal(sol.u, by_torch.u)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda u: torch.tensor([1.0, 2.0], dtype=F64),
+        lambda u: torch.tensor([LEVELS[0], np.float64(2.0)], dtype=F64),
+        lambda u: torch.tensor(LEVELS, dtype=F64),
+        lambda u: torch.tensor(range(2), dtype=F64),
+        lambda u: torch.DoubleTensor([1.0, 2.0]),
+        lambda u: u.new_tensor(LEVELS),
+        lambda u: u[[1, 0]],
+        lambda u: u[torch.tensor([1, 0])],
+    ],
+)
+def test_tensors_of_constants_are_compiled(make: Any) -> None:
+    prob = ODEProblem(lambda t, u: -u * make(u), ones(), (0.0, 1.0))
+    assert solve(prob, Tsit5(), engine="native").stats.engine == "native"
+    same(prob, "native")
+
+
 def test_method_of_a_module_that_is_p_is_not_kept_alive() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -284,3 +356,216 @@ def test_method_of_a_module_that_is_p_is_not_kept_alive() -> None:
     del model
     gc.collect()
     assert alive() is None
+
+
+# -- numbers that are read in rare ways, and what is changed behind names --------------------------
+
+
+@dataclasses.dataclass
+class Box:
+    amp: float = 1.0
+    other: float = 0.0
+
+
+class Other(Box):
+    @property
+    def twice(self) -> float:
+        return 10.0
+
+
+class Doubling(Box):
+    @property
+    def twice(self) -> float:
+        return 2 * self.amp
+
+
+class Meta(type):
+    amp = 1.0
+
+
+class Managed(metaclass=Meta):
+    pass
+
+
+class Settings(types.ModuleType):
+    amp = 1.0
+
+
+class Numbers(array.array):  # type: ignore[type-arg]
+    pass
+
+
+class Scaling(nn.Module):
+    factor = 1.0
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.factor * u
+
+
+class Scaling5(Scaling):
+    factor = 5.0
+
+
+def _five_times(module: Any, args: Any, out: Any) -> Any:
+    return 5 * out
+
+
+def changes(place: pytest.MonkeyPatch, path: Any) -> dict[str, tuple[Any, Any]]:
+    """What ``f`` reads, and what changes it; ``place`` restores what all tests share."""
+    box, doubling, box_class = Box(), Doubling(), type("Held", (), {"amp": 1.0})
+    kept, table = {"amp": 1.0}, functools.lru_cache(lambda: np.ones(1))
+    cached = functools.lru_cache(lambda: kept["amp"])
+    number, numbers, astuple = ctypes.c_double(1.0), Numbers("d", [1.0]), dataclasses.astuple
+    module, one = Settings("settings"), torch.ones(1, dtype=F64)
+    linear, identity = nn.Linear(1, 1, bias=False, dtype=F64), nn.Sequential(nn.Identity())
+    patched, scaling = nn.Linear(1, 1, bias=False, dtype=F64), Scaling()
+    derived = type("Derived", (box_class,), {})
+    held, moved = box_class(), derived()
+    text, raw = path / "amp.txt", path / "amp.bin"
+    for x in (linear, patched):
+        nn.init.ones_(x.weight).requires_grad_(False)
+
+    def by_keyword() -> float:
+        match box:
+            case Box(amp=found):
+                return found
+        return 0.0
+
+    def by_position() -> float:
+        match box:
+            case Box(found, _):
+                return found
+        return 0.0
+
+    def of_python() -> float:
+        return AMP_OF_A_TEST  # type: ignore[name-defined] # noqa: F821
+
+    def write(x: float) -> None:
+        text.write_text(str(x))
+        np.array([x]).tofile(raw)
+
+    def clear() -> None:
+        kept["amp"] = 5.0
+        cached.cache_clear()
+
+    def rebase() -> None:
+        derived.__bases__ = (type("Held5", (), {"amp": 5.0}),)
+
+    write(1.0)
+    cached()
+    place.setattr(builtins, "AMP_OF_A_TEST", 1.0, raising=False)
+    five, forward = lambda: setattr(box, "amp", 5.0), nn.Linear.forward
+    hooks: Any = nn.modules.module._global_forward_hooks
+    return {
+        "pattern with a name": (by_keyword, five),
+        "pattern by position": (by_position, five),
+        "astuple": (lambda: dataclasses.astuple(box)[0], five),
+        "astuple by another name": (lambda: astuple(box)[0], five),
+        "__getattribute__": (lambda: box.__getattribute__("amp"), five),
+        "__getstate__": (lambda: box.__getstate__()["amp"], five),  # type: ignore[attr-defined]
+        "__reduce_ex__": (lambda: box.__reduce_ex__(2)[2]["amp"], five),  # type: ignore[index]
+        "getmembers": (lambda: dict(inspect.getmembers(box))["amp"], five),
+        "format": (lambda: float("{0.amp:.3f}".format(box)), five),  # noqa: UP030, UP032
+        "annotations": (
+            lambda: float(Meta.__annotations__.get("amp", 1.0)),
+            lambda: place.setitem(Meta.__annotations__, "amp", "5.0"),
+        ),
+        "lru_cache": (cached, clear),
+        "array in a cache": (lambda: float(table()[0]), lambda: table().fill(5.0)),
+        "ctypes": (lambda: number.value, lambda: setattr(number, "value", 5.0)),
+        "array of C": (lambda: numbers[0], lambda: numbers.__setitem__(0, 5.0)),
+        "metaclass": (lambda: Managed.amp, lambda: place.setattr(Meta, "amp", 5.0)),
+        "class of a module": (lambda: module.amp, lambda: place.setattr(Settings, "amp", 5.0)),
+        "builtins": (of_python, lambda: place.setattr(builtins, "AMP_OF_A_TEST", 5.0)),
+        "pathlib": (lambda: float(text.read_text()), lambda: write(5.0)),
+        "fromfile": (lambda: float(np.fromfile(raw)[0]), lambda: write(5.0)),
+        "decimal": (
+            lambda: float(decimal.Decimal(10) / 3),
+            lambda: place.setattr(decimal.getcontext(), "prec", 1),
+        ),
+        "class of an object": (
+            lambda: doubling.twice,
+            lambda: setattr(doubling, "__class__", Other),
+        ),
+        "class of a plain object": (
+            lambda: held.amp,
+            lambda: setattr(held, "__class__", type("Held2", (), {"amp": 5.0})),
+        ),
+        "bases of a class": (lambda: moved.amp, rebase),
+        "class of a layer": (
+            lambda: scaling(one),
+            lambda: setattr(scaling, "__class__", Scaling5),
+        ),
+        "forward of torch's class": (
+            lambda: linear(one),
+            lambda: place.setattr(nn.Linear, "forward", lambda self, u: 5 * forward(self, u)),
+        ),
+        "forward of torch's layer": (
+            lambda: patched(one),
+            lambda: setattr(patched, "forward", lambda u: 5 * u),
+        ),
+        "forward of a child": (
+            lambda: identity(one),
+            lambda: setattr(identity[0], "forward", lambda u: 5 * u),
+        ),
+        "hook on all layers": (
+            lambda: linear(one),
+            lambda: place.setitem(hooks, -1, _five_times),
+        ),
+    }
+
+
+with pytest.MonkeyPatch.context() as _place:
+    CHANGES = [*changes(_place, pathlib.Path(tempfile.mkdtemp()))]
+
+
+@ENGINES
+@pytest.mark.parametrize("name", CHANGES)
+def test_rare_reads_and_changes_behind_names(
+    name: str, engine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """The forcing is zero at the start, so that only what is read can show the change."""
+    read, change = changes(monkeypatch, tmp_path)[name]
+    f = lambda t, u: -u + read() * torch.sin(t)  # noqa: E731
+    prob = ODEProblem(f, ones(1), (0.0, 1.0))
+    before = [end(prob, engine) for _ in range(3)][-1]
+    change()
+    after = end(prob, "torch")
+    assert abs(after[0] - before[0]) > 0.01
+    assert end(prob, engine) == pytest.approx(after, rel=1e-6)
+    assert end(ODEProblem(f, ones(1), (0.0, 1.0)), engine) == pytest.approx(after, rel=1e-6)
+
+
+def test_number_of_another_thread() -> None:
+    local = threading.local()
+    local.amp = 1.0
+    prob = ODEProblem(lambda t, u: -u + local.amp * torch.sin(t), ones(1), (0.0, 1.0))
+    here = [end(prob) for _ in range(3)][-1]
+    found: list[list[float]] = []
+
+    def there() -> None:
+        local.amp = 5.0
+        found.extend(end(prob, engine) for engine in ("native", "torch"))
+
+    thread = threading.Thread(target=there)
+    thread.start()
+    thread.join()
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert end(prob) == here
+
+
+def test_hook_on_gradients_of_all_layers_added_later() -> None:
+    net = nn.Linear(1, 1, dtype=F64)
+    prob = ODEProblem(lambda t, u: net(u), ones(1), (0.0, 1.0))
+    for _ in range(3):
+        solve(prob, Tsit5())
+    handle = nn.modules.module.register_module_full_backward_hook(lambda m, i, o: (0 * i[0],))
+    try:
+        got = []
+        for engine in ("auto", "torch"):
+            net.zero_grad()
+            solve(prob, Tsit5(), engine=engine).u[-1].sum().backward()
+            got.append(net.weight.grad.clone())  # type: ignore[union-attr]
+    finally:
+        handle.remove()
+    torch.testing.assert_close(got[0], got[1])

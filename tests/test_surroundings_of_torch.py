@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from diffsolve import (
     EM,
@@ -17,7 +18,7 @@ from diffsolve import (
     Tsit5,
     solve,
 )
-from diffsolve.nn import NeuralODE
+from diffsolve.nn import NeuralODE, NeuralSDE
 from diffsolve.regularization import local_error_estimate
 
 F64 = torch.float64
@@ -176,3 +177,45 @@ def test_a_transform_of_other_solves_works_again():
         for a, b in zip(*map(torch.utils._pytree.tree_leaves, (first, second)), strict=True):
             assert torch.equal(a, b)
         float(loss(at))
+
+
+class Potential(torch.nn.Module):
+    """A right-hand side that differentiates inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.stiffness = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, u):
+        with torch.enable_grad():
+            x = u if u.requires_grad else u.detach().requires_grad_()
+            energy = (self.stiffness * x**2).sum()
+            return -torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def _ode():
+    return NeuralODE(torch.nn.Linear(2, 2), (0.0, 1.0), Tsit5())
+
+
+def _hamiltonian():
+    return NeuralODE(Potential(), (0.0, 1.0), Tsit5())
+
+
+def _sde():
+    drift, diffusion = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    return NeuralSDE(drift, diffusion, (0.0, 1.0), EM(), dt=0.1, seed=0)
+
+
+@pytest.mark.parametrize("make", [_ode, _hamiltonian, _sde], ids=lambda x: x.__name__)
+def test_first_solve_under_a_checkpoint(make):
+    """The runs that only look save nothing that a checkpoint would count."""
+    torch.manual_seed(0)
+    layer, x = make(), torch.ones(3, 2)
+    for _ in range(2):
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    got = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    for _ in range(2):
+        layer(x).sum().backward()
+    for a, p in zip(got, layer.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad)

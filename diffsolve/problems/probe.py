@@ -6,6 +6,7 @@ import linecache
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diffsolve.problems.capture import nodes_of
+from diffsolve.problems.capture import nodes_of, reached_leaves
 
 TORCH = os.path.dirname(torch.__file__) + os.sep
 PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -33,8 +34,8 @@ _PRODUCTS = {
 _NUMBERS = {
     "item", "tolist", "numpy", "__float__", "__int__", "__complex__", "__array__", "__dlpack__",
 }  # fmt: skip
-_COPIES = {"tensor", "new_tensor"}
-_FROM_LISTS = {*_COPIES, "as_tensor", "asarray"}
+_COPIES = {"tensor", "new_tensor", "linspace", "logspace"}
+_FROM_LISTS = {*_COPIES, "as_tensor", "asarray", "new"}
 # what a run may depend on without an operation of torch
 _READS = _NUMBERS | {"__bool__", "__index__", "is_nonzero", "equal", "allclose"}
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
@@ -45,6 +46,7 @@ _STEPS = {
     "bucketize", "searchsorted",
 }  # fmt: skip
 _internals: Any = torch._C
+_NOTHING_TO_DO = nullcontext()
 _BACKWARD_HOOK: Any = torch.nn.modules._functions.BackwardHookFunction._backward_cls  # type: ignore[attr-defined]
 
 CUT = (
@@ -52,6 +54,11 @@ CUT = (
     "there, and be wrong without a word. Compute with tensors: p[0] instead of float(p[0]), "
     "torch.stack([...], -1) instead of torch.tensor([...]), u > 3 for a branch. Where the gradient "
     "is to stop, say so: p[0].detach().item(), or solve under torch.no_grad()."
+)
+STOPPED = (
+    "{name} keeps a gradient that is wanted from flowing, by {how}: the gradient would stop there, "
+    "and be wrong without a word. Where it is to stop, say so: x.detach(), or solve under "
+    "torch.no_grad()."
 )
 
 
@@ -105,13 +112,14 @@ def cut_by(func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
     """
     name = getattr(func, "__name__", "")
     if name in _NUMBERS:
-        if args[0].requires_grad and _is_continuous(args[0]):
+        in_words = name == "numpy" and kwargs.get("force")
+        if args[0].requires_grad and _is_continuous(args[0]) and not in_words:
             return _spoken(name) if _is_called_by_user() else ""
     elif name in _FROM_LISTS:
         # as_tensor and asarray of a tensor are that tensor
         given = (*args, *kwargs.values())
         given = given if name in _COPIES else [x for x in given if not isinstance(x, Tensor)]
-        given = given[1:] if name == "new_tensor" else given
+        given = given[1:] if name == "new_tensor" else given  # of which only the type is taken
         if any(x.requires_grad and _is_continuous(x) for x in tensors_in(given)):
             return _spoken(name) if _is_called_by_user() else ""
     return ""
@@ -126,7 +134,22 @@ def _spoken(name: str) -> str:
         return f"{name.strip('_')}()"
     if name == "__array__":
         return "a function of NumPy"
-    return f"torch.{name}" if name in _FROM_LISTS - {"new_tensor"} else f"Tensor.{name.strip('_')}"
+    of_torch = name in _FROM_LISTS and not name.startswith("new")
+    return f"torch.{name}" if of_torch else f"Tensor.{name.strip('_')}"
+
+
+def unhooked() -> AbstractContextManager[Any]:
+    """A block that only looks: what it saves does not reach the user's saved-tensor hooks.
+
+    A checkpoint counts the tensors that are saved, and counts them again when it runs anew.
+    """
+    if _internals._autograd._top_saved_tensors_default_hooks(False) is None:
+        return _NOTHING_TO_DO
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class Probe(TorchFunctionMode):
@@ -149,6 +172,8 @@ class Probe(TorchFunctionMode):
         rough measure of the arithmetic.
     cut
         How a gradient was cut that is wanted, with the line; empty where none was.
+    stopped
+        What else keeps gradients from flowing that are wanted: how, with the line.
     hook
         The same for a hook on a gradient.
     reads
@@ -168,11 +193,17 @@ class Probe(TorchFunctionMode):
         self.saw_no_grad = self.reads = self.compares = False
         self.work = 0
         self.cut = self.hook = ""
+        self._stopped: dict[int, str] = {}  # by the tensor from which no gradient flows
+        self._raw: set[int] = set()  # what Tensor.data gave
         self.switches: list[tuple[Tensor, str]] = []
 
     @property
     def foreign(self) -> list[Tensor]:
         return list(self._foreign.values())
+
+    @property
+    def stopped(self) -> str:
+        return next(iter(self._stopped.values()), "")
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -181,7 +212,11 @@ class Probe(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         of_inputs = self._enter(args, kwargs)
         self._look(name, func, args, kwargs)
+        is_severed = name == "grad" and self._severs(func, args, kwargs)
         out = func(*args, **kwargs)
+        if is_severed:
+            how = "torch.autograd.grad without create_graph=True" + user_line()
+            self._stopped |= {id(x): how for x in tensors_in(out)}
         # results are kept alive, so that no identity is used twice
         for x in tensors_in((out,)):
             length = args[0].shape[-1] if func in _PRODUCTS and args else 1
@@ -190,6 +225,8 @@ class Probe(TorchFunctionMode):
                 self._known[id(x)] = x
             if of_inputs:
                 self._of_inputs.add(id(x))
+        if _is_data(name, func):
+            self._raw.add(id(out))
         if name in _STEPS:
             self.compares = True
             if of_inputs and isinstance(out, Tensor):
@@ -214,9 +251,39 @@ class Probe(TorchFunctionMode):
         if not self.cut:
             how = cut_by(func, args, kwargs)
             self.cut = how and how + user_line()
+        if name in ("detach", "detach_") or _is_data(name, func):
+            self._stopped.pop(id(args[0]), None)
+        elif name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+            self._look_at_write(args, kwargs)
         reads_graph = name == "__get__" and getattr(func, "__self__", None) is Tensor.grad_fn
         if (name in _HOOKS or reads_graph) and not self.hook:
             self.hook = ("the graph" if reads_graph else f"Tensor.{name}") + user_line()
+
+    def _look_at_write(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note what is written behind autograd's back."""
+        owners = (args[0], getattr(args[0], "_base", None)) if args else ()
+        is_raw = any(id(x) in self._raw for x in owners if x is not None)
+        written = tensors_in((*args[1:], *kwargs.values()))
+        if is_raw and any(x.requires_grad for x in written) and _is_called_by_user():
+            self._stopped[id(args[0])] = "writing into Tensor.data" + user_line()
+
+    def _severs(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether derivatives by ``torch.autograd.grad`` would have gradients, if it kept them."""
+        if func is not torch.autograd.grad or not torch.is_grad_enabled():
+            return False
+        if kwargs.get("create_graph") or any(args[4:5]) or not _is_called_by_user():
+            return False
+        try:
+            found = func(*args[:3], **{**kwargs, "retain_graph": True, "create_graph": True})
+        except Exception:  # the call itself tells
+            return False
+        # a leaf that was made on the way is detached in words
+        leaves = reached_leaves(list(tensors_in(found)))
+        return any(key not in self._known for key in leaves)
+
+
+def _is_data(name: str, func: Any) -> bool:
+    return name == "__get__" and getattr(func, "__self__", None) is Tensor.data
 
 
 class Watched:

@@ -29,7 +29,7 @@ from diffsolve.problems.capture import (
 )
 from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.ode import ODEProblem
-from diffsolve.problems.probe import CUT, Probe, Watched, has_module_hooks
+from diffsolve.problems.probe import CUT, STOPPED, Probe, Watched, has_module_hooks, unhooked
 from diffsolve.problems.structure import StateStructure, detached
 
 _START = np.zeros(1)
@@ -324,7 +324,7 @@ class VectorField:
         versions = [_version(x) for x in leaves]
         probe = Probe(t, leaves)
         try:
-            with probe if differentiate else nullcontext():
+            with unhooked(), probe if differentiate else nullcontext():
                 found = f(t, state, *self._args)
         except Exception as error:
             if isinstance(error, TypeError) and not _can_call(f, 2 + len(self._args)):
@@ -378,6 +378,12 @@ class VectorField:
         self.work += probe.work
         if probe.cut:
             self.cut = self.cut or CUT.format(name=name, how=probe.cut)
+        stopped = probe.stopped
+        owner = flat if flat._base is None else flat._base
+        if type(owner) is torch.nn.Parameter and owner.is_leaf and id(owner) not in unique:
+            stopped = stopped or "returning a torch.nn.Parameter that it made"
+        if stopped:
+            self.cut = self.cut or STOPPED.format(name=name, how=stopped)
         self.compares |= probe.compares
         self.in_turn |= (
             bool(probe.hook) or has_module_hooks([flat]) or any(map(is_torchscript, self._reached))

@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 
 _HERE = os.path.dirname(__file__)
 _PACKAGE = os.path.dirname(os.path.dirname(_HERE)) + os.sep
@@ -27,10 +29,24 @@ _TRUSTED = (
 )
 _STANDARD = (sysconfig.get_paths()["stdlib"] + os.sep, "<frozen")
 _PACKAGES = (sysconfig.get_paths()["purelib"] + os.sep, sysconfig.get_paths()["platlib"] + os.sep)
-#: Functions that read attributes whose names the code does not show.
-_BY_ANY_NAME = {"getattr", "hasattr", "vars", "dir", "attrgetter", "__dict__", "asdict", "astuple"}
-#: Functions that may read anything.
-_ANYTHING = {"eval", "exec", "globals", "__import__", "import_module", "open", "input"}
+#: What reads attributes whose names the code does not show, called or named anywhere.
+BY_ANY_NAME = {
+    "getattr", "hasattr", "vars", "dir", "attrgetter", "asdict", "astuple", "getmembers", "dumps",
+    "__dict__", "__getattribute__", "__getstate__", "__reduce__", "__reduce_ex__", "__match_args__",
+}  # fmt: skip
+#: Methods, and functions of modules, that may read anything.
+_METHODS = {
+    "import_module", "read_text", "read_bytes", "fromfile", "memmap", "loadtxt", "genfromtxt",
+    "urlopen", "check_output", "__annotations__", "__doc__", "__subclasses__",
+}  # fmt: skip
+#: Functions that may: globals, or objects of whatever name.
+READERS = {"open", "eval", "exec", "globals", "__import__", "input", *_METHODS}
+#: Functions of libraries that may, seen as they run.
+_RUN = {"open", "load", *_METHODS}
+_TO_DLPACK: Any = torch.utils.dlpack.to_dlpack
+#: Python's own modules whose functions read all attributes of an object.
+_GENERAL = {"dataclasses.py", "inspect.py", "copyreg.py", "pickle.py"}
+_IN_FORMAT = re.compile(r"\{([^{}!:]*)")
 #: Methods that go through all children of a module.
 _ALL_CHILDREN = {
     "children", "modules", "parameters", "buffers", "named_children", "named_modules",
@@ -51,6 +67,10 @@ def is_standard(code: CodeType) -> bool:
     """Whether it belongs to Python's own library."""
     path = code.co_filename
     return path.startswith(_STANDARD) and not path.startswith(_PACKAGES)
+
+
+def _is_a_users(code: CodeType) -> bool:
+    return not (is_trusted(code) or is_standard(code))
 
 
 @dataclass(frozen=True)
@@ -75,11 +95,17 @@ class CodeReads:
 @functools.lru_cache(maxsize=2_000)
 def reads_of(code: CodeType) -> CodeReads:
     variables, attributes, modules = set[str](), set[str](), set[tuple[str, int]]()
+    constant: Any = None
     level = 0
     for step in dis.get_instructions(code):
         name = step.opname
-        if name == "LOAD_CONST":
-            level = step.argval if type(step.argval) is int else level  # of an import
+        if name == "MATCH_CLASS" and isinstance(constant, tuple):
+            attributes.update(constant)
+            if step.arg:  # by position
+                attributes.add("__match_args__")
+        if name in ("LOAD_CONST", "LOAD_SMALL_INT"):
+            constant = step.argval
+            level = constant if type(constant) is int else level  # of an import
             continue
         if step.opcode not in dis.hasname or name.startswith(("STORE_", "DELETE_")):
             continue
@@ -89,9 +115,11 @@ def reads_of(code: CodeType) -> CodeReads:
             variables.add(step.argval)
         else:
             attributes.add(step.argval)
-    if not _BY_ANY_NAME.isdisjoint(variables):  # getattr(x, "name")
-        words = [x for x in code.co_consts if isinstance(x, str)]
-        attributes.update(y for x in words for y in x.split(".") if y.isidentifier())
+    texts = [x for x in code.co_consts if isinstance(x, str)]
+    if BY_ANY_NAME.isdisjoint(variables | attributes):
+        formats = {"format", "format_map"} & attributes  # "{0.name}".format(x)
+        texts = [y for x in texts if formats for y in _IN_FORMAT.findall(x)]
+    attributes.update(y for x in texts for y in x.split(".") if y.isidentifier())
     for inner in code.co_consts:
         if inspect.iscode(inner):
             found = reads_of(inner)
@@ -131,27 +159,30 @@ class Plan:
     __slots__ = ("all_children", "blind", "by_any_name", "codes", "modules", "names", "variables")
 
     def __init__(self, codes: Iterable[CodeType], blind: str = ""):
+        codes = [*codes]
         self.codes = [x for x in codes if not is_trusted(x)]
         self.blind = blind
         self.variables: dict[CodeType, tuple[str, ...]] = {}
-        names, modules, outside = set[str](), set[tuple[str, int]](), set[str]()
+        names, modules, named = set[str](), set[tuple[str, int]](), set[str]()
+        readers = {x.co_name for x in codes if x.co_name in _RUN and not _is_a_users(x)}
         by_any_name = False
         for code in self.codes:
             found = reads_of(code)
             self.variables[code] = tuple(sorted(found.variables))
             names |= found.attributes | {code.co_name}
-            if not is_standard(code):
+            if is_standard(code):
+                by_any_name |= os.path.basename(code.co_filename) in _GENERAL
+            else:
                 modules |= found.modules
-                outside |= found.variables | (found.attributes & {"import_module"})
-                mine = found.variables | (found.attributes & {"__dict__", "attrgetter", "asdict"})
-                by_any_name |= not _BY_ANY_NAME.isdisjoint(mine)
+                named |= found.variables | found.attributes
+                readers |= found.variables & READERS | found.attributes & _METHODS
+        by_any_name |= not BY_ANY_NAME.isdisjoint(named)
         self.names = tuple(sorted(names))
         self.by_any_name = by_any_name
         self.all_children = by_any_name or not _ALL_CHILDREN.isdisjoint(names)
         self.modules = tuple(sorted(modules))
-        anything = sorted(_ANYTHING & outside)
-        if anything and not blind:
-            self.blind = f"it calls {anything[0]}"
+        if readers and not blind:
+            self.blind = f"it calls {min(readers)}"
 
     def is_that_of(self, other: Plan) -> bool:
         return self.variables == other.variables and self.blind == other.blind
@@ -166,11 +197,13 @@ class Watch:
         By identity.
     is_blind
         Whether another profiler is there, which is left alone.
+    shares_memory
+        Whether memory of a tensor went to another library, which torch does not tell of.
     """
 
     def __init__(self) -> None:
         self.codes: dict[int, CodeType] = {}
-        self.is_blind = False
+        self.is_blind = self.shares_memory = False
 
     def __enter__(self) -> Watch:
         self.is_blind = sys.getprofile() is not None
@@ -182,10 +215,12 @@ class Watch:
         if not self.is_blind:
             sys.setprofile(None)
 
-    def _note(self, frame: Any, event: str, _: Any) -> None:
+    def _note(self, frame: Any, event: str, called: Any) -> None:
         if event == "call":
             code = frame.f_code
             self.codes[id(code)] = code
+        elif called is _TO_DLPACK and event == "c_call":
+            self.shares_memory = True
 
     def pause(self) -> None:
         """What runs now is not the function's own work."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import datetime
 import decimal
 import fractions
@@ -23,6 +24,8 @@ import torch
 
 PLAIN = frozenset((int, float, complex, bool, str, bytes, type(None)))
 ABSENT = type("Absent", (), {"__repr__": lambda _: "absent"})()
+#: What Python itself puts where it looks for what is no global.
+PYTHONS = dict(vars(builtins))
 SEQUENCES = (list, tuple, deque)
 OF_MODULES = frozenset(vars(torch.nn.Module())) - {"training"}
 HOOKS = tuple(sorted(name for name in OF_MODULES if name.endswith("_hooks")))
@@ -46,6 +49,8 @@ TRUSTED = {"torch", "numpy", "builtins", "diffsolve", "typing", "abc"}
 KNOWN = TRUSTED | sys.stdlib_module_names
 
 _OF_C = (list, tuple, dict, set, frozenset, deque, defaultdict, OrderedDict, int, float, str, bytes)
+_MADE_IN_C = 1 << 8  # Py_TPFLAGS_IMMUTABLETYPE: no class statement makes such a class
+_SEEN_THROUGH = {*_OF_C, types.SimpleNamespace, threading.local, complex, bytearray}
 LIKE_PLAIN = (np.generic, int, float, complex, str, bytes, bytearray)
 OF_CLASSES = frozenset(
     ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__slots__")
@@ -97,6 +102,14 @@ def is_empty(kind: Any) -> bool:
     """Whether objects of a class hold nothing but what a container of Python holds."""
     bases = [base for base in kind.__mro__[:-1] if base not in _OF_C]
     return kind in _OF_C or (bool(bases) and all("__slots__" in vars(base) for base in bases))
+
+
+@functools.lru_cache(maxsize=1_000)
+def holds_of_c(kind: Any) -> bool:
+    """Whether a class of Python is made of one of C, whose objects hold what cannot be seen."""
+    return any(
+        base.__flags__ & _MADE_IN_C and base not in _SEEN_THROUGH for base in kind.__mro__[:-1]
+    )
 
 
 @functools.lru_cache(maxsize=1_000)

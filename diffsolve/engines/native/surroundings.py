@@ -8,22 +8,31 @@ whichever objects these are. Where not all can be followed, ``unknown`` says why
 
 from __future__ import annotations
 
+import decimal
 import enum
 import functools
 import importlib.util
 import sys
+import threading
 import types
 import weakref
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.code_reads import Plan, is_standard, is_trusted, with_inner
+from diffsolve.engines.native.checks import Checks
+from diffsolve.engines.native.code_reads import (
+    BY_ANY_NAME,
+    READERS,
+    Plan,
+    is_standard,
+    is_trusted,
+    with_inner,
+)
 from diffsolve.engines.native.objects import (
     ABSENT,
     BUILTINS,
@@ -36,6 +45,7 @@ from diffsolve.engines.native.objects import (
     OF_CLASSES,
     OF_MODULES,
     PLAIN,
+    PYTHONS,
     SEQUENCES,
     TRUSTED,
     VALUES,
@@ -43,6 +53,7 @@ from diffsolve.engines.native.objects import (
     as_plain,
     goes_by_name,
     has_own_getattr,
+    holds_of_c,
     is_empty,
     is_function_of_c,
     root_of,
@@ -119,13 +130,7 @@ class Survey:
         self._storages: dict[int, int] = {}
         self._depth = 0
         self._states: list[Any] = []
-        self._entries: list[tuple[Any, str, Any]] = []
-        self._cells: list[tuple[Any, Any]] = []
-        self._contents: list[tuple[Any, Any]] = []
-        self._bytes: list[tuple[np.ndarray, bytes]] = []
-        self._functions: list[tuple[Any, Any, Any, Any]] = []
-        self._slots: list[tuple[Any, str, Any]] = []
-        self._forms: list[tuple[Any, ...]] = []
+        self._checks = Checks()
         try:
             for x in roots:
                 self._visit(x)
@@ -147,38 +152,9 @@ class Survey:
             if code not in known and not (code.co_name == "<module>" or is_standard(code)):
                 self.give_up(f"it runs {code.co_name}, and how it gets there cannot be seen")
 
-    # -- whether all is as it was ----------------------------------------------------------------
-
     def still_holds(self) -> bool:
         """Whether every place that was read holds the same object; quickly."""
-        for get, name, x in self._entries:
-            if get(name, ABSENT) is not x:
-                return False
-        try:
-            for cell, x in self._cells:
-                if cell.cell_contents is not x:
-                    return False
-        except ValueError:  # it was emptied
-            return False
-        for x, shape, dtype, grad in self._forms:
-            if x.shape != shape or x.dtype is not dtype or x.requires_grad is not grad:
-                return False
-            if x._backward_hooks:
-                return False
-        for f, code, defaults, more in self._functions:
-            if (
-                f.__code__ is not code
-                or f.__defaults__ is not defaults
-                or f.__kwdefaults__ is not more
-            ):
-                return False
-        for x, inside in self._contents:
-            if len(x) != len(inside) or not all(map(is_, x, inside)):
-                return False
-        for x, name, value in self._slots:
-            if getattr(x, name, ABSENT) is not value:
-                return False
-        return all(x.tobytes() == data for x, data in self._bytes)
+        return self._checks.hold()
 
     # -- what was found where --------------------------------------------------------------------
 
@@ -248,12 +224,23 @@ class Survey:
         elif isinstance(x, type):
             items.append(x)
             self._visit_class(x)
+            if x is decimal.Decimal:
+                self._note_decimals()
         elif kind is types.ModuleType or isinstance(x, types.ModuleType):
             items.append(x)
             self._visit_names(vars(x))
+            if kind is not types.ModuleType:
+                self._checks.kind(x, kind)
+                self._visit_class(kind, vars(x))
         else:
             self._visit_other(x, kind)
         self._depth -= 1
+
+    def _note_decimals(self) -> None:
+        """How numbers of ``decimal`` are rounded now."""
+        how = repr(decimal.getcontext())
+        self.items.append(how)
+        self._checks.state(lambda: repr(decimal.getcontext()), how)
 
     def _visit_all(self, xs: Any) -> None:
         for x in xs:
@@ -266,14 +253,14 @@ class Survey:
         if variables is None and not (f.__closure__ and is_trusted(code)):
             return  # it did not run, or is known
         self._entered.add(code)
-        self._functions.append((f, code, f.__defaults__, f.__kwdefaults__))
+        self._checks.function(f)
         for cell in f.__closure__ or ():
             try:
                 content = cell.cell_contents
             except ValueError:  # not filled yet
                 self.items.append(ABSENT)
                 continue
-            self._cells.append((cell, content))
+            self._checks.cell(cell, content)
             self._visit(content)
         if f.__defaults__:
             self._visit_all(f.__defaults__)
@@ -283,11 +270,17 @@ class Survey:
             self._visit_names(f.__dict__)
             if "__wrapped__" in f.__dict__:
                 self._visit(f.__wrapped__)
-        names, entries = f.__globals__, self._entries
-        get = names.get
+        get, note = f.__globals__.get, self._checks.entry
+        of_python = f.__builtins__.get  # type: ignore[attr-defined]
         for name in variables or ():
             x = get(name, ABSENT)
-            entries.append((get, name, x))
+            note(get, name, x)
+            if x is ABSENT:
+                x = of_python(name, ABSENT)
+                note(of_python, name, x)
+                if x is not ABSENT and x is PYTHONS.get(name):
+                    self.items.append(name)
+                    continue
             if x is ABSENT:
                 self.items.append(ABSENT)
             else:
@@ -295,7 +288,7 @@ class Survey:
 
     def _visit_import(self, name: str, level: int) -> None:
         if level:
-            packages = {f.__globals__.get("__package__") for f, *_ in self._functions}
+            packages = {f.__globals__.get("__package__") for f, *_ in self._checks.functions}
             found = [importlib.util.resolve_name("." * level + name, p) for p in packages if p]
         else:
             found = [name]
@@ -304,7 +297,7 @@ class Survey:
             for i in range(1, len(parts) + 1):
                 module = ".".join(parts[:i])
                 if module in sys.modules:
-                    self._entries.append((sys.modules.get, module, sys.modules[module]))
+                    self._checks.entry(sys.modules.get, module, sys.modules[module])
                     self._visit(sys.modules[module])
 
     def _visit_tensor(self, x: Tensor) -> None:
@@ -314,7 +307,7 @@ class Survey:
         )
         if x._backward_hooks:  # what they do is not known
             self.items.append(object())
-        self._forms.append((x, shape, dtype, grad))
+        self._checks.form(x)
         self.tensors.append(x)
         if type(x) not in (Tensor, torch.nn.Parameter) or x.__dict__:
             self._visit_names(x.__dict__)
@@ -334,7 +327,8 @@ class Survey:
         kind = type(module)
         own = vars(module)
         self.items += (kind, module.training)
-        self._entries.append((own.get, "training", module.training))
+        self._checks.kind(module, kind)
+        self._checks.entry(own.get, "training", module.training)
         every = self._plan.all_children or not goes_by_name(kind)
         for table in (module._parameters, module._buffers, module._modules):
             if every:
@@ -345,33 +339,33 @@ class Survey:
             for name in own:
                 if name not in OF_MODULES and name != "training" and name != PREPARED:
                     self.items.append(name)
-                    self._entries.append((own.get, name, own[name]))
+                    self._checks.entry(own.get, name, own[name])
                     self._visit(own[name])
+            self._checks.length(own)
         else:
             self._visit_names(own, OF_MODULES)
         for name in HOOKS:
             hooks = own.get(name)
             if hooks is not None:
-                self._contents.append((hooks, tuple(hooks)))
+                self._checks.contents(hooks, tuple(hooks))
                 if hooks:
                     self._visit_all(hooks.values())
-        if _modules._has_any_global_hook():
+        if self._checks.global_hooks():
             for hooks in (
                 *(_modules._global_forward_pre_hooks, _modules._global_forward_hooks),
                 *(_modules._global_backward_pre_hooks, _modules._global_backward_hooks),
             ):
-                self.items.append(len(hooks))
-                self._visit_all(hooks.values())
+                self._visit_dict(hooks)
         self._visit_class(kind, own)
 
     def _visit_names(self, table: Any, besides: Any = ()) -> None:
         """Entries of a dict of attributes that the code names."""
-        items, entries, get = self.items, self._entries, table.get
+        items, note, get = self.items, self._checks.entry, table.get
         for name in self._names:
             if name in table and name not in besides:
                 x = table[name]
                 items.append(name)
-                entries.append((get, name, x))
+                note(get, name, x)
                 self._visit(x)
 
     def _visit_class(self, kind: Any, own: Any = None) -> None:
@@ -380,6 +374,14 @@ class Survey:
             self._hide(own, self._classes[kind])
             return
         found = self._classes[kind] = []
+        self._checks.order(kind)
+        if root_of(type(kind)) not in KNOWN:
+            self._visit_class(type(kind))
+        if issubclass(kind, torch.nn.Module):  # what it runs, also where it is torch's
+            for name in ("__call__", "forward"):
+                method = getattr(kind, name, ABSENT)
+                self._checks.attribute(kind, name, method)
+                self._visit(method)
         if isinstance(kind, enum.EnumMeta):
             self._visit_all(kind)
         for base in kind.__mro__:
@@ -393,7 +395,7 @@ class Survey:
                 x = get(name, ABSENT)
                 if x is ABSENT or isinstance(x, MEMBERS) or name in OF_CLASSES:
                     continue
-                self._entries.append((get, name, x))
+                self._checks.entry(get, name, x)
                 self.items.append(name)
                 found.append(name)
                 self._visit(x)
@@ -403,12 +405,14 @@ class Survey:
         """An attribute of the object's own would hide that of the class."""
         if own is not None:
             get = own.get
-            self._entries += [(get, name, ABSENT) for name in names if name not in own]
+            for name in names:
+                if name not in own:
+                    self._checks.entry(get, name, ABSENT)
 
     def _visit_dict(self, x: Any) -> None:
         values = list(x.values())
-        self._contents.append((x, tuple(x)))
-        self._contents.append((Values(x), tuple(values)))
+        self._checks.contents(x, tuple(x))
+        self._checks.contents(Values(x), tuple(values))
         self.items.append(len(values))
         self._visit_all(x)
         self._visit_all(values)
@@ -423,14 +427,17 @@ class Survey:
         elif isinstance(x, LIKE_PLAIN):
             items.append((kind, as_plain(x)))
             if isinstance(x, bytearray):
-                self._contents.append((x, tuple(x)))
+                self._checks.contents(x, tuple(x))
             if not isinstance(x, np.generic):
                 self._visit_object(x, kind)
         elif kind is types.MethodType:
             self._visit(x.__func__)
             self._visit(x.__self__)
         elif kind in BUILTINS or is_function_of_c(x, kind):
-            items += (kind, getattr(x, "__name__", None))
+            name = getattr(x, "__name__", None)
+            items += (kind, name)
+            if name in READERS or (name in BY_ANY_NAME and not self._plan.by_any_name):
+                self.give_up(f"it calls {name}")
             owner = getattr(x, "__self__", None)
             if owner is not None and not isinstance(owner, (type, types.ModuleType)):
                 self._visit(owner)
@@ -446,6 +453,8 @@ class Survey:
         elif isinstance(x, functools.cached_property):
             self._visit(x.func)
         elif isinstance(x, functools._lru_cache_wrapper):
+            if root_of(x) not in KNOWN:
+                self.give_up("it calls a function that keeps its results")
             self._visit(x.__wrapped__)
         elif isinstance(x, types.MappingProxyType):
             items.append(kind)
@@ -459,6 +468,8 @@ class Survey:
             self.generators.append(x)
         elif kind in VALUES or isinstance(x, VALUES[:-1]):
             items.append((kind, x))
+            if isinstance(x, decimal.Decimal):
+                self._note_decimals()
         elif isinstance(x, HARMLESS):
             items.append(kind)
         elif isinstance(x, weakref.ref):
@@ -478,12 +489,12 @@ class Survey:
                 self._visit(x.default_factory)
         elif isinstance(x, SEQUENCES):
             if not isinstance(x, tuple):
-                self._contents.append((x, tuple(x)))
+                self._checks.contents(x, tuple(x))
             self._visit_all(x)
         else:  # a set: its order means nothing
             if not PLAIN.issuperset(map(type, x)):
                 self.give_up(f"it reads a {kind.__name__} of objects")
-            self._contents.append((x, tuple(x)))
+            self._checks.contents(x, tuple(x))
             self.items.append(frozenset(x))
         if kind not in (list, tuple, dict, set, frozenset, deque):
             self._visit_object(x, kind)
@@ -494,27 +505,31 @@ class Survey:
             return
         data = x.tobytes()
         self.items.append((x.shape, x.dtype.str, x.strides, data))
-        self._bytes.append((x, data))
+        self._checks.array(x, data)
         self.arrays.append(x)
 
     def _visit_object(self, x: Any, kind: Any) -> None:
         own = getattr(x, "__dict__", None)
         slots = [s for base in kind.__mro__ for s in slots_of(base)]
-        if own is None and not slots and not is_empty(kind):
+        self._checks.kind(x, kind)
+        holds_more = holds_of_c(kind) if own is not None or slots else not is_empty(kind)
+        if holds_more:
             self.give_up(f"it reads an object of {kind.__name__}, which is not Python's")
         # what code of torch and NumPy reads is not known by name
         every = self._plan.by_any_name or root_of(kind) in TRUSTED
+        if isinstance(x, threading.local):  # it has another dict in each thread
+            self._checks.attribute(x, "__dict__", own)
         if type(own) is dict:
             if every or has_own_getattr(kind):
                 self._visit_dict({k: v for k, v in own.items() if k != PREPARED})
-                self._contents.append((own, tuple(own)))
-                self._contents.append((Values(own), tuple(own.values())))
+                self._checks.contents(own, tuple(own))
+                self._checks.contents(Values(own), tuple(own.values()))
             else:
                 self._visit_names(own)
         for name in slots:
             if every or name in self._names:
                 value = getattr(x, name, ABSENT)
-                self._slots.append((x, name, value))
+                self._checks.attribute(x, name, value)
                 self.items.append(name)
                 self._visit(value)
         self._visit_class(kind, own if type(own) is dict else None)

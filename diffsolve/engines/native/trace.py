@@ -38,6 +38,10 @@ _RAW = {
 }  # fmt: skip
 
 
+#: What torch.DoubleTensor([u[0]]) reads a number by; float(u[0]) would reach the dispatcher.
+_SCALARS = {"__float__", "__int__", "__index__", "__complex__"}
+
+
 @dataclass
 class Trace:
     """What ``f`` computes.
@@ -129,6 +133,8 @@ def trace(
             raise
         if tracer.declined is not None:  # f caught it
             raise tracer.declined
+        if watch.shares_memory:
+            raise Declined("torch.to_dlpack needs values that are known only while solving")
         outputs = (flat or flat_result)(du, structure, tracer)
     return Trace(pool, t_node, u_nodes, tracer.inputs, outputs, tracer.constants, tracer.detached)
 
@@ -204,18 +210,26 @@ class _Reads(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tracer = self._tracer
-        if not tracer.busy:
-            try:
-                self._look(getattr(func, "__name__", ""), func, args)
-            except Declined as reason:
-                tracer.declined = tracer.declined or reason
-                raise
-        return func(*args, **(kwargs or {}))
+        if tracer.busy:
+            return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        try:
+            self._look(name, func, args)
+        except Declined as reason:
+            tracer.declined = tracer.declined or reason
+            raise
+        before, tracer.call = tracer.call, (name, (*args, *(kwargs or {}).values()))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            tracer.call = before
 
     def _look(self, name: str, func: Any, args: tuple) -> None:
         tracer = self._tracer
         if name in _RAW:
             tracer.read_raw(name, args)
+        elif name in _SCALARS:
+            tracer.read_raw("item", args)
         elif name in ("detach", "detach_") or (name == "__get__" and func.__self__ is Tensor.data):
             if is_wrapped(args[0]) or tracer.meets(args[0]):
                 tracer.note_detached("Tensor.detach")

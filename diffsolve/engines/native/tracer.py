@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from array import array as array_of_c
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Number
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -23,6 +26,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _internals: Any = torch._C
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
+_LISTS = (list, tuple, deque)
+#: Objects whose numbers are not those of tensors.
+_WITHOUT_TENSORS = (Number, str, bytes, bytearray, memoryview, range, array_of_c, np.ndarray)
 _TO_WHOLE = {"Tensor.to", "torch.count_nonzero"}  # their rules make numbers whole
 
 
@@ -81,6 +87,7 @@ class Tracer(TorchDispatchMode):
         self.detached: str | None = None
         self.declined: Declined | None = None
         self.busy = False
+        self.call: tuple[str, tuple] = "", ()  # of torch, that runs: its name and arguments
         self._count = 0  # of lifted numbers
         self._cells: dict[int, _Cells] = {}
         self._fresh: set[int] = set()  # memory of constants
@@ -201,6 +208,7 @@ class Tracer(TorchDispatchMode):
         if func is _LIFT_FRESH and _memory(args[0]) not in self._cells:
             # torch.tensor([...]) is a constant of the code; an array of NumPy may change
             if args[0].untyped_storage().resizable():
+                self._check_constant()
                 self._note_results(args)
             else:
                 self.meets(args[0])
@@ -323,6 +331,24 @@ class Tracer(TorchDispatchMode):
             if theirs or (cells is not None and cells.theirs):
                 self.decline("it changes a tensor in place that it did not make")
 
+    def _check_constant(self) -> None:
+        """Decline a new tensor whose numbers may be those of tensors: torch reads them unseen."""
+        name, args = self.call
+        if torch._C._is_torch_function_all_disabled():
+            self.decline("it makes a tensor where torch does not tell of what")
+        if any(self._holds_values(x) for x in args if not isinstance(x, Tensor)):
+            name = f"Tensor.{name}" if name.startswith("new") else f"torch.{name}"
+            self.decline(f"{name} of values that are known only while solving")
+
+    def _holds_values(self, x: Any) -> bool:
+        if isinstance(x, Tensor):
+            return self.meets_symbolic(x)
+        if isinstance(x, _LISTS):
+            return any(map(self._holds_values, x))
+        if isinstance(x, _WITHOUT_TENSORS):
+            return False
+        return hasattr(x, "__getitem__") or hasattr(x, "__float__")
+
     # -- what the expressions would not know -----------------------------------------------------
 
     def note_detached(self, how: str) -> None:
@@ -349,7 +375,7 @@ class Tracer(TorchDispatchMode):
     def read_raw(self, name: str, args: tuple) -> None:
         """A method that reads memory without an operation is about to be called."""
         for x in _tensors(args[:1]):
-            if is_wrapped(x) or self.meets(x):
+            if self.meets_symbolic(x):
                 self.decline(f"Tensor.{name} needs values that are known only while solving")
 
     def place(self) -> str:
