@@ -43,7 +43,7 @@ _METHODS = {
 READERS = {"open", "eval", "exec", "globals", "__import__", "input", *_METHODS}
 #: Functions of libraries that may, seen as they run.
 _RUN = {"open", "load", *_METHODS}
-_TO_DLPACK: Any = torch.utils.dlpack.to_dlpack
+_TO_DLPACK: Any = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
 #: Python's own modules whose functions read all attributes of an object.
 _GENERAL = {"dataclasses.py", "inspect.py", "copyreg.py", "pickle.py"}
 _IN_FORMAT = re.compile(r"\{([^{}!:]*)")
