@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 
 _HERE = os.path.dirname(__file__)
 _PACKAGE = os.path.dirname(os.path.dirname(_HERE)) + os.sep
@@ -43,7 +42,7 @@ _METHODS = {
 READERS = {"open", "eval", "exec", "globals", "__import__", "input", *_METHODS}
 #: Functions of libraries that may, seen as they run.
 _RUN = {"open", "load", *_METHODS}
-_TO_DLPACK: Any = torch.utils.dlpack.to_dlpack
+_TO_DLPACK: Any = torch._C._to_dlpack  # type: ignore[attr-defined]
 #: Python's own modules whose functions read all attributes of an object.
 _GENERAL = {"dataclasses.py", "inspect.py", "copyreg.py", "pickle.py"}
 _IN_FORMAT = re.compile(r"\{([^{}!:]*)")
