@@ -515,8 +515,8 @@ def changes(place: pytest.MonkeyPatch, path: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-with pytest.MonkeyPatch.context() as _place:
-    CHANGES = [*changes(_place, pathlib.Path(tempfile.mkdtemp()))]
+with pytest.MonkeyPatch.context() as _place, tempfile.TemporaryDirectory() as _path:
+    CHANGES = [*changes(_place, pathlib.Path(_path))]
 
 
 @ENGINES
