@@ -40,8 +40,11 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("engine", ["native", "torch"])
-@pytest.mark.parametrize("alg", [Rodas5P(), Rosenbrock23(), TRBDF2(), Trapezoid()])
-def test_where_f_has_no_second_derivative(name, engine, alg):
+@pytest.mark.parametrize(
+    ("alg", "tol"),
+    [(Rodas5P(), 1e-6), (Rosenbrock23(), 1e-6), (TRBDF2(), 1e-4), (Trapezoid(), 1e-4)],
+)
+def test_where_f_has_no_second_derivative(name, engine, alg, tol):
     f, start, values = CASES[name]
 
     def exact(p):
@@ -56,10 +59,11 @@ def test_where_f_has_no_second_derivative(name, engine, alg):
     want = [(exact(p0 + d) - exact(p0 - d)) / 2e-5 for d in 1e-5 * np.eye(len(p0))]
     p = torch.tensor(p0, requires_grad=True)
     prob = ODEProblem(f, torch.tensor(start, dtype=F64), (0.0, 3.0), p)
-    options = {"rtol": 1e-6, "atol": 1e-8, "saveat": [1.5, 3.0], "engine": engine}
+    options = {"rtol": tol, "atol": tol / 100, "saveat": [1.5, 3.0], "engine": engine}
     sol = solve(prob, alg, **options)
     (found,) = torch.autograd.grad(sol.u.square().sum(), p)
-    torch.testing.assert_close(found, torch.tensor(want), rtol=1e-3, atol=1e-4)
+    near = 1e3 * tol if tol < 1e-5 else 100 * tol
+    torch.testing.assert_close(found, torch.tensor(want), rtol=near, atol=near / 10)
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])

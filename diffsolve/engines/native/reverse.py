@@ -55,8 +55,9 @@ class Swept:
 
     def is_finite(self, by_state: bool) -> bool:
         """Whether no gradient by the parameters, and by the state if wanted, is NaN or Inf."""
-        state = not by_state or bool(np.isfinite(self.u_bar).all())
-        return state and bool(np.isfinite(self.p_bar.numpy()).all())
+        arrays = [self.p_bar.numpy(), *([self.u_bar] if by_state else [])]
+        # a sum tells in one call, unless it overflows
+        return all(math.isfinite(x.sum()) or bool(np.isfinite(x).all()) for x in arrays)
 
 
 def refuse_lost(status: int) -> None:
