@@ -190,7 +190,7 @@ def reverse_jacobian(reverse: Any, t: float, h: float, z: Tensor, slope: bool) -
     flat = functools.partial(_flat, reverse.params, reverse.dtype, reverse.device)
     at = Lagrangian(reverse.field, reverse.params, time, u, bar, flat)
     moving = None
-    if slope and forward.moves_unseen:  # by autograd, that is: a difference of all sees it
+    if slope and forward.moves_unseen:  # autograd misses part of the time dependence
         stencil = Stencil(reverse, t, h)
         moving = stencil.slope(*(reverse.derivative(x, z) for x in stencil.times))
     elif slope:

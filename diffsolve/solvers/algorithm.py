@@ -130,8 +130,9 @@ class Algorithm(ABC):
     is_one_step
         Whether the state of the method follows from ``(t, u)``, as ``init`` makes it.
     stable_sizes
-        Of an explicit method the sizes of ``h lambda`` up to which its steps damp a mode
-        (``explicit_rk/stability.py``), and its evaluations in a step; None: nothing limits them.
+        Of an explicit method the table of sizes of ``h lambda`` up to which its steps keep a mode
+        from growing (``explicit_rk/stability.py``), and its evaluations in a step; None: nothing
+        limits them.
     carries_derivative
         Whether ``init`` wants the derivative at ``t``, so that callers may make it for several.
     kernels

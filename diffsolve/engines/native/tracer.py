@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from array import array as array_of_c
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Number
 from types import CodeType
@@ -20,7 +20,7 @@ from diffsolve.engines.native.code_reads import Watch
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.expression import Node, Pool, array
 from diffsolve.engines.native.operations import Rule, Unsupported, rule_of
-from diffsolve.problems.probe import user_line
+from diffsolve.problems.probe import tensors_in, user_line
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -59,14 +59,6 @@ class _Cells:
 
     def __init__(self, nodes: np.ndarray, theirs: bool):
         self.nodes, self.theirs = nodes, theirs
-
-
-def _tensors(args: Any) -> Iterator[Tensor]:
-    for x in args:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            yield from _tensors(x)
 
 
 class Tracer(TorchDispatchMode):
@@ -214,14 +206,14 @@ class Tracer(TorchDispatchMode):
                 self.meets(args[0])
             return func(*args)
         symbolic = False
-        for x in _tensors((*args, *kwargs.values())):
+        for x in tensors_in((*args, *kwargs.values())):
             symbolic |= self.meets(x)
         for i, name in rule.writes:
             self._check_write(args[i] if i < len(args) else kwargs[name])
         if not symbolic or rule.is_shape_only:
             out = func(*args, **kwargs)
             self._note_results(out)
-            memories = map(_memory, _tensors((out,)))
+            memories = map(_memory, tensors_in((out,)))
             if rule.is_unwritten:
                 self._blank.update(memories)
             elif rule.writes:
@@ -230,14 +222,14 @@ class Tracer(TorchDispatchMode):
         self._note_gradients()
         if rule.is_view:
             out = func(*args, **kwargs)
-            if any(x.dtype is not args[0].dtype for x in _tensors((out,))):
+            if any(x.dtype is not args[0].dtype for x in tensors_in((out,))):
                 self.decline(f"{rule.name} reads numbers as of another type")
-            self.keep(_tensors((out,)))
+            self.keep(tensors_in((out,)))
             return out
         arrays = self._arrays(func, rule, args, kwargs)
         out = func(*args, **kwargs)
         outs = out if isinstance(out, (list, tuple)) else (out,)
-        types = {x.dtype for x in _tensors((*args, *kwargs.values()))}
+        types = {x.dtype for x in tensors_in((*args, *kwargs.values()))}
         for x, result in zip(outs, arrays, strict=True):
             if not isinstance(x, Tensor):  # one that was not asked for
                 continue
@@ -245,7 +237,7 @@ class Tracer(TorchDispatchMode):
                 self._unknown[_memory(x)] = rule.name
             else:
                 self._write(rule, x, result, types)
-        self.keep(_tensors(outs))
+        self.keep(tensors_in(outs))
         return out
 
     def _arrays(self, func: Any, rule: Rule, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -315,7 +307,7 @@ class Tracer(TorchDispatchMode):
         return nodes
 
     def _note_results(self, out: Any) -> None:
-        for x in _tensors((out,)):
+        for x in tensors_in((out,)):
             if x.layout is not torch.strided:
                 self.check_plain(x)
             self._made[id(x)] = x
@@ -324,7 +316,7 @@ class Tracer(TorchDispatchMode):
                 self._fresh.add(memory)
 
     def _check_write(self, written: Any) -> None:
-        for x in _tensors((written,)):
+        for x in tensors_in((written,)):
             memory = _memory(x)
             cells = self._cells.get(memory)
             theirs = any(_memory(y) == memory for y, _ in self.constants)
@@ -374,7 +366,7 @@ class Tracer(TorchDispatchMode):
 
     def read_raw(self, name: str, args: tuple) -> None:
         """A method that reads memory without an operation is about to be called."""
-        for x in _tensors(args[:1]):
+        for x in tensors_in(args[:1]):
             if self.meets_symbolic(x):
                 self.decline(f"Tensor.{name} needs values that are known only while solving")
 
