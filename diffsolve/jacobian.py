@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.derivative import sparsity
-from diffsolve.engines.native.trace import trace
+from diffsolve.engines.native.graph.derivative import sparsity
+from diffsolve.engines.native.tracing.trace import trace
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField

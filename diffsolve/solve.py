@@ -22,11 +22,11 @@ from diffsolve.adjoints.select import (
 from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.engine import NativeDense, NativeTrajectory
-from diffsolve.engines.native.field import find
-from diffsolve.engines.native.stochastic_field import find as find_stochastic
-from diffsolve.engines.native.stochastic_memory import template as stochastic_template
-from diffsolve.engines.native.template import template
+from diffsolve.engines.native.programs.lookup import find
+from diffsolve.engines.native.programs.row_lookup import find as find_stochastic
+from diffsolve.engines.native.runtime.solve import NativeDense, NativeTrajectory
+from diffsolve.engines.native.runtime.template import template
+from diffsolve.engines.native.runtime.threads import template as stochastic_template
 from diffsolve.engines.torch_engine import Settings, Trajectory
 from diffsolve.prepared import Prepared
 from diffsolve.problems.capture import reachable_tensors

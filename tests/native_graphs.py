@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.engines.native.derivative import second_order, vjp
-from diffsolve.engines.native.expression import Node
-from diffsolve.engines.native.llvm import FIELD, Output, Signature, compile_function
-from diffsolve.engines.native.trace import Trace, trace
+from diffsolve.engines.native.codegen.llvm import FIELD, Output, Signature, compile_function
+from diffsolve.engines.native.graph.derivative import second_order, vjp
+from diffsolve.engines.native.graph.expression import Node
+from diffsolve.engines.native.tracing.trace import Trace, trace
 from diffsolve.problems.structure import StateStructure
 
 F64 = torch.float64

@@ -23,7 +23,7 @@ from diffsolve import (
     Vern9,
     solve,
 )
-from diffsolve.engines.native.field import find
+from diffsolve.engines.native.programs.lookup import find
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 

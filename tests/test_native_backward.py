@@ -17,7 +17,7 @@ from diffsolve import (
     Tsit5,
     solve,
 )
-from diffsolve.engines.native import template as template_module
+from diffsolve.engines.native.runtime import template as template_module
 
 
 @each(REVERSIBLE)

@@ -19,9 +19,10 @@ from native_runs import compiled_of, ones, rate_of, run
 from torch import nn
 
 from diffsolve import AutoTsit5, KenCarp4, Rodas5P, Tsit5
-from diffsolve.engines.native import cache, llvm, remembered
-from diffsolve.engines.native import field as field_module
-from diffsolve.engines.native.kernels import kernel
+from diffsolve.engines.native.codegen import cache, llvm
+from diffsolve.engines.native.programs import lookup as field_module
+from diffsolve.engines.native.programs import remembered
+from diffsolve.engines.native.runtime.kernels import kernel
 
 # -- caching -------------------------------------------------------------------------------------
 
@@ -362,8 +363,9 @@ def test_files_that_cannot_be_written_whole(tmp_path):
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-from diffsolve.engines.native import cache, llvm
-from diffsolve.engines.native.expression import Pool
+from diffsolve.engines.native.codegen import cache
+from diffsolve.engines.native.codegen import llvm
+from diffsolve.engines.native.graph.expression import Pool
 pool = Pool()
 out = [llvm.Output("out", 0, pool.input("u", 0) * 3.3)]
 assert llvm.compile_function(llvm.FIELD, out, False).address

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from diffsolve import ODEProblem, Tsit5, solve
-from diffsolve.engines.native import compiled as compiled_module
-from diffsolve.engines.native import kernels
+from diffsolve.engines.native.programs import scalar as compiled_module
+from diffsolve.engines.native.runtime import kernels
 
 F64 = torch.float64
 
@@ -33,7 +33,7 @@ def test_what_cannot_be_built_falls_back_to_torch(
             return original(content, make, *args, **options)
 
         monkeypatch.setattr(kernels.llvm, "cached_code", nothing_is_cached)
-        monkeypatch.setitem(sys.modules, "diffsolve.engines.native.build", None)
+        monkeypatch.setitem(sys.modules, "diffsolve.engines.native.runtime.build", None)
         kernels.kernel.cache_clear()
     else:
         monkeypatch.setattr(compiled_module, "compile_function", fails)

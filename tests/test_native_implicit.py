@@ -40,9 +40,9 @@ from diffsolve import (
     Trapezoid,
     solve,
 )
-from diffsolve.engines.native import rosenbrock
-from diffsolve.engines.native.reverse import Path
-from diffsolve.engines.native.switching import runs_of
+from diffsolve.engines.native.programs import rosenbrock
+from diffsolve.engines.native.runtime.reverse import Path
+from diffsolve.engines.native.runtime.switching import runs_of
 from diffsolve.problems import library
 from diffsolve.solvers.kernels import layout as L
 

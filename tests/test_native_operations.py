@@ -16,12 +16,12 @@ from native_graphs import F64, pullback, run, second_order_terms, torch_pullback
 from torch import Tensor, nn
 
 from diffsolve import ODEProblem
-from diffsolve.engines.native.derivative import jacobian, sparsity
-from diffsolve.engines.native.engine import evaluate
-from diffsolve.engines.native.expression import Pool
-from diffsolve.engines.native.field import find
-from diffsolve.engines.native.llvm import Signature
-from diffsolve.engines.native.registry import words
+from diffsolve.engines.native.codegen.llvm import Signature
+from diffsolve.engines.native.graph.derivative import jacobian, sparsity
+from diffsolve.engines.native.graph.expression import Pool
+from diffsolve.engines.native.programs.lookup import find
+from diffsolve.engines.native.runtime.solve import evaluate
+from diffsolve.engines.native.tracing.registry import words
 from diffsolve.problems.vector_field import VectorField
 
 Op = Callable[..., Tensor]

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffsolve.engines.native import llvm, vector_math
-from diffsolve.engines.native.derivative import vjp
-from diffsolve.engines.native.expression import Pool
-from diffsolve.engines.native.llvm import Output
-from diffsolve.engines.native.row_functions import TooWide, compile_rows
-from diffsolve.engines.native.rows import Array, Call, Routine
+from diffsolve.engines.native.codegen import llvm, vector_math
+from diffsolve.engines.native.codegen.llvm import Output
+from diffsolve.engines.native.codegen.row_functions import TooWide, compile_rows
+from diffsolve.engines.native.codegen.rows import Array, Call, Routine
+from diffsolve.engines.native.graph.derivative import vjp
+from diffsolve.engines.native.graph.expression import Pool
 
 FUNCTIONS = ["exp", "expm1", "tanh", "log", "log1p", "sin", "cos"]
 LANES = [1, 2, 4, 8]

@@ -34,7 +34,9 @@ from diffsolve import (
     SolveError,
     solve,
 )
-from diffsolve.engines.native import stochastic, stochastic_engine, stochastic_field
+from diffsolve.engines.native.programs import row_lookup as stochastic_field
+from diffsolve.engines.native.programs import rows as stochastic
+from diffsolve.engines.native.runtime import stochastic_solve as stochastic_engine
 from diffsolve.problems.sde_field import SDEField
 
 INSIDE = [0.0, 0.111, 0.23, 0.5, 0.77771, 1.0]

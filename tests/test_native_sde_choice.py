@@ -22,7 +22,7 @@ from diffsolve import (
     VirtualBrownianTree,
     solve,
 )
-from diffsolve.engines.native import stochastic_field
+from diffsolve.engines.native.programs import row_lookup as stochastic_field
 
 TOGETHER = "treats the paths of a batch together"
 RATES_OF_THEIR_OWN = torch.rand(13, 1, dtype=DOUBLE)

@@ -10,7 +10,7 @@ from native_sdes import CASES, DOUBLE, NOISES, batch, label, off, problem
 from torch import Tensor, nn
 
 from diffsolve import EM, SOSRA, SOSRI, SRIW1, DiscreteAdjoint, LambaEM, RKMil, SDEProblem, solve
-from diffsolve.engines.native import stochastic_engine
+from diffsolve.engines.native.runtime import stochastic_solve as stochastic_engine
 
 INSIDE = [0.013, 0.1, 0.55, 0.56, 0.57, 1.0]
 LOOSE = {"rtol": 1e-2, "atol": 1e-2, "dt": 0.2}

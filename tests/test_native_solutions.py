@@ -28,7 +28,7 @@ from diffsolve import (
     Vern7,
     solve,
 )
-from diffsolve.engines.native import template as template_module
+from diffsolve.engines.native.runtime import template as template_module
 from diffsolve.problems import library
 
 # -- failures ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from native_runs import find_compiled
 from torch import Tensor, nn
 
 from diffsolve import EM, ODEProblem, Rodas5P, SDEProblem, Tsit5, solve
-from diffsolve.engines.native import field as field_module
+from diffsolve.engines.native.programs import lookup as field_module
 
 F64 = torch.float64
 ENGINES = pytest.mark.parametrize("engine", ["auto", "native"])

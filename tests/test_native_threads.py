@@ -22,7 +22,7 @@ from diffsolve import (
     solve,
 )
 from diffsolve.engines.native.locks import compiling
-from diffsolve.engines.native.trace import _Stance, _uncompiled
+from diffsolve.engines.native.tracing.trace import _Stance, _uncompiled
 
 
 def oscillator(t, u, p):

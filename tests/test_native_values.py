@@ -46,9 +46,9 @@ from diffsolve import (
     Vern9,
     solve,
 )
-from diffsolve.engines.native import compiled as compiled_module
-from diffsolve.engines.native import field as field_module
-from diffsolve.engines.native import remembered
+from diffsolve.engines.native.programs import lookup as field_module
+from diffsolve.engines.native.programs import remembered
+from diffsolve.engines.native.programs import scalar as compiled_module
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 

@@ -12,10 +12,10 @@ from native_runs import compiled_of
 from torch import Tensor
 
 from diffsolve import DiscreteAdjoint, ODEProblem, Tsit5, solve
-from diffsolve.engines.native.engine import evaluate
-from diffsolve.engines.native.expression import Pool, needed
-from diffsolve.engines.native.field import find
-from diffsolve.engines.native.groups import in_groups
+from diffsolve.engines.native.graph.expression import Pool, needed
+from diffsolve.engines.native.graph.groups import in_groups
+from diffsolve.engines.native.programs.lookup import find
+from diffsolve.engines.native.runtime.solve import evaluate
 from diffsolve.problems.vector_field import VectorField
 
 FUNCTIONS = {

@@ -183,8 +183,8 @@ def test_a_seed_of_more_than_64_bits_is_refused(seed):
 
 
 def test_where_the_kernel_cannot_be_made_torch_draws(monkeypatch):
-    from diffsolve.engines.native import kernels
     from diffsolve.engines.native.declined import Declined
+    from diffsolve.engines.native.runtime import kernels
 
     expected = Draws(5, 4, 2, CPU)(1, 3, True)
 
@@ -206,7 +206,7 @@ def test_where_the_kernel_cannot_be_made_torch_draws(monkeypatch):
 @pytest.mark.slow
 def test_the_loops_are_made_of_vectors():
     """One that is not takes ten times as long; nothing else would tell."""
-    from diffsolve.engines.native.build import kernel_ir
+    from diffsolve.engines.native.runtime.build import kernel_ir
 
     for name, loops in (("draw", 4), ("bridge", 5), ("tree", 20)):
         text = kernel_ir(name, "stochastic/noise", False)

@@ -28,8 +28,8 @@ from diffsolve.adjoints.stochastic import (
     reverse_method,
 )
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.reverse import compile_adjoint
+from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.runtime.reverse import compile_adjoint
 from diffsolve.engines.torch_engine import OnStop, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField

@@ -14,9 +14,9 @@ from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_o
 from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.stochastic_field import NativeSDE
-from diffsolve.engines.native.stochastic_memory import (
+from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.programs.row_lookup import NativeSDE
+from diffsolve.engines.native.runtime.threads import (
     check_checkpoints as stochastic_checkpoints,
 )
 from diffsolve.engines.torch_engine import Saving, Settings, integrate

@@ -20,8 +20,8 @@ from diffsolve.adjoints.stochastic import (
     diffusion_at_start,
 )
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
-from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.kernels import kernel
+from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.torch_engine import Trajectory
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField

@@ -18,13 +18,13 @@ from diffsolve.adjoints.reversal import in_tolerances, reverse_failure, reverse_
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, first_order
 from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape
-from diffsolve.engines.native.engine import RETCODES
-from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.memory import Memory
-from diffsolve.engines.native.reverse import Path, ReverseProblem, solve_reverse, sweep
-from diffsolve.engines.native.stochastic_field import NativeSDE
-from diffsolve.engines.native.stochastic_reverse import sweep as stochastic_sweep
-from diffsolve.engines.native.template import Wanted
+from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.programs.row_lookup import NativeSDE
+from diffsolve.engines.native.runtime.memory import Memory
+from diffsolve.engines.native.runtime.reverse import Path, ReverseProblem, solve_reverse, sweep
+from diffsolve.engines.native.runtime.solve import RETCODES
+from diffsolve.engines.native.runtime.stochastic_reverse import sweep as stochastic_sweep
+from diffsolve.engines.native.runtime.template import Wanted
 from diffsolve.solution import Stats
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Tolerance

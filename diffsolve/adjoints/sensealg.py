@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native import engine as native
-from diffsolve.engines.native import stochastic_engine
-from diffsolve.engines.native.engine import NativeTrajectory
-from diffsolve.engines.native.field import NativeField
-from diffsolve.engines.native.stochastic_field import NativeSDE
-from diffsolve.engines.native.template import Wanted
+from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.programs.row_lookup import NativeSDE
+from diffsolve.engines.native.runtime import solve as native
+from diffsolve.engines.native.runtime import stochastic_solve as stochastic_engine
+from diffsolve.engines.native.runtime.solve import NativeTrajectory
+from diffsolve.engines.native.runtime.template import Wanted
 from diffsolve.engines.torch_engine import Recorder, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.problems.vector_field import VectorField

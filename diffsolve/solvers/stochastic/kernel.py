@@ -1,6 +1,6 @@
 """Steps of SDEs in machine code: their noise, their values inside, and their reverse.
 
-A step is one function over all rows (``engines/native/stochastic.py``), which is given the noise.
+A step is one function over all rows (``native/programs/rows.py``), which is given the noise.
 The noise is that of ``noise/path.py: BrownianPath``, draw by draw: the same serials, the same
 intervals, so that both engines follow one path. With fixed steps every step is drawn afresh. With
 adaptive ones, what a rejected step has drawn is known: the intervals from the time at hand on, in

@@ -1,0 +1,1 @@
+"""Right-hand sides as machine code, and how they are found again."""

@@ -1,0 +1,1 @@
+"""Solves and reverse passes that run as machine code."""

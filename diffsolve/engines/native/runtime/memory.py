@@ -1,0 +1,299 @@
+"""The memory of a solve that runs as machine code, and calls of the kernels with it."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.programs.scalar import Jacobian
+from diffsolve.engines.native.runtime.blocks import Block, place
+from diffsolve.engines.native.runtime.kernels import Kernel
+from diffsolve.engines.native.runtime.method import Method, address
+from diffsolve.engines.native.runtime.switching import Run, switch
+from diffsolve.engines.native.runtime.template import STEPS, Kept, Template, Wanted, systems
+from diffsolve.solvers.kernels import layout as L
+
+_NO_COUNTS = array("q", [0] * (L.NNEWTON + 1 - L.NJAC))
+_NO_JACOBIAN = array("q", [0] * (L.FACTORED + 1 - L.HAS_JAC))
+_INT64 = np.dtype(np.int64)
+_RECORDS = (L.PARAMS, L.STEP_T, L.SAVES, L.STOPS, L.BREAKS)
+Counts = tuple[int, ...]  # as Stats.count takes them
+
+
+class Memory:
+    """The two arrays of a kernel, and every array that they point to.
+
+    Parameters
+    ----------
+    native, template
+        Right-hand side, and what is the same in all such solves.
+    n
+        Size of the state.
+    params
+        Flat parameters that ``field`` is given; a copy of them where states are kept.
+    field, jacobian
+        Address of what is integrated, and its Jacobian; default: the right-hand side.
+    wanted
+        What to keep; None: nothing but the state.
+    """
+
+    source: Memory | None = None  # keeps alive what a copy points to
+    jacobian_at_work: Jacobian | None = None
+    identity: np.ndarray | None = None  # so do polynomials that stand for stages
+    block: np.ndarray | None = None  # states and marks of the steps
+
+    def __init__(
+        self,
+        native: NativeField,
+        template: Template,
+        n: int,
+        params: Tensor,
+        breaks: Sequence[float],
+        field: int | None = None,
+        jacobian: Callable[[], Jacobian] | None = None,
+        wanted: Wanted | None = None,
+    ):
+        self.native, self.template = native, template
+        self.method: Method = template.method
+        self.runs = [Run(template, 0)]
+        self.n = n
+        self.dtype = template.dtype
+        self.kept = kept = None if wanted is None else template.kept(wanted)
+        self.work_space = work = None if kept is None else kept.borrow()
+        self.integers = integers = (template if work is None else work).integers[:]
+        self.reals = reals = template.reals[:]
+        self.arguments = here, _ = integers.buffer_info()[0], reals.buffer_info()[0]
+        integers[L.N], integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = n, 1, here + 8 * L.N
+        self.is_own_field = field is not None
+        self.jacobian = jacobian or native.compiled.jacobian
+        given = None
+        if field is not None:
+            integers[L.FIELD], integers[L.FUSED], integers[L.JVP] = field, 0, 0
+            if self.method.is_implicit:
+                self.jacobian_at_work = given = self.jacobian()
+                integers[L.JAC : L.HEAD + 1] = given.slots
+        self._work = template.work(n, given) if kept is None else kept.work
+        self.held: dict[int, Any] = {L.PARAMS: params}  # beside what the template holds
+        integers[L.PARAMS] = params.data_ptr()
+        if breaks:
+            self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
+            integers[L.N_BREAKS] = len(breaks)
+        if kept is not None and wanted is not None and work is not None:  # all, or none
+            self.held[L.WORK] = work.array
+            self._make_first_room(kept, wanted.times)
+        else:
+            self.work()
+
+    def prepare_stiff(self) -> Any:
+        """Make what the reverse pass of the stiff method needs; where one is wanted, set anew."""
+
+    def work(self) -> None:
+        """A work space, which each call of a kernel that may run beside others needs."""
+        implicit = self.template.method.is_implicit
+        self.held[L.WORK] = self._work.lay(self.integers, zero=implicit)
+        if implicit:
+            self._forget_systems()
+
+    def borrow_work(self) -> None:
+        """The same, one that may have been used before; to be given back."""
+        assert self.kept is not None
+        self.work_space = work = self.kept.borrow()
+        integers, theirs = self.integers, work.integers
+        for slot in self.kept.work_slots:
+            integers[slot] = theirs[slot]
+        if self.template.method.is_implicit:
+            self._forget_systems()
+
+    def give_back_work(self) -> None:
+        """Let another solve use it."""
+        self.held.pop(L.WORK, None)
+        if self.kept is not None and self.work_space is not None:
+            self.kept.give_back(self.work_space)
+            self.work_space = None
+
+    def work_of_systems(self) -> None:
+        """Room for the linear systems of a method that takes its turn."""
+        self.jacobian_at_work = found = self.jacobian()  # whose arrays the kernels read
+        self.integers[L.JAC : L.HEAD + 1] = found.slots
+        block = Block(systems(found, self.n))
+        self.held[L.MATRIX] = block.lay(self.integers, zero=True)
+        self._forget_systems()
+
+    def _forget_systems(self) -> None:
+        self.integers[L.HAS_JAC : L.FACTORED + 1] = _NO_JACOBIAN
+
+    def records(self) -> Memory:
+        """What is noted of the steps, to be kept: without states, stages and results."""
+        if L.DENSE not in self.held:
+            self.held.pop(L.OUT_U, None)
+            return self
+        records = self.copy()  # dense output keeps this memory, too
+        records.source = None
+        records.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
+        return records
+
+    def copy(self) -> Memory:
+        """The same for a pass of its own: several may run at once."""
+        copy = object.__new__(type(self))
+        copy.__dict__ = self.__dict__.copy()
+        copy.integers, copy.reals = self.integers[:], self.reals[:]
+        copy.arguments = copy.integers.buffer_info()[0], copy.reals.buffer_info()[0]
+        copy.source, copy.held = self, {}
+        copy.integers[L.BLOCK_ENDS] = copy.arguments[0] + 8 * L.N
+        copy.integers[L.STOPS] = copy.arguments[1] + 8 * L.T_END  # read only while going forward
+        return copy
+
+    def counts(self) -> Counts:
+        """Work done, for ``Stats.count``."""
+        integers = self.integers
+        return (integers[L.NF], *integers[L.NJAC : L.NNEWTON + 1])
+
+    def restart_counts(self) -> None:
+        self.integers[L.NF] = 0
+        self.integers[L.NJAC : L.NNEWTON + 1] = _NO_COUNTS
+
+    def steps(self) -> np.ndarray:
+        """Start, size and estimates of each step, in rows."""
+        return self.held[L.STEP_T][:, : self.integers[L.ACCEPTED]]
+
+    def give(self) -> Tensor:
+        """States and marks of the steps, that something else keeps alive from now on."""
+        block, self.block = self.block, None
+        assert block is not None
+        return torch.from_numpy(block)
+
+    def take(self, records: Tensor) -> None:
+        """What ``give`` gave, which may have been somewhere else in between."""
+        self.held[L.STATES] = records
+        self.block_of(self.integers[L.STEP_ROOM]).lay_at(records.data_ptr(), self.integers)
+
+    def give_dense(self) -> Tensor:
+        """The dense records, to be kept alive."""
+        return torch.from_numpy(self.held[L.DENSE])
+
+    def hold(self, slot: int, array: Any) -> None:
+        """Keep an array alive, and note its address."""
+        self.held[slot] = array
+        self.integers[slot] = array.data_ptr() if isinstance(array, Tensor) else address(array)
+
+    def hold_new(self, slot: int, array: np.ndarray) -> None:
+        """The same, for an array that was made for this."""
+        self.held[slot] = array
+        self.integers[slot] = place(array)
+
+    def hold_steps(self, table: np.ndarray) -> None:
+        """The same for the rows of the table of steps; float32 numbers fill half of a row."""
+        self.held[L.STEP_T] = table
+        start, size = place(table), 8 * table.shape[1]
+        for slot in STEPS:
+            self.integers[slot] = start
+            start += size
+
+    def blocks(self, ends: Sequence[int]) -> None:
+        """Parts of the state whose norms are taken one by one."""
+        self.hold(L.BLOCK_ENDS, np.asarray(ends, dtype=np.int64))
+        self.integers[L.N_BLOCKS] = len(ends)
+
+    def span(self, t0: float, t1: float, stops: Sequence[float]) -> None:
+        reals, integers = self.reals, self.integers
+        reals[L.T] = reals[L.ANCHOR] = t0
+        reals[L.T_LOW], reals[L.T_HIGH] = min(t0, t1), max(t0, t1)
+        reals[L.DIRECTION] = 1.0 if t1 >= t0 else -1.0
+        reals[L.T_END] = t1
+        integers[L.N_STOPS] = len(stops) + 1
+        if stops:
+            self.hold(L.STOPS, np.asarray([*stops, t1], dtype=np.float64))
+        else:
+            integers[L.STOPS] = self.arguments[1] + 8 * L.T_END
+
+    def start(self, u: Tensor) -> None:
+        """Begin with this state."""
+        self.hold(L.START, u.contiguous())
+
+    def state(self) -> Tensor:
+        return torch.from_numpy(self.held[L.WORK].view(self.dtype)[: self.n].copy())
+
+    def _make_first_room(self, kept: Kept, times: Any) -> None:
+        integers, room = self.integers, kept.room
+        if times is not None:
+            self.held[L.SAVES], integers[L.SAVES] = kept.placed(times)
+            integers[L.N_SAVES] = integers[L.SAVE_ROOM] = room = len(times)
+        self.hold_new(L.OUT_U, np.empty((room, self.n), self.dtype))
+        self.hold_steps(np.empty((len(STEPS), kept.room)))
+        if kept.block is not None:
+            self.block = kept.block.lay(integers)
+            if kept.params:
+                params = self.held.pop(L.PARAMS)
+                size = kept.params * self.dtype.itemsize
+                ctypes.memmove(integers[L.PARAMS], params.data_ptr(), size)
+        if kept.dense is not None:
+            self.hold_new(L.DENSE, np.empty(kept.dense, self.dtype))
+            self.hold_new(L.COMPLETE, np.empty(kept.room, _INT64))
+
+    def make_room(self) -> None:
+        """Twice as much, for what is full."""
+        integers = self.integers
+        if integers[L.STEP_T] and integers[L.ACCEPTED] >= integers[L.STEP_ROOM]:
+            before = integers[L.STEP_ROOM]
+            integers[L.STEP_ROOM] = after = 2 * before
+            table = np.empty((len(STEPS), after))
+            table[:, :before] = self.held[L.STEP_T]
+            self.hold_steps(table)
+            if self.block is not None:
+                wider = self.block_of(after)
+                self.block = self.block_of(before).move(self.block, wider, integers)
+            for slot in (L.DENSE, L.COMPLETE):
+                if slot in self.held:
+                    self._double(slot)
+        if integers[L.N_SAVES] < 0 and integers[L.SAVED] >= integers[L.SAVE_ROOM]:
+            integers[L.SAVE_ROOM] *= 2
+            self._double(L.OUT_U)
+        kept = integers[L.ACCEPTED] // max(integers[L.STRIDE], 1)
+        if integers[L.STRIDE] and not integers[L.THINNING] and kept >= integers[L.STATE_ROOM]:
+            integers[L.STATE_ROOM] *= 2
+            if L.STATES in self.held:
+                self._double(L.STATES)
+
+    def block_of(self, room: int) -> Block:
+        """Where the records of so many steps lie."""
+        assert self.kept is not None
+        return self.kept.block_of(room)
+
+    def _double(self, slot: int) -> None:
+        old = self.held[slot]
+        new = np.empty((2 * len(old), *old.shape[1:]), old.dtype)
+        new[: len(old)] = old
+        self.hold_new(slot, new)
+
+    def advance(self, bar: Any = None) -> int:
+        """Integrate until the end, with both of two methods; returns how it ended."""
+        while True:
+            status = self.run(self.runs[-1].template.advance, bar)
+            if status != L.SWITCHED:
+                return status
+            switch(self)
+
+    def run(self, function: Kernel, bar: Any = None) -> int:
+        """Call a kernel until it is done; returns how it ended."""
+        reals = self.reals
+        here, there = self.arguments
+        while True:
+            before = reals[L.T]
+            status = function(here, there)
+            if bar is not None:
+                bar.update(abs(reals[L.T] - before))
+            if status == L.NEED_ROOM:
+                self.make_room()
+            elif status != L.GO_ON or self.stopped():
+                return status
+
+    def stopped(self) -> bool:
+        """Whether to end early, at the next return of a kernel."""
+        return False

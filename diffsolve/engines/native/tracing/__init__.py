@@ -1,0 +1,1 @@
+"""From a right-hand side to a graph of expressions."""
