@@ -28,7 +28,7 @@ from diffsolve.adjoints.stochastic import (
     reverse_method,
 )
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.reverse import compile_adjoint
 from diffsolve.engines.torch_engine import OnStop, Saving, Settings, Trajectory, integrate
 from diffsolve.problems.sde_field import SDEField

@@ -14,8 +14,8 @@ from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_o
 from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.programs.lookup import NativeField
-from diffsolve.engines.native.programs.row_lookup import NativeSDE
+from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.threads import (
     check_checkpoints as stochastic_checkpoints,
 )
@@ -92,7 +92,7 @@ class DiscreteAdjoint(Sensealg):
         self.refuse_native()
         if self.checkpoints is not None and isinstance(native, NativeSDE):
             stochastic_checkpoints(native.template)
-        native.template.reverse(native.compiled, native.active)
+        native.template.reverse(native.program, native.active)
 
     def run(self, job: Job) -> Outputs:
         if self.tape:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.programs.lookup import NativeField
-from diffsolve.engines.native.programs.row_lookup import NativeSDE
+from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime import solve as native
 from diffsolve.engines.native.runtime import stochastic_solve as stochastic_engine
 from diffsolve.engines.native.runtime.solve import NativeTrajectory

@@ -46,6 +46,24 @@ def no_buffer() -> None:
     return None
 
 
+class SolveMemo:
+    """What solves of a problem leave for the next one; each entry says itself whether it holds.
+
+    Attributes
+    ----------
+    lookup
+        A ``LastLookup`` of the native engine: the program that was found.
+    setup
+        What the native engine made of the program for one method, settings and sensealg.
+    """
+
+    __slots__ = ("lookup", "setup")
+
+    def __init__(self) -> None:
+        self.lookup: Any = None
+        self.setup: Any = None
+
+
 class VectorField:
     """Right-hand side of a problem over a flat state.
 
@@ -84,7 +102,7 @@ class VectorField:
     breaks
         Times where ``f`` may jump, increasing: stages of a step stay on the step's side of them.
     memo
-        What was found for this problem and may serve its next solve: shared with ``fresh`` copies.
+        What solves of this problem leave for the next one: shared with ``fresh`` copies.
     low_eps
         Relative rounding inside ``f`` where autocast lowers its precision, else zero.
     cut
@@ -125,7 +143,7 @@ class VectorField:
         self.params: list[Tensor] = []
         self.used: set[int] = set()
         self.scratch: dict[Any, Any] = {}
-        self.memo: dict[Any, Any] = {}
+        self.memo = SolveMemo()
         inner = _unwrapped(f)
         if isinstance(inner, Autocasting):
             self.low_eps = torch.finfo(inner.dtype).eps
@@ -149,7 +167,7 @@ class VectorField:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made of: machine code is looked for anew."""
-        return {**self.__dict__, "memo": {}}
+        return {**self.__dict__, "memo": SolveMemo()}
 
     def fresh(self) -> VectorField:
         """The same for another solve, with nothing counted and nothing learnt yet."""
@@ -157,6 +175,11 @@ class VectorField:
         field.__dict__ = self.__dict__.copy()
         field.params, field.used, field.scratch = [], set(), {}
         return field
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """Those of the user's that are solved: the right-hand side."""
+        return (self.f,)
 
     def without_functions(self) -> VectorField:
         """The parameters, the structure and the breaks alone."""

@@ -1,6 +1,6 @@
 """The kernels as LLVM IR that stands alone: from Numba, but it needs neither Numba nor Python.
 
-Done once on a machine, and kept in the cache on disk with the compiled right-hand sides; after
+Done once on a machine, and kept in the cache on disk with the program right-hand sides; after
 that the kernels load in milliseconds, and Numba is not imported at all.
 """
 
@@ -92,12 +92,12 @@ def kernel_ir(name: str, family: str, single: bool) -> str:
     config.OPT = type(optimise)(0)  # type: ignore[attr-defined]  # done below, and once
     try:
         options: dict[str, Any] = {"error_model": "numpy", "_nrt": False}
-        compiled = cfunc(types.int64(*_ARGUMENTS), **options)(entry)
+        program = cfunc(types.int64(*_ARGUMENTS), **options)(entry)
     finally:
         config.OPT = optimise  # type: ignore[attr-defined]
-    wrapper = compiled.native_name
+    wrapper = program.native_name
     inner = wrapper.removeprefix("cfunc.")
-    module = llvm.parse_assembly(compiled.inspect_llvm())
+    module = llvm.parse_assembly(program.inspect_llvm())
     module.link_in(llvm.parse_assembly(_plain_call(inner)))
     for function in module.functions:
         if not function.is_declaration and function.name != "plain_kernel":

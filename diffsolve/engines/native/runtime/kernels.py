@@ -1,4 +1,4 @@
-"""The compiled kernels: built once on a machine, then loaded from disk."""
+"""The program kernels: built once on a machine, then loaded from disk."""
 
 from __future__ import annotations
 

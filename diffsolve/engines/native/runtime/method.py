@@ -102,10 +102,10 @@ def method_of(alg: Algorithm) -> Method:
     """
     kind = type(alg)
     if alg.kernels is None:
-        raise Declined(f"{alg.name} has no compiled step")
+        raise Declined(f"{alg.name} has no program step")
     base = next(c for c in kind.__mro__ if "kernels" in vars(c))
     if kind.step is not base.step:
-        raise Declined(f"{alg.name} has no compiled step")
+        raise Declined(f"{alg.name} has no program step")
     if kind.init is not base.init:
         raise Declined(f"{alg.name} starts in its own way")
     found: Any = alg
@@ -136,4 +136,4 @@ def set_controller(controller: Controller, integers: Any, reals: Any) -> None:
         reals[L.BETA1], reals[L.BETA2], reals[L.BETA3] = [x / k for x in beta]
         reals[L.BETA_PLAIN] = 1 / k
     else:
-        raise Declined(f"the controller {kind.__name__} has no compiled form")
+        raise Declined(f"the controller {kind.__name__} has no program form")

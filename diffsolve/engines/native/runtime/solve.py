@@ -1,12 +1,10 @@
-"""Solves in machine code: calls of the compiled loop, and what comes out."""
+"""Solves in machine code: calls of the program loop, and what comes out."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.diagnosis import Failure, explain
-from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Counts, Memory
 from diffsolve.engines.native.runtime.switching import join_dense
@@ -41,23 +39,6 @@ _TROUBLES = {
     L.SINGULAR: Trouble.SINGULAR,
     L.JAC_NOT_FINITE: Trouble.JACOBIAN,
 }
-
-
-@functools.lru_cache(maxsize=100)
-def function_at(address: int, single: bool) -> Callable[[float, int, int, int], None]:
-    """``f(t, u, p, out)`` at an address."""
-    number, pointer = ctypes.c_float if single else ctypes.c_double, ctypes.c_void_p
-    return ctypes.CFUNCTYPE(None, number, pointer, pointer, pointer)(address)
-
-
-def evaluate(native: NativeField, t: float, u: Tensor) -> Tensor:
-    """``f(t, u)`` by the compiled function."""
-    compiled = native.compiled
-    function = function_at(compiled.field(), compiled.single)
-    u = u.detach().contiguous()
-    out = torch.empty_like(u)
-    function(t, u.data_ptr(), native.params.data_ptr(), out.data_ptr())
-    return out
 
 
 @dataclass(slots=True)
@@ -136,12 +117,12 @@ def integrate(
         With the partial result and the reason where the solve failed.
     """
     made = native.template
-    memory = Memory(native, made, native.compiled.n, native.params, field.breaks, wanted=wanted)
+    memory = Memory(native, made, native.program.n, native.params, field.breaks, wanted=wanted)
     memory.span(t0, t1, settings.tstops)
     memory.start(u0)
     other = made.other
     if wanted.states and other is not None:
-        memory.prepare_stiff = lambda: other().reverse(native.compiled, native.active)
+        memory.prepare_stiff = lambda: other().reverse(native.program, native.active)
     bar = progress_bar(t0, t1) if settings.progress else None
     started = time.perf_counter()
     try:
@@ -246,5 +227,5 @@ class NativeDense:
         memory.hold(L.READ_OUT, out)
         integers[L.N_READ], integers[L.DERIVATIVE] = len(times), derivative
         memory.work()
-        memory.run(kernel("read", memory.method.family, memory.native.compiled.single))
+        memory.run(kernel("read", memory.method.family, memory.native.program.is_float32))
         return out

@@ -60,7 +60,7 @@ def use(memory: Memory, run: Run) -> None:
 
 
 def switch(memory: Memory) -> None:
-    """Hand over to the other method; where it cannot be compiled, the first one stays."""
+    """Hand over to the other method; where it cannot be program, the first one stays."""
     integers, reals, template = memory.integers, memory.reals, memory.template
     assert template.other is not None
     to_stiff = integers[L.SWITCH] == L.NONSTIFF

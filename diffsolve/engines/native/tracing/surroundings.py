@@ -170,7 +170,7 @@ class Survey:
         found = ((i, y.ctypes.data, y.nbytes) for i, y in enumerate(self.arrays))
         return next((i for i, start, size in found if start <= where < start + size), None)
 
-    def source_of(self, x: Lifted) -> Source | None:
+    def source_of(self, x: Lifted) -> Source:
         """Where a block of parameters comes from; gives up where that was not found."""
         if x.tensor is None:
             return Source("p", x.p_position or 0)
