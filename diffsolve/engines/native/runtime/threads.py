@@ -22,17 +22,19 @@ from torch import Tensor
 
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.locks import tables
-from diffsolve.engines.native.programs.formulas import Formulas, step_method
+from diffsolve.engines.native.programs.formulas import step_method
 from diffsolve.engines.native.programs.row_lookup import NativeSDE
 from diffsolve.engines.native.programs.rows import Functions
 from diffsolve.engines.native.runtime.blocks import Block
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Memory
-from diffsolve.engines.native.runtime.method import address, set_controller
+from diffsolve.engines.native.runtime.method import MethodNumbers, address, set_controller
 from diffsolve.engines.native.runtime.template import STEPS, Wanted, remembered, write_tolerance
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.stochastic.native import FAMILY
+from diffsolve.solvers.stochastic.noise.native import NOISE
 
 FIRST_ROOM = 256  # steps
 _MOST_AHEAD = 4_096  # normals that are drawn at once
@@ -41,26 +43,6 @@ _FIRST_INTERVALS = 8
 _pools: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)  # whose threads stay behind
-
-
-class _Method:
-    """What ``Memory`` asks of a method; as ``method.Method``."""
-
-    family = "stochastic"
-    is_implicit = False
-    degree = 1
-
-    def __init__(self, formulas: Formulas):
-        self.formulas = formulas
-        self.n = self.rows = len(formulas.nodes)
-        self._nodes = np.ascontiguousarray(formulas.nodes)
-        self.integers = integers = np.zeros(L.N_INTEGERS, np.int64)
-        integers[L.C] = address(self._nodes)
-        integers[L.STAGES] = self.n
-        integers[L.DENSE_ROWS] = 1 + self.n
-        integers[L.B_ERROR] = formulas.has_estimate
-        integers[L.AREA] = formulas.needs_area
-        integers[L.READING] = -1
 
 
 class StochasticTemplate:
@@ -81,7 +63,7 @@ class StochasticTemplate:
             raise Declined("through_step_size=True differentiates the step sizes on the tape")
         simple = compiled.is_diagonal or compiled.m == 1
         self.formulas = step_method(alg, noise, simple)
-        self.method: Any = _Method(self.formulas)
+        self.method = MethodNumbers(FAMILY, self.formulas, alg.order)
         self.order = alg.order
         self._compiled = weakref.ref(compiled)  # which keeps the template
         self.settings = settings
@@ -91,8 +73,8 @@ class StochasticTemplate:
         self.held: dict[int, Any] = {}
         single = compiled.single
         self.dtype = np.dtype(np.float32 if single else np.float64)
-        self.advance = kernel("advance", "stochastic", single)
-        self.draw = kernel("draw", "stochastic/noise", False)
+        self.advance = kernel("advance", FAMILY, single)
+        self.draw = kernel("draw", NOISE, False)
         integers[L.FUSED] = compiled.step(self.formulas)
         integers[L.DIFFUSION] = compiled.diffusion()
         integers[L.DRIFTS], integers[L.DIFFUSIONS] = compiled.counts(self.formulas)
@@ -123,7 +105,7 @@ class StochasticTemplate:
             found = self._reverse[active, estimates] = (
                 compiled.step_vjp(self.formulas, active, estimates),
                 compiled.diffusion_vjp(active),
-                kernel("sweep", "stochastic", compiled.single),
+                kernel("sweep", FAMILY, compiled.single),
             )
         return found
 
