@@ -53,7 +53,7 @@ def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
 
 
 def run_discrete(job: Job, checkpoints: int | None) -> Outputs:
-    """Integrate; the outputs' gradient is the program sweep through the steps."""
+    """Integrate; the outputs' gradient is the compiled sweep through the steps."""
     carrier = Carrier(job, checkpoints)
     apply: Any = _NativeDiscrete.apply
     if not torch.compiler.is_compiling():
@@ -145,7 +145,7 @@ def _rows(table: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def run_continuous(sensealg: ContinuousAdjoint, job: Job) -> Outputs:
-    """Integrate; the outputs' gradient is a program solve of the adjoint equation."""
+    """Integrate; the outputs' gradient is a compiled solve of the adjoint equation."""
     carrier = Carrier(job)
     u: Any = _NativeContinuous.apply(sensealg, carrier, job.u0, *job.field.params)
     found: Any = carrier.handed_over()

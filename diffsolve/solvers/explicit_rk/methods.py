@@ -10,6 +10,7 @@ from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.controllers import Controller, IController
 from diffsolve.solvers.explicit_rk import tableaus, tableaus_high_order
+from diffsolve.solvers.explicit_rk.native import FAMILY
 from diffsolve.solvers.explicit_rk.stability import stable_sizes
 from diffsolve.solvers.explicit_rk.step import take_step
 from diffsolve.solvers.explicit_rk.tableau import Tableau
@@ -37,7 +38,7 @@ class ExplicitRK(TableauMethod):
     """
 
     is_one_step = True
-    kernels = "explicit_rk"
+    family = FAMILY
     tableau_type = Tableau
 
     @property

@@ -15,9 +15,9 @@ from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.programs.scalar import SparseJacobian
 from diffsolve.engines.native.runtime.blocks import Block, place
 from diffsolve.engines.native.runtime.kernels import Kernel
-from diffsolve.engines.native.runtime.method import Method, address
+from diffsolve.engines.native.runtime.method import MethodNumbers, address
 from diffsolve.engines.native.runtime.switching import Run, switch
-from diffsolve.engines.native.runtime.template import STEPS, Kept, Template, Wanted, systems
+from diffsolve.engines.native.runtime.template import STEPS, Kept, Template, Wanted
 from diffsolve.solvers.kernels import layout as L
 
 _NO_COUNTS = array("q", [0] * (L.NNEWTON + 1 - L.NJAC))
@@ -61,7 +61,7 @@ class Memory:
         wanted: Wanted | None = None,
     ):
         self.native, self.template = native, template
-        self.method: Method = template.method
+        self.method: MethodNumbers = template.method
         self.runs = [Run(template, 0)]
         self.n = n
         self.dtype = template.dtype
@@ -122,7 +122,7 @@ class Memory:
         """Room for the linear systems of a method that takes its turn."""
         self.jacobian_at_work = found = self.jacobian()  # whose arrays the kernels read
         self.integers[L.JAC : L.HEAD + 1] = found.slots
-        block = Block(systems(found, self.n))
+        block = Block(self.method.family.room(self.n, found))
         self.held[L.MATRIX] = block.lay(self.integers, zero=True)
         self._forget_systems()
 

@@ -1,4 +1,4 @@
-"""Solves in machine code: calls of the program loop, and what comes out."""
+"""Solves in machine code: calls of the compiled loop, and what comes out."""
 
 from __future__ import annotations
 

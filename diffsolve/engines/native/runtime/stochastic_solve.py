@@ -186,7 +186,7 @@ def _count(settings: Settings, t0: float, t1: float) -> int:
 
 
 class _CompiledField:
-    """What ``stochastic_step`` asks of a field, by the program functions."""
+    """What ``stochastic_step`` asks of a field, by the compiled functions."""
 
     def __init__(self, native: NativeSDE, field: SDEField):
         self._native, self.field = native, field

@@ -74,7 +74,7 @@ def switch(memory: Memory) -> None:
         _log.warning("diffsolve: the problem is stiff, but %s cannot take over: %s", name, reason)
         integers[L.SWITCH] = 0
         return
-    iterated = memory.method.family == "sdirk"
+    iterated = memory.method.family.iterates
     n = memory.n
     run = Run(found, integers[L.ACCEPTED], state=np.empty((2, n), memory.dtype))
     memory.runs.append(run)

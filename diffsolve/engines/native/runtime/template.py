@@ -82,6 +82,8 @@ class Template:
         Of two methods that share a solve the stiff one, and what makes its template.
     most_rows, most_stages
         Of all methods.
+    may_be_implicit, keeps_stages
+        Whether one of the methods is implicit, and whether one keeps its stages.
 
     Raises
     ------
@@ -101,6 +103,8 @@ class Template:
             self.stiff = stiff
         self.method = method_of(alg)
         methods = [self.method, method_of(self.stiff)] if self.stiff else [self.method]
+        self.may_be_implicit = any(method.family.is_implicit for method in methods)
+        self.keeps_stages = any(method.family.keeps_stages for method in methods)
         self.most_rows = max(method.rows for method in methods)
         self.most_stages = max(method.n for method in methods)
         if settings.tolerance.norm is not None:
@@ -112,22 +116,19 @@ class Template:
         self.reals = reals = array("d", bytes(8 * L.N_REALS))
         set_controller(settings.controller, integers, reals)
         self.held: dict[int, Any] = {}
-        self._compiled = weakref.ref(program)  # which keeps the template
+        self._program = weakref.ref(program)  # which keeps the template
         self.dtype = _FLOAT32 if program.is_float32 else _FLOAT64
         self.settings = settings  # whose identities the cache goes by
         self.advance = kernel("advance", self.method.family, program.is_float32)
         self._reverse: dict[tuple[bool, ...], Reverse] = {}
         integers[L.FIELD] = program.address("field")
-        family, stages = self.method.family, self.method.stages
-        if family == "explicit_rk":
-            integers[L.FUSED] = program.address("step", stages)
-        elif family == "rosenbrock":
-            integers[L.FUSED] = program.address("rosenbrock_step", stages)
-        elif self.method.needs_jvp:
+        family = self.method.family
+        integers[L.FUSED] = family.fused_step(program, self.method.stages)
+        if family.needs_jvp:
             integers[L.JVP] = program.address("jvp")
         self._work: dict[int, Block] = {}
         self._kept: dict[Any, Kept] = {}
-        if self.method.is_implicit:
+        if family.is_implicit:
             integers[L.JAC : L.HEAD + 1] = program.jacobian().slots
         eps = float(np.finfo(np.float32 if program.is_float32 else np.float64).eps)
         integers[L.TO_ROUNDING], reals[L.KAPPA] = settings.to_rounding, 1.0
@@ -147,7 +148,7 @@ class Template:
         integers[L.MAXITERS] = min(settings.maxiters, _MOST_STEPS)
         cost = (program.size + 10 * program.n) * self.method.n
         most = 50 if settings.progress else 1_000_000
-        if self.method.is_implicit or self.stiff is not None:
+        if self.may_be_implicit:
             cost += 10 * program.size + program.n**3
         integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
         reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
@@ -155,7 +156,7 @@ class Template:
 
     @property
     def program(self) -> ScalarProgram:
-        found = self._compiled()
+        found = self._program()
         assert found is not None
         return found
 
@@ -163,14 +164,11 @@ class Template:
         """Product with the Jacobian, the reverse of a step and of the Jacobian, and the kernel."""
         found = self._reverse.get(active)
         if found is None:
-            sweep = kernel("sweep", self.method.family, program.is_float32)
-            stages, fused, of_jacobian = self.method.stages, 0, 0
-            if self.method.family == "explicit_rk":
-                fused = program.address("step_vjp", stages, active)
-            else:
-                of_jacobian = program.address("jacobian_vjp", active)
-            if self.method.family == "rosenbrock" and self.integers[L.FUSED]:
-                fused = program.address("rosenbrock_vjp", stages, active)
+            family = self.method.family
+            sweep = kernel("sweep", family, program.is_float32)
+            of_jacobian = program.address("jacobian_vjp", active) if family.is_implicit else 0
+            fused = self.integers[L.FUSED]
+            fused = family.fused_vjp(program, self.method.stages, active, fused)
             found = self._reverse[active] = (
                 program.address("vjp", active),
                 fused,
@@ -189,8 +187,9 @@ class Template:
             rows = self.most_rows
             size = (L.W_STAGES + 2 * rows + L.W_BARS) * n + rows
             parts: list[Part] = [(L.WORK, (size,), self.dtype)]
-            if self.method.is_implicit:
-                parts += systems(jacobian or self.program.jacobian(), n)
+            family = self.method.family
+            if family.is_implicit:
+                parts += family.room(n, jacobian or self.program.jacobian())
             found = Block(parts)
             if jacobian is None:
                 self._work[n] = found
@@ -204,18 +203,6 @@ class Template:
         )
         found = self._kept.get(key)
         return remembered(self._kept, key, lambda: Kept(self, wanted)) if found is None else found
-
-
-def systems(jacobian: SparseJacobian, n: int) -> list[Part]:
-    """Room for a Jacobian, its factors and the vectors that are solved for."""
-    values, head = jacobian.entries + jacobian.time_terms, jacobian.head
-    return [
-        (L.MATRIX, (head, head), _FLOAT64),
-        (L.PIVOTS, (head,), _INT64),
-        (L.VECTOR, (n,), _FLOAT64),
-        (L.JAC_VALUES, (values + 1,), _FLOAT64),
-        (L.JAC_BAR, (values,), _FLOAT64),
-    ]
 
 
 class WorkSpace:
@@ -324,7 +311,7 @@ def _keeps_stages(template: Template, wanted: Wanted) -> bool:
     method, n = template.method, template.program.n
     if wanted.checkpoints is not None:
         return False
-    if method.is_implicit or template.stiff is not None:
+    if template.keeps_stages:
         return True
     small = (1 + method.n) * n <= _MOST_KEPT_A_STEP
     return small and not template.integers[L.FUSED]

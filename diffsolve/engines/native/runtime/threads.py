@@ -23,16 +23,18 @@ from torch import Tensor
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.locks import tables
 from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
-from diffsolve.engines.native.programs.formulas import Formulas, step_method
+from diffsolve.engines.native.programs.formulas import step_method
 from diffsolve.engines.native.programs.rows import RowProgram
 from diffsolve.engines.native.runtime.blocks import Block
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Memory
-from diffsolve.engines.native.runtime.method import address, set_controller
+from diffsolve.engines.native.runtime.method import MethodNumbers, address, set_controller
 from diffsolve.engines.native.runtime.template import STEPS, Wanted, remembered, write_tolerance
 from diffsolve.engines.torch_engine import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.stochastic.native import FAMILY
+from diffsolve.solvers.stochastic.noise.native import NOISE
 
 FIRST_ROOM = 256  # steps
 _MOST_AHEAD = 4_096  # normals that are drawn at once
@@ -41,26 +43,6 @@ _FIRST_INTERVALS = 8
 _pools: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)  # whose threads stay behind
-
-
-class _Method:
-    """What ``Memory`` asks of a method; as ``method.Method``."""
-
-    family = "stochastic"
-    is_implicit = False
-    degree = 1
-
-    def __init__(self, formulas: Formulas):
-        self.formulas = formulas
-        self.n = self.rows = len(formulas.nodes)
-        self._nodes = np.ascontiguousarray(formulas.nodes)
-        self.integers = integers = np.zeros(L.N_INTEGERS, np.int64)
-        integers[L.C] = address(self._nodes)
-        integers[L.STAGES] = self.n
-        integers[L.DENSE_ROWS] = 1 + self.n
-        integers[L.B_ERROR] = formulas.has_estimate
-        integers[L.AREA] = formulas.needs_area
-        integers[L.READING] = -1
 
 
 class StochasticTemplate:
@@ -81,9 +63,9 @@ class StochasticTemplate:
             raise Declined("through_step_size=True differentiates the step sizes on the tape")
         simple = program.is_diagonal or program.m == 1
         self.formulas = step_method(alg, noise, simple)
-        self.method: Any = _Method(self.formulas)
+        self.method = MethodNumbers(FAMILY, self.formulas, alg.order)
         self.order = alg.order
-        self._compiled = weakref.ref(program)  # which keeps the template
+        self._program = weakref.ref(program)  # which keeps the template
         self.settings = settings
         self.integers = integers = array("q", self.method.integers.tobytes())
         self.reals = reals = array("d", bytes(8 * L.N_REALS))
@@ -91,8 +73,8 @@ class StochasticTemplate:
         self.held: dict[int, Any] = {}
         single = program.is_float32
         self.dtype = np.dtype(np.float32 if single else np.float64)
-        self.advance = kernel("advance", "stochastic", single)
-        self.draw = kernel("draw", "stochastic/noise", False)
+        self.advance = kernel("advance", FAMILY, single)
+        self.draw = kernel("draw", NOISE, False)
         integers[L.FUSED] = program.address("step", self.formulas)
         integers[L.DIFFUSION] = program.address("diffusion")
         integers[L.DRIFTS], integers[L.DIFFUSIONS] = program.evaluations(self.formulas)
@@ -113,7 +95,7 @@ class StochasticTemplate:
 
     def operations(self, rows: int) -> float:
         """Operations of a step of so many paths, about; a normal takes fifty."""
-        program: Any = self._compiled()
+        program: Any = self._program()
         return rows * (program.size * self.method.n + 50.0 * program.m)
 
     def reverse(self, program: RowProgram, active: tuple[bool, ...], estimates: bool = False):
@@ -123,7 +105,7 @@ class StochasticTemplate:
             found = self._reverse[active, estimates] = (
                 program.address("step_vjp", self.formulas, active, estimates),
                 program.address("diffusion_vjp", active),
-                kernel("sweep", "stochastic", program.is_float32),
+                kernel("sweep", FAMILY, program.is_float32),
             )
         return found
 
@@ -156,7 +138,7 @@ def check_checkpoints(template: StochasticTemplate) -> None:
         If the steps are adaptive.
     """
     if template.settings.adaptive:
-        raise Declined("checkpoints of adaptive steps of an SDE have no program form")
+        raise Declined("checkpoints of adaptive steps of an SDE have no compiled form")
 
 
 def _no_jacobian() -> Any:
