@@ -12,7 +12,9 @@ from torch import Tensor
 
 import diffsolve as ds
 from diffsolve import ODEProblem, ReturnCode, SolveError, check_jacobian, solve
-from diffsolve.engines.torch_engine import Saving, Settings, integrate
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.torch_engine import integrate
+from diffsolve.engines.trajectory import Saving
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step, Trouble

@@ -430,8 +430,8 @@ class _Buffered(_Rows):
 def _rows(field: SDEField, program: Program, h: Any) -> Any:
     if torch.is_grad_enabled():
         return _Recorded(field, program, h)
-    rows = field.scratch.get("srk")
+    rows = field.workspace.get(_Buffered)
     if rows is None or rows.program is not program:
-        rows = field.scratch["srk"] = _Buffered(field, program)
+        rows = field.workspace.put(_Buffered(field, program))
     rows.begin(h)
     return rows
