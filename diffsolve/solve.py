@@ -28,7 +28,8 @@ from diffsolve.engines.native.programs.scalar_recipe import ScalarRecipe
 from diffsolve.engines.native.runtime.solve import NativeDense, NativeTrajectory
 from diffsolve.engines.native.runtime.template import template
 from diffsolve.engines.native.runtime.threads import template as stochastic_template
-from diffsolve.engines.torch_engine import Settings, Trajectory
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.trajectory import Trajectory
 from diffsolve.prepared import Prepared
 from diffsolve.problems.capture import reachable_tensors
 from diffsolve.problems.ode import ODEProblem
@@ -369,7 +370,7 @@ def _steps_of(
     if outputs.estimates is not None:
         return Steps(*times, *outputs.estimates)
     # without the states, which the solution has
-    light = Trajectory(estimates=trajectory.estimates, later=trajectory.later)
+    light = Trajectory(estimates=trajectory.estimates, last_stiffness=trajectory.last_stiffness)
     return lambda: Steps(*times, *job.estimates(light))
 
 

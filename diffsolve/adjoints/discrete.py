@@ -19,7 +19,9 @@ from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.threads import (
     check_checkpoints as stochastic_checkpoints,
 )
-from diffsolve.engines.torch_engine import Saving, Settings, integrate
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.torch_engine import integrate
+from diffsolve.engines.trajectory import Saving
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm

@@ -22,7 +22,7 @@ from diffsolve.adjoints.stochastic import (
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.kernels import kernel
-from diffsolve.engines.torch_engine import Trajectory
+from diffsolve.engines.trajectory import Trajectory
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm

@@ -32,7 +32,7 @@ from diffsolve.solvers.norms import Tolerance
 if TYPE_CHECKING:
     from diffsolve.adjoints.backsolve import BacksolveAdjoint
     from diffsolve.adjoints.continuous import ContinuousAdjoint
-    from diffsolve.engines.torch_engine import Settings
+    from diffsolve.engines.settings import Settings
 
 
 def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:

@@ -17,7 +17,7 @@ from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg
 from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
-from diffsolve.engines.torch_engine import Record
+from diffsolve.engines.trajectory import Record
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.stochastic.method import registered

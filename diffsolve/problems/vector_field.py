@@ -31,6 +31,7 @@ from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.probe import CUT, STOPPED, Probe, Watched, has_module_hooks, unhooked
 from diffsolve.problems.structure import StateStructure, detached
+from diffsolve.problems.workspace import Workspace
 
 _START = np.zeros(1)
 CHANGED = (
@@ -91,12 +92,13 @@ class VectorField:
         not, iterations spare no effort.
     largest_matrix
         Most unknowns that a dense Jacobian is made for. Default 5000: 200 MB, seconds to factor.
-    first_order
-        Whether what autograd records is differentiated once only.
+    differentiated_once
+        Whether nobody differentiates a gradient of this field: its steps then record what first
+        derivatives need, and no more.
     work
         Entries that one evaluation computes, about. Filled by ``discover``.
-    scratch
-        Work space that steps keep between calls; one field serves one solve.
+    workspace
+        What steps keep between calls. One field serves one solve.
     span_end
         Where the solve ends: ``f`` is not evaluated beyond. NaN: not known.
     breaks
@@ -126,7 +128,7 @@ class VectorField:
     accuracy: Any = None
     retries = False
     largest_matrix = 5000
-    first_order = False
+    differentiated_once = False
     work = 0
     #: Whether messages may speak of it as ``f``.
     is_of_user = True
@@ -142,7 +144,7 @@ class VectorField:
         self.structure = structure
         self.params: list[Tensor] = []
         self.used: set[int] = set()
-        self.scratch: dict[Any, Any] = {}
+        self.workspace = Workspace()
         self.memo = SolveMemo()
         inner = _unwrapped(f)
         if isinstance(inner, Autocasting):
@@ -173,7 +175,7 @@ class VectorField:
         """The same for another solve, with nothing counted and nothing learnt yet."""
         field = object.__new__(type(self))
         field.__dict__ = self.__dict__.copy()
-        field.params, field.used, field.scratch = [], set(), {}
+        field.params, field.used, field.workspace = [], set(), Workspace()
         return field
 
     @property

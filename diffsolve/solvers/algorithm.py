@@ -84,8 +84,8 @@ class Step:
         Solutions of those equations that an iteration found, for ``step(..., solved=...)``.
     trouble
         What went wrong.
-    later
-        What computes the stiffness of a step with an open end, when it is asked for.
+    stiffness_later
+        Computes the stiffness of a step with an open end, which most solves never ask for.
     """
 
     state: tuple[Tensor, ...]
@@ -96,7 +96,7 @@ class Step:
     converged: bool = True
     solved: tuple[Tensor, ...] = ()
     trouble: Trouble | None = None
-    later: Callable[[], float] | None = None
+    stiffness_later: Callable[[], float] | None = None
 
 
 def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from diffsolve.engines.native.runtime.switching import (
     use_polynomials,
 )
 from diffsolve.engines.native.runtime.template import template, write_tolerance
-from diffsolve.engines.torch_engine import Settings
+from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Tolerance

@@ -17,7 +17,8 @@ from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Counts, Memory
 from diffsolve.engines.native.runtime.switching import join_dense
 from diffsolve.engines.native.runtime.template import Wanted
-from diffsolve.engines.torch_engine import Settings, progress_bar
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.trajectory import progress_bar
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import ReturnCode, Steps
@@ -181,22 +182,19 @@ def message_of(
     return explain(
         Failure(
             RETCODES[status],
+            alg,
+            settings,
             t0=span[0],
             t=reals[L.T],
             t1=span[1],
             h=reals[L.SIZE],
-            tried=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
-            alg=alg,
-            tolerance=settings.tolerance,
-            adaptive=settings.adaptive,
-            dtmin=settings.dtmin,
-            maxiters=settings.maxiters,
+            last_h=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
             attempts=integers[L.ATTEMPTS],
             rejected=integers[L.REJECTED],
             estimates=last,
             state=memory.state(),
             trouble=_TROUBLES.get(int(integers[L.FAILURE])),
-            noisy=isinstance(field, SDEField),
+            is_sde=isinstance(field, SDEField),
             field=field,
         )
     )

@@ -27,7 +27,8 @@ from diffsolve.engines.native.runtime.threads import (
     StochasticTemplate,
     share_out,
 )
-from diffsolve.engines.torch_engine import Settings, progress_bar
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.trajectory import progress_bar
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.initial_step import stochastic_step

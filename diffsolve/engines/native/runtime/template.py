@@ -17,7 +17,7 @@ from diffsolve.engines.native.programs.scalar import ScalarProgram, SparseJacobi
 from diffsolve.engines.native.runtime.blocks import Block, Part, place
 from diffsolve.engines.native.runtime.kernels import Kernel, kernel
 from diffsolve.engines.native.runtime.method import address, method_of, set_controller
-from diffsolve.engines.torch_engine import Settings
+from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.newton import kappa

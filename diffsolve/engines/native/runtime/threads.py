@@ -30,7 +30,7 @@ from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Memory
 from diffsolve.engines.native.runtime.method import MethodNumbers, address, set_controller
 from diffsolve.engines.native.runtime.template import STEPS, Wanted, remembered, write_tolerance
-from diffsolve.engines.torch_engine import Settings
+from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.stochastic.native import FAMILY
