@@ -34,7 +34,6 @@ KNOWN_IMPORTS = {
 }
 KNOWN_LONG_FILES = {
     "engines/native/runtime/loop.py",
-    "engines/native/tracing/surroundings.py",
     "engines/torch_engine.py",
     "problems/vector_field.py",
     "solvers/explicit_rk/tableaus_high_order.py",
@@ -42,7 +41,6 @@ KNOWN_LONG_FILES = {
 }
 KNOWN_LONG_FUNCTIONS = {
     ("engines/native/runtime/template.py", "__init__"),
-    ("engines/native/tracing/surroundings.py", "_visit_other"),
     ("engines/torch_engine.py", "_advance"),
     ("solve.py", "solve"),
     ("solvers/stochastic/tableau.py", "_compiled"),

@@ -35,9 +35,9 @@ from diffsolve.engines.native.programs.remembered import (
     settle,
 )
 from diffsolve.engines.native.programs.scalar import Compiled
-from diffsolve.engines.native.tracing.code_reads import Watch
-from diffsolve.engines.native.tracing.objects import PLAIN
-from diffsolve.engines.native.tracing.surroundings import Survey
+from diffsolve.engines.native.tracing.fingerprint.fingerprint import Fingerprint
+from diffsolve.engines.native.tracing.fingerprint.kinds import PLAIN
+from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.engines.native.tracing.trace import trace
 from diffsolve.problems.autocast import Autocasting
 from diffsolve.problems.capture import (
@@ -62,10 +62,12 @@ class _Again:
         Those of its parameters.
     """
 
-    __slots__ = ("_compiled", "_default", "_inference", "_leaves", "_shape", "entry", "survey")
+    __slots__ = ("_compiled", "_default", "_inference", "_leaves", "_shape", "entry", "fingerprint")
 
-    def __init__(self, entry: Entry, survey: Survey, field: VectorField, leaves: list[Any]):
-        self.entry, self.survey = entry, survey
+    def __init__(
+        self, entry: Entry, fingerprint: Fingerprint, field: VectorField, leaves: list[Any]
+    ):
+        self.entry, self.fingerprint = entry, fingerprint
         self._compiled = entry.compiled  # so that it stays
         self._shape = field.p.shape if isinstance(field.p, Tensor) else None
         self._leaves = leaves
@@ -73,11 +75,11 @@ class _Again:
         self._default = torch.get_default_dtype()
 
     @staticmethod
-    def serves(survey: Survey, p: Any, leaves: list[Any]) -> bool:
-        """Whether a survey shows all that may change of such parameters."""
+    def serves(fingerprint: Fingerprint, p: Any, leaves: list[Any]) -> bool:
+        """Whether a fingerprint shows all that may change of such parameters."""
         if p is None or isinstance(p, Tensor):
             return True
-        found = {id(x) for x in survey.tensors}
+        found = {id(x) for x in fingerprint.tensors}
         return type(p) in CONTAINERS and all(id(x) in found or type(x) in PLAIN for x in leaves)
 
     def holds(self, field: VectorField) -> bool:
@@ -90,7 +92,7 @@ class _Again:
             p.shape == self._shape and p.dtype is entry.dtype and p.is_cpu
         ):
             return False
-        return self.survey.still_holds() and entry.holds_constants(self.survey)
+        return self.fingerprint.still_holds() and entry.holds_constants(self.fingerprint)
 
     def leaves(self, p: Any) -> list[Any]:
         return [p] if self._shape is not None else self._leaves
@@ -112,15 +114,15 @@ class NativeField:
         What the kernels are given in such solves, filled in by the engine.
     """
 
-    def __init__(self, entry: Entry, survey: Survey, leaves: list[Any], trace_s: float):
+    def __init__(self, entry: Entry, fingerprint: Fingerprint, leaves: list[Any], trace_s: float):
         self.compiled = entry.compiled
         assert self.compiled is not None
         self._trace_s = trace_s - self.compiled.compile_s
         self._entry = entry
-        self._survey: Survey | None = survey
+        self._fingerprint: Fingerprint | None = fingerprint
         self.template: Any = None
         self._active: tuple[bool, ...] | None = None
-        self.tensors: list[Tensor] = [survey.tensor(x, leaves) for x in entry.sources]
+        self.tensors: list[Tensor] = [fingerprint.tensor_of(x, leaves) for x in entry.sources]
         flat = [x.detach() if x.dim() == 1 else x.detach().reshape(-1) for x in self.tensors]
         self._borrowed = len(flat) == 1 and flat[0].is_contiguous()
         self.params = flat[0] if self._borrowed else torch.cat(flat) if flat else _NOTHING
@@ -131,7 +133,7 @@ class NativeField:
 
     def forget_functions(self) -> None:
         """Let go of what looked at ``f``: what is kept for a reverse pass must not refer to it."""
-        self._survey = None
+        self._fingerprint = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NativeField:
         return self  # nothing changes it, and machine code has no copies
@@ -180,8 +182,8 @@ class NativeField:
 
     def _reachable(self, field: VectorField) -> list[Tensor]:
         """Tensors that ``f`` could use, looked for where those that it uses are others."""
-        assert self._survey is not None  # the solve has not begun
-        mine, part = self._survey.tensors, getattr(field.f, "__func__", None)
+        assert self._fingerprint is not None  # the solve has not begun
+        mine, part = self._fingerprint.tensors, getattr(field.f, "__func__", None)
         cache = lasting(field.f)
         known = cache.get(("reachable", part))
         if known is not None and len(known[0]) == len(mine) and all(map(is_, known[0], mine)):
@@ -218,7 +220,7 @@ def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: boo
     f, p = field.f, field.p
     again: _Again | None = field.memo.get(_Again)
     if again is not None and again.holds(field):
-        native = NativeField(again.entry, again.survey, again.leaves(p), 0.0)
+        native = NativeField(again.entry, again.fingerprint, again.leaves(p), 0.0)
         if not guard or _is_confirmed(field, native, t0, u0.detach(), direction):
             return native
     u0 = u0.detach()
@@ -231,29 +233,29 @@ def find(field: VectorField, t0: float, u0: Tensor, direction: float, guard: boo
     found = match(known, around)
     doubtful = None
     if found is not None:
-        entry, survey = found
-        native = _ready(entry, survey, leaves, 0.0)
+        entry, fingerprint = found
+        native = _ready(entry, fingerprint, leaves, 0.0)
         if not guard or _is_confirmed(field, native, t0, u0, direction):
             keep(f, entry)
-            if _Again.serves(survey, p, leaves):
-                field.memo[_Again] = _Again(entry, survey, field, leaves)
+            if _Again.serves(fingerprint, p, leaves):
+                field.memo[_Again] = _Again(entry, fingerprint, field, leaves)
             return native
         doubtful, entry.is_current = entry, False
     if guard:
         refuse_known(known, around)
     t = field.after(t0, direction)
     started = time.perf_counter()
-    entry, survey = _traced(field, t, u0, around, known, guard)
+    entry, fingerprint = _traced(field, t, u0, around, known, guard)
     if not entry.declined:
-        native = _ready(entry, survey, leaves, time.perf_counter() - started)
+        native = _ready(entry, fingerprint, leaves, time.perf_counter() - started)
         reason = _why_not_itself(field, native, t, u0, direction)
-        settle(entry, survey, around, reason)
+        settle(entry, fingerprint, around, reason)
         if doubtful is not None and doubtful.compiled is not entry.compiled:
             known.doubt = HIDDEN
         entry.unknown = entry.unknown or known.doubt
     remember(known, entry)
     keep(f, entry)
-    return _ready(entry, survey, leaves, time.perf_counter() - started)
+    return _ready(entry, fingerprint, leaves, time.perf_counter() - started)
 
 
 def _is_confirmed(
@@ -265,34 +267,36 @@ def _is_confirmed(
     return _agrees(field, native, t, u0, eager) and native.holds_all(foreign)
 
 
-def _ready(entry: Entry, survey: Survey, leaves: list[Any], trace_s: float) -> NativeField:
+def _ready(
+    entry: Entry, fingerprint: Fingerprint, leaves: list[Any], trace_s: float
+) -> NativeField:
     if entry.declined:
         raise Declined(entry.declined)
-    return NativeField(entry, survey, leaves, trace_s)
+    return NativeField(entry, fingerprint, leaves, trace_s)
 
 
 def _traced(
     field: VectorField, t: Tensor, u0: Tensor, around: Any, known: Known, guard: bool
-) -> tuple[Entry, Survey]:
-    dtype, watch = field.structure.dtype, Watch()
+) -> tuple[Entry, Fingerprint]:
+    dtype, recorder = field.structure.dtype, CodeRecorder()
     try:
         refuse_torchscript(around)
-        found = trace(field.f, field.structure, field.p, t, u0, watch=watch)
+        found = trace(field.f, field.structure, field.p, t, u0, recorder=recorder)
     except Declined as reason:
-        return refused(Entry, watch, around, known, dtype, str(reason))
+        return refused(Entry, recorder, around, known, dtype, str(reason))
     except Exception as error:  # f's own, which the torch engine reports as it is
         reason = f"f raised {type(error).__name__}: {error}"
-        return refused(Entry, watch, around, known, dtype, reason)
+        return refused(Entry, recorder, around, known, dtype, reason)
     single = dtype is torch.float32
     graph = Graph.of(found, found.outputs, pytree.tree_leaves(field.p), "ode")
     key = (single, graph.blocks, content(graph.outputs))
     try:
         compiled = _compiled(key, graph, single, known, guard)
     except Declined as reason:
-        return refused(Entry, watch, around, known, dtype, str(reason))
-    entry, survey = described(Entry, watch, around, known, dtype, found, graph, compiled)
+        return refused(Entry, recorder, around, known, dtype, str(reason))
+    entry, fingerprint = described(Entry, recorder, around, known, dtype, found, graph, compiled)
     entry.hook, entry.compares = look(field, [field.f], t, u0)
-    return entry, survey
+    return entry, fingerprint
 
 
 def _compiled(key: Any, graph: Graph, single: bool, known: Known, guard: bool) -> Compiled:

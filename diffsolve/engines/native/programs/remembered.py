@@ -18,9 +18,10 @@ from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.graph.expression import Node, Pool, needed
 from diffsolve.engines.native.locks import tables
 from diffsolve.engines.native.tracing.changing_numbers import numbers_of, with_inputs
-from diffsolve.engines.native.tracing.code_reads import Plan, Watch
-from diffsolve.engines.native.tracing.objects import outline
-from diffsolve.engines.native.tracing.surroundings import Source, Survey
+from diffsolve.engines.native.tracing.fingerprint.code_reads import ReadPlan
+from diffsolve.engines.native.tracing.fingerprint.fingerprint import Fingerprint, Source
+from diffsolve.engines.native.tracing.fingerprint.kinds import without_numbers
+from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.engines.native.tracing.trace import Trace
 from diffsolve.problems.vector_field import VectorField
 
@@ -46,7 +47,7 @@ class Entry:
     depends on the same things.
     """
 
-    plan: Plan
+    plan: ReadPlan
     items: list[Any]
     unknown: str
     dtype: torch.dtype
@@ -65,7 +66,7 @@ class Entry:
     _compiled: Any = None
 
     def __post_init__(self) -> None:
-        self.outline = outline(self.items)
+        self.outline = without_numbers(self.items)
 
     @property
     def compiled(self) -> Any:
@@ -76,28 +77,28 @@ class Entry:
     def compiled(self, value: Any) -> None:
         self._compiled = None if value is None else weakref.ref(value)
 
-    def settle(self, after: Survey) -> None:
+    def settle(self, after: Fingerprint) -> None:
         """Leave out the numbers that ``f`` changed while it ran, such as counters of its calls."""
         if len(after.items) == len(self.items):
             pairs = enumerate(zip(after.items, self.items, strict=True))
             self.moving = [i for i, (a, b) in pairs if a != b and type(a) is tuple]
             self.items = after.items
 
-    def holds(self, survey: Survey) -> bool:
+    def holds(self, fingerprint: Fingerprint) -> bool:
         """Whether all that a trace depends on is as it was."""
-        if self.unknown or survey.unknown or not self.is_current:
+        if self.unknown or fingerprint.why_incomplete or not self.is_current:
             return False
         if not self.declined and self.compiled is None:
             return False
-        items = survey.items
+        items = fingerprint.items
         if self.moving and len(items) == len(self.items):
             items = list(items)
             for i in self.moving:
                 items[i] = self.items[i]
-        return items == self.items and self.holds_constants(survey)
+        return items == self.items and self.holds_constants(fingerprint)
 
-    def holds_constants(self, survey: Survey) -> bool:
-        return all(torch.equal(survey.tensors[i], x) for i, x in self.constants)
+    def holds_constants(self, fingerprint: Fingerprint) -> bool:
+        return all(torch.equal(fingerprint.tensors[i], x) for i, x in self.constants)
 
 
 class Known(list[Any]):
@@ -130,28 +131,28 @@ class Known(list[Any]):
 _by_code: OrderedDict[Any, Known] = OrderedDict()
 
 
-def match(known: Known, around: Any) -> tuple[Any, Survey] | None:
+def match(known: Known, around: Any) -> tuple[Any, Fingerprint] | None:
     """The entry that holds, and what was found around ``f``."""
-    surveys: dict[int, Survey] = {}
+    fingerprints: dict[int, Fingerprint] = {}
     with tables:
         entries = [x for x in known if not x.unknown]
     for entry in entries:
-        survey = surveys.get(id(entry.plan))
-        if survey is None:
-            survey = surveys[id(entry.plan)] = Survey(entry.plan, around)
-        if entry.holds(survey):
+        fingerprint = fingerprints.get(id(entry.plan))
+        if fingerprint is None:
+            fingerprint = fingerprints[id(entry.plan)] = Fingerprint(entry.plan, around)
+        if entry.holds(fingerprint):
             known.compiled = 0
-            return entry, survey
+            return entry, fingerprint
     return None
 
 
-def settle(entry: Any, survey: Survey, around: Any, reason: str) -> None:
+def settle(entry: Any, fingerprint: Fingerprint, around: Any, reason: str) -> None:
     """What the evaluations after a trace have shown."""
-    if not reason and survey.generators_moved():
+    if not reason and fingerprint.generators_advanced():
         reason = _DRAWS
     if reason:
         entry.compiled, entry.declined = None, reason
-    entry.settle(Survey(entry.plan, around))
+    entry.settle(Fingerprint(entry.plan, around))
 
 
 def refuse_known(known: list[Any], around: Any) -> None:
@@ -159,7 +160,7 @@ def refuse_known(known: list[Any], around: Any) -> None:
     with tables:
         refused = [x for x in known if x.declined and x.to_skip > 0]
     for entry in refused:
-        if entry.outline == outline(Survey(entry.plan, around).items):
+        if entry.outline == without_numbers(Fingerprint(entry.plan, around).items):
             entry.to_skip -= 1
             raise Declined(entry.declined)
 
@@ -228,7 +229,7 @@ def key_of(right: VectorField, leaves: list[Any]) -> Any:
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.dtype is structure.dtype:
             parts += (leaf.shape, type(leaf), leaf.device)
-        else:  # a survey looks into it
+        else:  # a fingerprint looks into it
             parts.append(type(leaf))
     return tuple(parts)
 
@@ -245,7 +246,7 @@ def code_of(f: Any) -> Any:
 
 
 def around_of(p: Any, leaves: list[Any], dtype: torch.dtype) -> list[Any]:
-    """What of ``p`` a survey looks at: all but a tensor that is an input."""
+    """What of ``p`` a fingerprint looks at: all but a tensor that is an input."""
     if p is None or (isinstance(p, Tensor) and p.dtype is dtype):
         return []
     if type(p) in CONTAINERS:
@@ -288,46 +289,53 @@ class Graph:
 
 
 def refused(
-    kind: Any, watch: Watch, around: Any, known: list[Any], dtype: torch.dtype, reason: str
-) -> tuple[Any, Survey]:
+    kind: Any,
+    recorder: CodeRecorder,
+    around: Any,
+    known: list[Any],
+    dtype: torch.dtype,
+    reason: str,
+) -> tuple[Any, Fingerprint]:
     """The entry of a function that was declined."""
-    plan = _plan_of(watch, known)
-    survey = Survey(plan, around)
-    return kind(plan, survey.items, survey.unknown, dtype, declined=reason), survey
+    plan = _plan_of(recorder, known)
+    fingerprint = Fingerprint(plan, around)
+    return kind(
+        plan, fingerprint.items, fingerprint.why_incomplete, dtype, declined=reason
+    ), fingerprint
 
 
 def described(
     kind: Any,
-    watch: Watch,
+    recorder: CodeRecorder,
     around: Any,
     known: list[Any],
     dtype: torch.dtype,
     found: Trace,
     graph: Graph,
     compiled: Any,
-) -> tuple[Any, Survey]:
+) -> tuple[Any, Fingerprint]:
     """The entry of a function that was traced, and whose ``graph`` was compiled."""
-    plan = _plan_of(watch, known)
-    survey = Survey(plan, around)
-    survey.note_generators()
-    sources = [survey.source_of(x) for x in found.inputs]
+    plan = _plan_of(recorder, known)
+    fingerprint = Fingerprint(plan, around)
+    fingerprint.note_generators()
+    sources = [fingerprint.source_of(x) for x in found.inputs]
     if graph.numbers:
         sources.append(Source("numbers", 0, torch.tensor(graph.numbers, dtype=dtype, device="cpu")))
     constants: list[tuple[int, Tensor]] = []
     for x, _ in found.constants:
-        place = survey.place_of(x)
+        place = fingerprint.index_of(x)
         if place is not None:
             constants.append((place, x.detach().clone()))
-        elif survey.array_with(x) is None:
-            survey.give_up("it uses a tensor that was not found")
+        elif not fingerprint.is_array(x):
+            fingerprint.mark_incomplete("it uses a tensor that was not found")
     inputs = (node.data for node in needed(graph.outputs) if node.op == "input")
     positions = {i for block, i in inputs if block == "p"}
     used = [not positions.isdisjoint(range(x.offset, x.offset + x.count)) for x in found.inputs]
     used += [False] * (len(sources) - len(used))  # numbers have no gradient
     entry = kind(
         plan,
-        survey.items,
-        survey.unknown,
+        fingerprint.items,
+        fingerprint.why_incomplete,
         dtype,
         sources=sources,
         constants=constants,
@@ -335,11 +343,11 @@ def described(
         used=used,
     )
     entry.compiled = compiled
-    return entry, survey
+    return entry, fingerprint
 
 
-def _plan_of(watch: Watch, known: list[Any]) -> Plan:
+def _plan_of(recorder: CodeRecorder, known: list[Any]) -> ReadPlan:
     """Where to look; the same for all traces in which the same code ran."""
-    plan = watch.plan()
+    plan = recorder.plan()
     with tables:
-        return next((x.plan for x in known if x.plan.is_that_of(plan)), plan)
+        return next((x.plan for x in known if x.plan.equals(plan)), plan)

@@ -50,8 +50,8 @@ from diffsolve.engines.native.programs.remembered import (
 )
 from diffsolve.engines.native.programs.remembered import refused as refused_as
 from diffsolve.engines.native.programs.rows import Functions
-from diffsolve.engines.native.tracing.code_reads import Watch
-from diffsolve.engines.native.tracing.surroundings import Survey
+from diffsolve.engines.native.tracing.fingerprint.fingerprint import Fingerprint
+from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.engines.native.tracing.trace import Trace, flat_result, trace
 from diffsolve.engines.native.tracing.tracer import Tracer
 from diffsolve.problems.autocast import Autocasting
@@ -153,8 +153,8 @@ def find(field: SDEField, t0: float, u0: Tensor, direction: float, guard: bool) 
     shape = field.structure.shapes[0]
     doubtful = None
     if found is not None:
-        entry, survey = found
-        native = _ready(entry, field, survey, leaves, 0.0)
+        entry, fingerprint = found
+        native = _ready(entry, field, fingerprint, leaves, 0.0)
         if shape not in entry.judged:
             entry.judged[shape] = _why_not_itself(field, native, t, u0, direction)
         _refuse_judged(entry, shape)
@@ -169,17 +169,17 @@ def find(field: SDEField, t0: float, u0: Tensor, direction: float, guard: bool) 
     if guard:
         refuse_known(known, around)
     started = time.perf_counter()
-    entry, survey = _traced(field, one, t, u0, around, known, guard)
+    entry, fingerprint = _traced(field, one, t, u0, around, known, guard)
     if not entry.declined:
-        native = _ready(entry, field, survey, leaves, time.perf_counter() - started)
+        native = _ready(entry, field, fingerprint, leaves, time.perf_counter() - started)
         entry.judged[shape] = _why_not_itself(field, native, t, u0, direction)
-        settle(entry, survey, around, "")
+        settle(entry, fingerprint, around, "")
         if doubtful is not None and doubtful.compiled is not entry.compiled:
             known.doubt = HIDDEN
         entry.unknown = entry.unknown or known.doubt
     remember(known, entry)
     keep(field.f, entry)
-    native = _ready(entry, field, survey, leaves, time.perf_counter() - started)
+    native = _ready(entry, field, fingerprint, leaves, time.perf_counter() - started)
     _refuse_judged(entry, shape)
     return native
 
@@ -232,22 +232,22 @@ class _OfKey:
 
 
 def _ready(
-    entry: _Entry, field: SDEField, survey: Survey, leaves: list[Any], trace_s: float
+    entry: _Entry, field: SDEField, fingerprint: Fingerprint, leaves: list[Any], trace_s: float
 ) -> NativeSDE:
     if entry.declined:
         raise Declined(entry.declined)
     field.m, field.is_diagonal = entry.m, entry.is_diagonal
     field._g_shapes = [torch.Size([*x, *entry.trailing]) for x in field.structure.shapes]
-    return NativeSDE(entry, survey, leaves, trace_s)
+    return NativeSDE(entry, fingerprint, leaves, trace_s)
 
 
 def _traced(
     field: SDEField, one: _Rows, t: Tensor, u0: Tensor, around: Any, known: Known, guard: bool
-) -> tuple[_Entry, Survey]:
-    dtype, watch = field.structure.dtype, Watch()
+) -> tuple[_Entry, Fingerprint]:
+    dtype, recorder = field.structure.dtype, CodeRecorder()
 
-    def refused(reason: str) -> tuple[_Entry, Survey]:
-        return refused_as(_Entry, watch, around, known, dtype, reason)
+    def refused(reason: str) -> tuple[_Entry, Fingerprint]:
+        return refused_as(_Entry, recorder, around, known, dtype, reason)
 
     def both(t: Tensor, u: Any, *args: Any) -> Any:
         return field.f(t, u, *args), field.g(t, u, *args)
@@ -260,7 +260,7 @@ def _traced(
     u = one.state(u0, field.d)
     try:
         fields.refuse_torchscript(around)
-        found = trace(both, one.structure, field.p, t, u, 2 * MOST_NODES, flat, watch)
+        found = trace(both, one.structure, field.p, t, u, 2 * MOST_NODES, flat, recorder)
         misnamed = field.noise == "additive" and _depends(found.outputs[one.rows * field.d :])
         drift, diffusion = _first_path(found, one, field)
     except Declined as reason:
@@ -293,12 +293,12 @@ def _traced(
                 _by_content.move_to_end(key)
     except Declined as reason:
         return refused(str(reason))
-    entry, survey = described(_Entry, watch, around, known, dtype, found, graph, compiled)
+    entry, fingerprint = described(_Entry, recorder, around, known, dtype, found, graph, compiled)
     whole = len(one.field._g_shapes[0]) > len(one.structure.shapes[0])
     entry.hook, entry.compares = fields.look(field, [field.f, field.g], t, u0)
     entry.m, entry.is_diagonal = m, is_diagonal
     entry.trailing = (m,) if whole else ()
-    return entry, survey
+    return entry, fingerprint
 
 
 def _flat_diffusion(g: Any, field: SDEField, tracer: Tracer) -> list[Node]:
