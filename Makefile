@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all bench lint format clean
+.PHONY: help install demo test test-all coverage bench lint format docs-figures clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv with the pinned development tools
 
@@ -25,6 +25,9 @@ test: $(STAMP) ## run the tests but the slow ones
 
 test-all: $(STAMP) ## run every test
 	$(PYTEST)
+
+coverage: $(STAMP) ## run the tests but the slow ones, and list the lines that none of them reaches
+	$(PYTEST) -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 bench: $(STAMP) ## run the benchmarks, against peers that are installed for it (300 MB)
 	-$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench-peers]'
@@ -39,8 +42,11 @@ format: $(STAMP) ## format, and mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs-figures: $(STAMP) ## write the figure of the layers into docs/architecture.md
+	$(BIN)/python docs/layers.py
+
 clean: ## remove .venv, caches and outputs
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis examples/output benchmarks/output
+	rm -rf $(VENV) build dist .coverage .pytest_cache .ruff_cache .hypothesis examples/output benchmarks/output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The constraints apply from the first request for torch: without them pip may pick another build of

@@ -262,6 +262,7 @@ class ExponentialAnnealing:
 
     Examples
     --------
+    >>> from diffsolve.regularization import ExponentialAnnealing
     >>> coefficient = ExponentialAnnealing(100.0, 10.0, 75)
     >>> coefficient(0), coefficient(75)
     (100.0, 10.0)

@@ -12,6 +12,12 @@ from gradients import DOUBLE, Decay, leaf
 from native_runs import ENGINES, ones, rate_of, run
 from torch import nn
 
+from diffsolve import solve
+from diffsolve.engines.native.tracing.fingerprint.code_reads import is_trusted
+from diffsolve.nn import NeuralODE
+from diffsolve.problems.library import mechanics
+from diffsolve.problems.vector_field import VectorField
+
 a_global = 1.0
 a_global_tensor = torch.ones(1, dtype=DOUBLE)
 
@@ -325,3 +331,13 @@ def test_frozen_parameters(engine):
     assert float(net.weight.grad) == pytest.approx(float(sol.u[-1].detach()), rel=1e-6)
     net.weight.requires_grad_(False)
     assert not run(f, engine).u.requires_grad
+
+
+def test_code_that_is_trusted() -> None:
+    """The package's own code is, but for its right-hand sides and layers."""
+    assert is_trusted(VectorField.rounding_error.__code__)
+    assert is_trusted(solve.__code__)
+    assert is_trusted(nn.Linear.forward.__code__)
+    assert not is_trusted(NeuralODE.forward.__code__)
+    assert not is_trusted(mechanics.henon_heiles().f.__code__)
+    assert not is_trusted(closure.__code__)

@@ -35,6 +35,8 @@ class NeuralODE(nn.Module):
 
     Examples
     --------
+    >>> from diffsolve.nn import NeuralODE
+    >>> from torch import nn
     >>> layer = NeuralODE(nn.Linear(2, 2), (0.0, 1.0), Tsit5(), rtol=1e-6)
     >>> model = nn.Sequential(nn.Linear(3, 2), layer, nn.Linear(2, 1))
 

@@ -51,6 +51,8 @@ class NeuralSDE(nn.Module):
 
     Examples
     --------
+    >>> from diffsolve.nn import NeuralSDE
+    >>> from torch import nn
     >>> layer = NeuralSDE(nn.Linear(2, 2), nn.Linear(2, 2), (0.0, 1.0), SOSRI(), rtol=1e-2)
     >>> layer(torch.zeros(100, 2)).shape  # 100 paths
     torch.Size([100, 2])

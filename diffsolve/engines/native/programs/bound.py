@@ -16,7 +16,7 @@ from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.programs.rows import RowProgram
 from diffsolve.engines.native.programs.scalar import ScalarProgram
 from diffsolve.engines.native.programs.traces import FunctionCache, TraceEntry
-from diffsolve.engines.native.tracing.surroundings import Survey
+from diffsolve.engines.native.tracing.fingerprint.fingerprint import Fingerprint
 from diffsolve.problems.capture import reachable_tensors
 from diffsolve.problems.vector_field import VectorField
 
@@ -44,16 +44,18 @@ class BoundProgram:
         copy, for what reads them after the solve.
     """
 
-    def __init__(self, entry: TraceEntry, survey: Survey, leaves: list[Any], trace_s: float):
+    def __init__(
+        self, entry: TraceEntry, fingerprint: Fingerprint, leaves: list[Any], trace_s: float
+    ):
         program = entry.program
         assert program is not None
         self.program: Any = program  # its kind is that of the class
         self._trace_s = trace_s - program.compile_s
         self._entry = entry
-        self._survey: Survey | None = survey
+        self._fingerprint: Fingerprint | None = fingerprint
         self._active: tuple[bool, ...] | None = None
         self.template: Any = None
-        self.tensors: list[Tensor] = [survey.tensor(x, leaves) for x in entry.sources]
+        self.tensors: list[Tensor] = [fingerprint.tensor_of(x, leaves) for x in entry.sources]
         flat = [x.detach() if x.dim() == 1 else x.detach().reshape(-1) for x in self.tensors]
         self._borrowed = len(flat) == 1 and flat[0].is_contiguous()
         self.params = flat[0] if self._borrowed else torch.cat(flat) if flat else _NOTHING
@@ -65,7 +67,7 @@ class BoundProgram:
 
     def forget_functions(self) -> None:
         """Let go of what looked at ``f``: what is kept for a reverse pass must not refer to it."""
-        self._survey = None
+        self._fingerprint = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundProgram:
         return self  # nothing changes it, and machine code has no copies
@@ -114,8 +116,8 @@ class BoundProgram:
 
     def _reachable(self, field: VectorField) -> list[Tensor]:
         """Leaves that ``f`` could use; they are looked for where the tensors in use are others."""
-        assert self._survey is not None  # the solve has not begun
-        met, functions = self._survey.tensors, field.functions
+        assert self._fingerprint is not None  # the solve has not begun
+        met, functions = self._fingerprint.tensors, field.functions
         cache = FunctionCache.of(functions[0])
         parts = [getattr(f, "__func__", None) for f in functions]
         key = (*parts, *map(FunctionCache.of, functions[1:]))

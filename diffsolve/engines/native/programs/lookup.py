@@ -28,9 +28,9 @@ from diffsolve.engines.native.programs.traces import (
     traces_of,
     why_drawn,
 )
-from diffsolve.engines.native.tracing.code_reads import Watch
-from diffsolve.engines.native.tracing.objects import PLAIN
-from diffsolve.engines.native.tracing.surroundings import Survey
+from diffsolve.engines.native.tracing.fingerprint.fingerprint import Fingerprint
+from diffsolve.engines.native.tracing.fingerprint.kinds import PLAIN
+from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.problems.autocast import Autocasting
 from diffsolve.problems.capture import is_torchscript, reached_objects
 from diffsolve.problems.vector_field import VectorField
@@ -45,10 +45,12 @@ class LastLookup:
         Those of the field's parameters.
     """
 
-    __slots__ = ("_default", "_inference", "_leaves", "_program", "_shape", "entry", "survey")
+    __slots__ = ("_default", "_inference", "_leaves", "_program", "_shape", "entry", "fingerprint")
 
-    def __init__(self, entry: TraceEntry, survey: Survey, field: VectorField, leaves: list[Any]):
-        self.entry, self.survey = entry, survey
+    def __init__(
+        self, entry: TraceEntry, fingerprint: Fingerprint, field: VectorField, leaves: list[Any]
+    ):
+        self.entry, self.fingerprint = entry, fingerprint
         self._program = entry.program  # an entry alone does not keep it alive
         self._shape = field.p.shape if isinstance(field.p, Tensor) else None
         self._leaves = leaves
@@ -56,11 +58,11 @@ class LastLookup:
         self._default = torch.get_default_dtype()
 
     @staticmethod
-    def suffices(survey: Survey, p: Any, leaves: list[Any]) -> bool:
-        """Whether a survey shows all that may change of such parameters."""
+    def suffices(fingerprint: Fingerprint, p: Any, leaves: list[Any]) -> bool:
+        """Whether a fingerprint shows all that may change of such parameters."""
         if p is None or isinstance(p, Tensor):
             return True
-        met = {id(x) for x in survey.tensors}
+        met = {id(x) for x in fingerprint.tensors}
         return is_container(p) and all(id(x) in met or type(x) in PLAIN for x in leaves)
 
     def holds(self, field: VectorField) -> bool:
@@ -74,7 +76,7 @@ class LastLookup:
             p.shape == self._shape and p.dtype is entry.dtype and p.is_cpu
         ):
             return False
-        return self.survey.still_holds() and entry.holds_constants(self.survey)
+        return self.fingerprint.still_holds() and entry.holds_constants(self.fingerprint)
 
     def leaves(self, p: Any) -> list[Any]:
         return [p] if self._shape is not None else self._leaves
@@ -107,18 +109,18 @@ class _Lookup:
             self.traces.refuse_repeated(self.roots)
         return self._trace_anew(stale)
 
-    def _known(self, entry: TraceEntry, survey: Survey) -> BoundProgram | None:
+    def _known(self, entry: TraceEntry, fingerprint: Fingerprint) -> BoundProgram | None:
         """The program of an entry that seems to hold; None where torch gives other values."""
         field, recipe = self.field, self.recipe
-        bound = recipe.bind(entry, survey, field, self.leaves)
+        bound = recipe.bind(entry, fingerprint, field, self.leaves)
         why = recipe.judge_again(entry, field, bound, self.t, self.u0, self.direction)
         if why:
             raise Declined(why)
         if self.verify and not recipe.is_confirmed(field, bound, self.t, self.u0):
             return None
         FunctionCache.of(field.functions[0]).keep(entry.program)
-        if LastLookup.suffices(survey, field.p, self.leaves):
-            field.memo.lookup = LastLookup(entry, survey, field, self.leaves)
+        if LastLookup.suffices(fingerprint, field.p, self.leaves):
+            field.memo.lookup = LastLookup(entry, fingerprint, field, self.leaves)
         return bound
 
     def _trace_anew(self, stale: TraceEntry | None) -> BoundProgram:
@@ -128,46 +130,48 @@ class _Lookup:
         """
         field, recipe, traces = self.field, self.recipe, self.traces
         started = time.perf_counter()
-        entry, survey, _program = self._traced()
+        entry, fingerprint, _program = self._traced()
         why = ""
         if not entry.declined:
-            bound = recipe.bind(entry, survey, field, self.leaves)
+            bound = recipe.bind(entry, fingerprint, field, self.leaves)
             why = recipe.judge(entry, field, bound, self.t, self.u0, self.direction)
-            final = (why if recipe.judges_once else "") or why_drawn(survey)
+            final = (why if recipe.judges_once else "") or why_drawn(fingerprint)
             if final:
                 entry.program, entry.declined = None, final
             entry.settle(self.roots)
             if stale is not None and stale.program is not entry.program:
                 traces.doubt = CHANGED_UNSEEN
-            entry.unknown = entry.unknown or traces.doubt
+            entry.why_incomplete = entry.why_incomplete or traces.doubt
         traces.add(entry)
         FunctionCache.of(field.functions[0]).keep(entry.program)
         seconds = time.perf_counter() - started
-        bound = recipe.bind(entry, survey, field, self.leaves, seconds)
+        bound = recipe.bind(entry, fingerprint, field, self.leaves, seconds)
         if why:
             raise Declined(why)
         return bound
 
-    def _traced(self) -> tuple[TraceEntry, Survey, Program | None]:
-        """An entry for what one run shows, its survey, and its program to be kept alive."""
+    def _traced(self) -> tuple[TraceEntry, Fingerprint, Program | None]:
+        """An entry for what one run shows, its fingerprint, and its program to be kept alive."""
         field, recipe, traces, roots = self.field, self.recipe, self.traces, self.roots
-        dtype, watch = field.structure.dtype, Watch()
+        dtype, recorder = field.structure.dtype, CodeRecorder()
         try:
             if any(map(is_torchscript, reached_objects(roots))):
                 # numbers in it change unseen, and gradients stop unseen
                 raise Declined("it calls code of TorchScript")
-            graph = recipe.graph(field, self.t, self.u0, self.leaves, watch)
+            graph = recipe.graph(field, self.t, self.u0, self.leaves, recorder)
             key = (type(recipe), graph.is_float32, graph.kind, graph.blocks, content(graph.outputs))
             program = traces.program(key, lambda: recipe.program(graph), self.verify)
         except Declined as reason:
-            plan = traces.plan_like(watch.plan())
-            survey = Survey(plan, roots)
-            declined = TraceEntry(plan, survey.items, survey.unknown, dtype, declined=str(reason))
-            return declined, survey, None
-        entry, survey = graph.entry(traces.plan_like(watch.plan()), roots, dtype)
+            plan = traces.plan_like(recorder.plan())
+            fingerprint = Fingerprint(plan, roots)
+            declined = TraceEntry(
+                plan, fingerprint.items, fingerprint.why_incomplete, dtype, declined=str(reason)
+            )
+            return declined, fingerprint, None
+        entry, fingerprint = graph.entry(traces.plan_like(recorder.plan()), roots, dtype)
         entry.program = program
         note_gradients(entry, field, self.t, self.u0)
-        return entry, survey, program
+        return entry, fingerprint, program
 
 
 def find(field: Any, recipe: Recipe, t0: float, u0: Tensor, direction: float, verify: bool) -> Any:
@@ -191,7 +195,7 @@ def find(field: Any, recipe: Recipe, t0: float, u0: Tensor, direction: float, ve
     u0 = u0.detach()
     last: LastLookup | None = field.memo.lookup
     if last is not None and last.holds(field):
-        bound = recipe.bind(last.entry, last.survey, field, last.leaves(field.p))
+        bound = recipe.bind(last.entry, last.fingerprint, field, last.leaves(field.p))
         if not verify or recipe.is_confirmed(field, bound, field.after(t0, direction), u0):
             return bound
     if any(isinstance(f, Autocasting) for f in field.functions):

@@ -17,8 +17,9 @@ from diffsolve.engines.native.programs.base import Program
 from diffsolve.engines.native.programs.bound import BoundProgram
 from diffsolve.engines.native.programs.traces import TraceEntry, code_of
 from diffsolve.engines.native.tracing.changing_numbers import numbers_of, with_inputs
-from diffsolve.engines.native.tracing.code_reads import Plan, Watch
-from diffsolve.engines.native.tracing.surroundings import Source, Survey
+from diffsolve.engines.native.tracing.fingerprint.code_reads import ReadPlan
+from diffsolve.engines.native.tracing.fingerprint.fingerprint import Fingerprint, Source
+from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.engines.native.tracing.trace import Trace
 from diffsolve.problems.probe import Probe, has_module_hooks
 from diffsolve.problems.structure import StateStructure
@@ -83,30 +84,32 @@ class ProgramGraph:
     def is_float32(self) -> bool:
         return self.trace.pool.dtype is np.float32
 
-    def entry(self, plan: Plan, roots: Any, dtype: torch.dtype) -> tuple[TraceEntry, Survey]:
-        """What is to be remembered of the trace, and the survey that it goes by."""
-        survey = Survey(plan, roots)
-        survey.note_generators()
+    def entry(
+        self, plan: ReadPlan, roots: Any, dtype: torch.dtype
+    ) -> tuple[TraceEntry, Fingerprint]:
+        """What is to be remembered of the trace, and the fingerprint that it goes by."""
+        fingerprint = Fingerprint(plan, roots)
+        fingerprint.note_generators()
         inputs = self.trace.inputs
-        sources = [survey.source_of(x) for x in inputs]
+        sources = [fingerprint.source_of(x) for x in inputs]
         if self.numbers:
             numbers = torch.tensor(self.numbers, dtype=dtype, device="cpu")
             sources.append(Source("numbers", 0, numbers))
         constants: list[tuple[int, Tensor]] = []
         for x, _ in self.trace.constants:
-            place = survey.place_of(x)
+            place = fingerprint.index_of(x)
             if place is not None:
                 constants.append((place, x.detach().clone()))
-            elif survey.array_with(x) is None:
-                survey.give_up("it uses a tensor that was not found")
+            elif not fingerprint.is_array(x):
+                fingerprint.mark_incomplete("it uses a tensor that was not found")
         read = (node.data for node in needed(self.outputs) if node.op == "input")
         positions = {i for block, i in read if block == "p"}
         used = [not positions.isdisjoint(range(x.offset, x.offset + x.count)) for x in inputs]
         used += [False] * (len(sources) - len(used))  # numbers have no gradient
         entry = TraceEntry(
             plan,
-            survey.items,
-            survey.unknown,
+            fingerprint.items,
+            fingerprint.why_incomplete,
             dtype,
             sources=sources,
             constants=constants,
@@ -114,7 +117,7 @@ class ProgramGraph:
             used=used,
             facts=self.facts,
         )
-        return entry, survey
+        return entry, fingerprint
 
 
 class Recipe(ABC):
@@ -131,7 +134,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def graph(
-        self, field: Any, t: Tensor, u0: Tensor, leaves: list[Any], watch: Watch
+        self, field: Any, t: Tensor, u0: Tensor, leaves: list[Any], recorder: CodeRecorder
     ) -> ProgramGraph:
         """Run the functions once.
 
@@ -148,7 +151,7 @@ class Recipe(ABC):
     def bind(
         self,
         entry: TraceEntry,
-        survey: Survey,
+        fingerprint: Fingerprint,
         field: Any,
         leaves: list[Any],
         trace_s: float = 0.0,
@@ -162,7 +165,7 @@ class Recipe(ABC):
         """
         if entry.declined:
             raise Declined(entry.declined)
-        return self.bound(entry, survey, leaves, trace_s)
+        return self.bound(entry, fingerprint, leaves, trace_s)
 
     @abstractmethod
     def is_confirmed(self, field: Any, bound: Any, t: Tensor, u0: Tensor) -> bool:
@@ -182,7 +185,7 @@ class Recipe(ABC):
 
 
 def roots_of(field: VectorField, leaves: list[Any]) -> tuple[Any, ...]:
-    """What a survey looks at: the functions, and all of ``p`` but tensors that are inputs."""
+    """What a fingerprint looks at: the functions, and all of ``p`` but tensors that are inputs."""
     p, dtype = field.p, field.structure.dtype
     if p is None or (isinstance(p, Tensor) and p.dtype is dtype):
         return field.functions
@@ -193,7 +196,7 @@ def roots_of(field: VectorField, leaves: list[Any]) -> tuple[Any, ...]:
 
 
 def is_container(p: Any) -> bool:
-    """Whether a survey goes through ``p`` as a whole."""
+    """Whether a fingerprint goes through ``p`` as a whole."""
     return type(p) in _CONTAINERS
 
 
@@ -209,7 +212,7 @@ def key_of(f: Any, p: Any, structure: StateStructure, leaves: list[Any]) -> tupl
     for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.dtype is structure.dtype:
             parts += (leaf.shape, type(leaf), leaf.device)
-        else:  # a survey looks into it
+        else:  # a fingerprint looks into it
             parts.append(type(leaf))
     return tuple(parts)
 

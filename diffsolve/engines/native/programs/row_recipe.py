@@ -30,8 +30,8 @@ from diffsolve.engines.native.programs.recipe import (
 )
 from diffsolve.engines.native.programs.rows import RowProgram
 from diffsolve.engines.native.programs.traces import TraceEntry, code_of
-from diffsolve.engines.native.tracing.code_reads import Watch
-from diffsolve.engines.native.tracing.surroundings import Survey
+from diffsolve.engines.native.tracing.fingerprint.fingerprint import Fingerprint
+from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.engines.native.tracing.trace import Trace, flat_result, trace
 from diffsolve.engines.native.tracing.tracer import Tracer
 from diffsolve.problems.probe import Probe
@@ -81,7 +81,7 @@ class RowRecipe(Recipe):
         return code_of(field.g), field.noise, *key_of(field.f, field.p, structure, leaves)
 
     def graph(
-        self, field: SDEField, t: Tensor, u0: Tensor, leaves: list[Any], watch: Watch
+        self, field: SDEField, t: Tensor, u0: Tensor, leaves: list[Any], recorder: CodeRecorder
     ) -> ProgramGraph:
         """See ``Recipe.graph``.
 
@@ -102,7 +102,7 @@ class RowRecipe(Recipe):
 
         try:
             u = rows.state(u0, field.d)
-            result = trace(both, rows.structure, field.p, t, u, 2 * MOST_NODES, flat, watch)
+            result = trace(both, rows.structure, field.p, t, u, 2 * MOST_NODES, flat, recorder)
             diffusion_nodes = result.outputs[rows.count * field.d :]
             is_wrong = field.noise == "additive" and _depends(diffusion_nodes)
             drift, diffusion = _first_path(result, rows, field)
@@ -139,12 +139,12 @@ class RowRecipe(Recipe):
     def bind(
         self,
         entry: TraceEntry,
-        survey: Survey,
+        fingerprint: Fingerprint,
         field: SDEField,
         leaves: list[Any],
         trace_s: float = 0.0,
     ) -> RowBound:
-        bound = super().bind(entry, survey, field, leaves, trace_s)
+        bound = super().bind(entry, fingerprint, field, leaves, trace_s)
         facts: _Facts = entry.facts
         field.m, field.is_diagonal = facts.m, facts.is_diagonal
         field._g_shapes = [torch.Size([*x, *facts.trailing]) for x in field.structure.shapes]

@@ -21,7 +21,7 @@ from diffsolve.engines.native.programs.recipe import (
 )
 from diffsolve.engines.native.programs.scalar import ScalarProgram
 from diffsolve.engines.native.programs.traces import TraceEntry
-from diffsolve.engines.native.tracing.code_reads import Watch
+from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.engines.native.tracing.trace import trace
 from diffsolve.problems.capture import reached_leaves
 from diffsolve.problems.probe import Probe
@@ -37,10 +37,10 @@ class ScalarRecipe(Recipe):
         return key_of(field.f, field.p, field.structure, leaves)
 
     def graph(
-        self, field: VectorField, t: Tensor, u0: Tensor, leaves: list[Any], watch: Watch
+        self, field: VectorField, t: Tensor, u0: Tensor, leaves: list[Any], recorder: CodeRecorder
     ) -> ProgramGraph:
         try:
-            result = trace(field.f, field.structure, field.p, t, u0, watch=watch)
+            result = trace(field.f, field.structure, field.p, t, u0, recorder=recorder)
         except Declined:
             raise
         except Exception as error:  # f's own, which the torch engine reports as it is

@@ -16,9 +16,9 @@ from torch import Tensor
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.locks import tables
 from diffsolve.engines.native.programs.base import Program
-from diffsolve.engines.native.tracing.code_reads import Plan
-from diffsolve.engines.native.tracing.objects import outline
-from diffsolve.engines.native.tracing.surroundings import Source, Survey
+from diffsolve.engines.native.tracing.fingerprint.code_reads import ReadPlan
+from diffsolve.engines.native.tracing.fingerprint.fingerprint import Fingerprint, Source
+from diffsolve.engines.native.tracing.fingerprint.kinds import without_numbers
 
 _MOST_OF_ONE = 32  # traces of one piece of code
 _MOST_CODES = 500
@@ -46,7 +46,7 @@ class TraceEntry:
         Where to look for what the function depends on.
     items, outline
         What that was, and the same without numbers.
-    unknown
+    why_incomplete
         Why it may depend on more; empty where it does not.
     dtype
         Of the state.
@@ -55,7 +55,7 @@ class TraceEntry:
     sources
         Where each block of the flat parameters comes from.
     constants
-        Tensors whose values are part of the program, by their position in a survey.
+        Tensors whose values are part of the program, by their position in a fingerprint.
     detached, hook
         Where it cuts gradients off, and hooks on gradients, in words.
     compares
@@ -72,9 +72,9 @@ class TraceEntry:
         What the recipe notes besides; see ``Recipe``.
     """
 
-    plan: Plan
+    plan: ReadPlan
     items: list[Any]
-    unknown: str
+    why_incomplete: str
     dtype: torch.dtype
     declined: str = ""
     sources: list[Source] = field(default_factory=list)
@@ -92,7 +92,7 @@ class TraceEntry:
     _program: weakref.ref[Program] | None = None
 
     def __post_init__(self) -> None:
-        self.outline = outline(self.items)
+        self.outline = without_numbers(self.items)
 
     @property
     def program(self) -> Program | None:
@@ -105,27 +105,27 @@ class TraceEntry:
 
     def settle(self, roots: Any) -> None:
         """Leave out the numbers that the function changed while it ran, such as call counters."""
-        after = Survey(self.plan, roots)
+        after = Fingerprint(self.plan, roots)
         if len(after.items) == len(self.items):
             pairs = enumerate(zip(after.items, self.items, strict=True))
             self.counters = [i for i, (a, b) in pairs if a != b and type(a) is tuple]
             self.items = after.items
 
-    def holds(self, survey: Survey) -> bool:
+    def holds(self, fingerprint: Fingerprint) -> bool:
         """Whether all that the trace depends on is as it was."""
-        if self.unknown or survey.unknown or not self.is_current:
+        if self.why_incomplete or fingerprint.why_incomplete or not self.is_current:
             return False
         if not self.declined and self.program is None:
             return False
-        items = survey.items
+        items = fingerprint.items
         if self.counters and len(items) == len(self.items):
             items = list(items)
             for i in self.counters:
                 items[i] = self.items[i]
-        return items == self.items and self.holds_constants(survey)
+        return items == self.items and self.holds_constants(fingerprint)
 
-    def holds_constants(self, survey: Survey) -> bool:
-        return all(torch.equal(survey.tensors[i], x) for i, x in self.constants)
+    def holds_constants(self, fingerprint: Fingerprint) -> bool:
+        return all(torch.equal(fingerprint.tensors[i], x) for i, x in self.constants)
 
 
 class Traces:
@@ -142,18 +142,18 @@ class Traces:
         self.doubt = ""
         self._compiled = 0  # traces in a row that needed a program of their own
 
-    def match(self, roots: Any) -> tuple[TraceEntry, Survey] | None:
+    def match(self, roots: Any) -> tuple[TraceEntry, Fingerprint] | None:
         """The entry that holds, and what was found around the function."""
-        surveys: dict[int, Survey] = {}
+        fingerprints: dict[int, Fingerprint] = {}
         with tables:
-            entries = [x for x in self.entries if not x.unknown]
+            entries = [x for x in self.entries if not x.why_incomplete]
         for entry in entries:
-            survey = surveys.get(id(entry.plan))
-            if survey is None:
-                survey = surveys[id(entry.plan)] = Survey(entry.plan, roots)
-            if entry.holds(survey):
+            fingerprint = fingerprints.get(id(entry.plan))
+            if fingerprint is None:
+                fingerprint = fingerprints[id(entry.plan)] = Fingerprint(entry.plan, roots)
+            if entry.holds(fingerprint):
                 self._compiled = 0
-                return entry, survey
+                return entry, fingerprint
         return None
 
     def refuse_repeated(self, roots: Any) -> None:
@@ -167,7 +167,7 @@ class Traces:
         with tables:
             refused = [x for x in self.entries if x.declined and x.to_skip > 0]
         for entry in refused:
-            if entry.outline == outline(Survey(entry.plan, roots).items):
+            if entry.outline == without_numbers(Fingerprint(entry.plan, roots).items):
                 entry.to_skip -= 1
                 raise Declined(entry.declined)
 
@@ -186,13 +186,13 @@ class Traces:
                     self.entries.remove(x)
                 x.is_current = False
             del self.entries[_MOST_OF_ONE - 1 :]
-            if entry.declined or not entry.unknown:  # else it is traced at each solve
+            if entry.declined or not entry.why_incomplete:  # else it is traced at each solve
                 self.entries.insert(0, entry)
 
-    def plan_like(self, plan: Plan) -> Plan:
+    def plan_like(self, plan: ReadPlan) -> ReadPlan:
         """The plan of an earlier trace in which the same code ran; else this one."""
         with tables:
-            return next((x.plan for x in self.entries if x.plan.is_that_of(plan)), plan)
+            return next((x.plan for x in self.entries if x.plan.equals(plan)), plan)
 
     def program(self, key: Any, make: Callable[[], Program], verify: bool) -> Program:
         """The program of a graph, by the graph's content.
@@ -244,8 +244,8 @@ class FunctionCache:
     programs
         Its machine code.
     reachable
-        Tensors that a survey met, and the leaves that were reachable then. The key tells methods of
-        one object apart, and the functions that this one was looked at with.
+        Tensors that a fingerprint met, and the leaves that were reachable then. The key tells
+        methods of one object apart, and the functions that this one was looked at with.
     """
 
     programs: list[Program] = field(default_factory=list)
@@ -273,9 +273,9 @@ class FunctionCache:
         self.reachable[key] = met, leaves
 
 
-def why_drawn(survey: Survey) -> str:
-    """Whether evaluations since the survey have drawn random numbers, in words."""
-    return _DRAWS if survey.generators_moved() else ""
+def why_drawn(fingerprint: Fingerprint) -> str:
+    """Whether evaluations since the fingerprint have drawn random numbers, in words."""
+    return _DRAWS if fingerprint.generators_advanced() else ""
 
 
 def code_of(f: Any) -> Any:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.graph.expression import MOST_NODES, Node, Pool
-from diffsolve.engines.native.tracing.code_reads import Watch
+from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.engines.native.tracing.tracer import Lifted, Tracer, is_wrapped
 from diffsolve.problems.probe import TORCH
 from diffsolve.problems.structure import StateStructure
@@ -79,7 +79,7 @@ def trace(
     u0: Tensor,
     most: int = MOST_NODES,
     flat: Callable[[Any, StateStructure, Tracer], list[Node]] | None = None,
-    watch: Watch | None = None,
+    recorder: CodeRecorder | None = None,
 ) -> Trace:
     """Run ``f(t0, u0, p)`` once and write down what it computes.
 
@@ -95,7 +95,7 @@ def trace(
         Number of operations beyond which it is declined.
     flat
         Makes the outputs of what ``f`` returned. Default: the flat derivative.
-    watch
+    recorder
         Notes what code runs.
 
     Raises
@@ -111,8 +111,8 @@ def trace(
     if torch.is_autocast_enabled("cpu"):
         raise Declined("autocast is active")
     pool = Pool(_NUMPY[structure.dtype], most)
-    watch = watch or Watch()
-    tracer = Tracer(pool, structure.dtype, trace.__code__, watch)
+    recorder = recorder or CodeRecorder()
+    tracer = Tracer(pool, structure.dtype, trace.__code__, recorder)
     with torch.no_grad():
         t = torch.as_tensor(t0, dtype=structure.time_dtype, device="cpu").detach().clone()
         u = u0.detach().clone()
@@ -123,7 +123,7 @@ def trace(
         tracer.keep([t, u, *pytree.tree_leaves(state)])
         args = () if p is None else (_stand_in(p, tracer),)
         try:
-            with _uncompiled(), _Reads(tracer), tracer, watch:
+            with _uncompiled(), _Reads(tracer), tracer, recorder:
                 du = f(t, state, *args)
         except Exception as error:
             if tracer.declined is not None:
@@ -133,7 +133,7 @@ def trace(
             raise
         if tracer.declined is not None:  # f caught it
             raise tracer.declined
-        if watch.shares_memory:
+        if recorder.exported_memory:
             raise Declined("torch.to_dlpack needs values that are known only while solving")
         outputs = (flat or flat_result)(du, structure, tracer)
     return Trace(pool, t_node, u_nodes, tracer.inputs, outputs, tracer.constants, tracer.detached)

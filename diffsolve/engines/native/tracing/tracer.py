@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.graph.expression import Node, Pool, array
-from diffsolve.engines.native.tracing.code_reads import Watch
+from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.engines.native.tracing.operations import Rule, Unsupported, rule_of
 from diffsolve.problems.probe import tensors_in, user_line
 
@@ -70,9 +70,9 @@ class Tracer(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # to skip it takes its import, of a second
 
-    def __init__(self, pool: Pool, dtype: torch.dtype, root: CodeType, watch: Watch):
+    def __init__(self, pool: Pool, dtype: torch.dtype, root: CodeType, recorder: CodeRecorder):
         super().__init__()
-        self.pool, self.dtype, self._watch = pool, dtype, watch
+        self.pool, self.dtype, self._recorder = pool, dtype, recorder
         self._root = root  # no line of the user's is below it
         self.inputs: list[Lifted] = []
         self.constants: list[tuple[Tensor, int]] = []
@@ -181,7 +181,7 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.busy = True
-        self._watch.pause()
+        self._recorder.pause()
         try:
             return self._run(func, args, kwargs or {})
         except Declined as reason:
@@ -189,7 +189,7 @@ class Tracer(TorchDispatchMode):
             raise
         finally:
             self.busy = False
-            self._watch.go_on()
+            self._recorder.resume()
 
     def _run(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if not isinstance(func, torch._ops.OpOverload):

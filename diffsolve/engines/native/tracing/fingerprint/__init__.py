@@ -1,0 +1,1 @@
+"""Which code ran in a trace, and what that code depends on besides its arguments."""
