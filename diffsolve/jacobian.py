@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.derivative import sparsity
 from diffsolve.engines.native.tracing.trace import trace
 from diffsolve.problems.ode import ODEProblem

@@ -99,7 +99,7 @@ class Prepared:
         TypeError, ValueError
             If one of them is wrong.
         """
-        latest: Prepared | None = prob.__dict__.get(PREPARED)
+        latest: Prepared | None = getattr(prob, "__dict__", {}).get(PREPARED)
         if latest is not None and latest.still_holds(prob, alg, values, transformed):
             return latest
         options = Options(*values)
@@ -152,6 +152,9 @@ def _warn_of_coarse_times(field: VectorField, t0: float, t1: float) -> None:
 
 
 def _field_of(prob: ODEProblem | SDEProblem) -> VectorField:
+    if not isinstance(prob, (ODEProblem, SDEProblem)):
+        kind = type(prob).__name__
+        raise TypeError(f"prob must be an ODEProblem or an SDEProblem, got {kind}")
     return SDEField.of(prob) if isinstance(prob, SDEProblem) else VectorField.of(prob)
 
 

@@ -160,8 +160,8 @@ def local_error_estimate(
     ----------
     Pal, Edelman, Rackauckas (2023), section 3.
     """
-    if not sol._job.alg.adaptive:
-        raise ValueError(f"{sol._job.alg.name} has no error estimate to take a gradient of")
+    if not sol._context.alg.adaptive:
+        raise ValueError(f"{sol._context.alg.name} has no error estimate to take a gradient of")
     estimates, h = _local_step(sol, sampling, at, generator)
     return _weighted(estimates.error, h, power, weight_by_step)
 
@@ -192,7 +192,7 @@ def local_stiffness_estimate(
     ValueError
         As ``local_error_estimate``.
     """
-    alg: Any = sol._job.alg
+    alg: Any = sol._context.alg
     if not getattr(alg, "estimates_stiffness", True):
         raise ValueError(f"{alg.name} has no stiffness estimate to take a gradient of")
     estimates, h = _local_step(sol, sampling, at, generator)
@@ -211,19 +211,19 @@ def _local_step(
     at: tuple[float, Any] | None,
     generator: torch.Generator | None,
 ) -> tuple[Estimates, float]:
-    job: Any = sol._job
-    field, alg, settings = job.field, job.alg, job.settings
+    context: Any = sol._context
+    field, alg, settings = context.field, context.alg, context.settings
     if at is not None:
         t, u = float(at[0]), field.structure.ravel(at[1])
     else:
         t = _sampled_time(sol, sampling, generator)
         u = field.structure.ravel(sol(t)).detach()
-    remaining = job.t1 - t
+    remaining = context.t1 - t
     if remaining == 0:
         raise ValueError(f"no step can be taken from t = {t:.8g}: it is the end of tspan")
     direction = math.copysign(1.0, remaining)
     if isinstance(field, SDEField):
-        field = field.along(brownian_path(field, alg, generator, None, (t, job.t1)))
+        field = field.along(brownian_path(field, alg, generator, None, (t, context.t1)))
     with torch.no_grad():
         du = field(field.time(t), u)
         size = initial_step(

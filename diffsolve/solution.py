@@ -157,7 +157,7 @@ class Solution:
     _steps: Any = field(default=None, repr=False)  # or what makes them when they are asked for
     noise: Any = field(default=None, repr=False)
     _interpolate: Callable[[Any, int], Any] | None = field(default=None, repr=False)
-    _job: Any = field(default=None, repr=False)  # how it was solved, for local regularizers
+    _context: Any = field(default=None, repr=False)  # how it was solved, for local regularizers
 
     @property
     def t(self) -> Tensor:

@@ -27,7 +27,7 @@ from diffsolve import (
     Tsit5,
     Vern7,
 )
-from diffsolve.adjoints.reverse import Reverse
+from diffsolve.engines.torch.reverse import Reverse
 from diffsolve.problems.capture import Substitute
 from diffsolve.problems.vector_field import VectorField
 
@@ -189,7 +189,7 @@ def test_memory_is_freed_without_the_garbage_collector(sensealg: Any) -> None:
         weight = ones(3)
         prob = ODEProblem(lambda t, u: -weight * u, ones(3), (0.0, 1.0))
         sol = solve(prob, Tsit5(), sensealg=sensealg)
-        job = weakref.ref(sol._job)
+        job = weakref.ref(sol._context)
         sol.u.sum().backward()
         del sol
         assert job() is None

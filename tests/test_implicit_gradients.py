@@ -355,7 +355,7 @@ def test_memory_is_freed_without_the_garbage_collector(name: str, sensealg: Any)
         weight = leaf([50.0])
         prob = ODEProblem(lambda t, u: -weight * (u - torch.cos(t)), leaf([1.0, 2.0]), (0.0, 0.2))
         sol = solve(prob, method(name), sensealg=sensealg, **ENGINE)
-        job, field = weakref.ref(sol._job), weakref.ref(sol._job.field)
+        job, field = weakref.ref(sol._context), weakref.ref(sol._context.field)
         sol.u.sum().backward()
         del sol
         assert job() is None and field() is None

@@ -29,19 +29,19 @@ KNOWN_IMPORTS = {
     ("diffsolve.engines.native.programs.row_steps", "diffsolve.engines.native.programs.rows"),
     ("diffsolve.engines.native.runtime.kernels", "diffsolve"),
     ("diffsolve.engines.native.runtime.switching", "diffsolve.engines.native.runtime.memory"),
-    ("diffsolve.solvers.stochastic.noise.draws", "diffsolve.engines.native.declined"),
+    ("diffsolve.solvers.stochastic.noise.draws", "diffsolve.engines.declined"),
     ("diffsolve.solvers.stochastic.noise.draws", "diffsolve.engines.native.runtime.kernels"),
 }
 KNOWN_LONG_FILES = {
     "engines/native/runtime/loop.py",
-    "engines/torch_engine.py",
+    "engines/torch/loop.py",
     "problems/vector_field.py",
     "solvers/explicit_rk/tableaus_high_order.py",
     "solvers/stochastic/kernel.py",
 }
 KNOWN_LONG_FUNCTIONS = {
     ("engines/native/runtime/template.py", "__init__"),
-    ("engines/torch_engine.py", "_advance"),
+    ("engines/torch/loop.py", "_advance"),
     ("solve.py", "solve"),
     ("solvers/stochastic/tableau.py", "_compiled"),
 }

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from diffsolve import ODEProblem, ReturnCode
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.torch_engine import integrate
-from diffsolve.engines.trajectory import Record, Saving, Trajectory
+from diffsolve.engines.torch.loop import integrate
+from diffsolve.engines.torch.step_log import Record, Saving, Trajectory
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step
 from diffsolve.solvers.norms import Tolerance

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diffsolve import ODEProblem, Tsit5, solve
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 
 U = torch.tensor([0.7, -0.4, 1.3], dtype=F64)
 P = torch.tensor([1.5, -0.5, 0.25], dtype=F64)

@@ -13,8 +13,8 @@ from torch import Tensor
 import diffsolve as ds
 from diffsolve import ODEProblem, ReturnCode, SolveError, check_jacobian, solve
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.torch_engine import integrate
-from diffsolve.engines.trajectory import Saving
+from diffsolve.engines.torch.loop import integrate
+from diffsolve.engines.torch.step_log import Saving
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step, Trouble

@@ -183,7 +183,7 @@ def test_a_seed_of_more_than_64_bits_is_refused(seed):
 
 
 def test_where_the_kernel_cannot_be_made_torch_draws(monkeypatch):
-    from diffsolve.engines.native.declined import Declined
+    from diffsolve.engines.declined import Declined
     from diffsolve.engines.native.runtime import kernels
 
     expected = Draws(5, 4, 2, CPU)(1, 3, True)

@@ -249,7 +249,7 @@ class StepsOf(EulerHeun):
     """Euler-Maruyama steps of another equation, in the guise of a Stratonovich method."""
 
     def __init__(self, prob: SDEProblem):
-        self.field = solve(prob, EM(), dt=1.0, seed=1)._job.field
+        self.field = solve(prob, EM(), dt=1.0, seed=1)._context.field
 
     def step(self, field: Any, t: Any, h: Any, state: Any) -> Any:
         self.field.path = field.path

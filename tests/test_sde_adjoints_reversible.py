@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -245,10 +246,13 @@ def test_what_the_tape_keeps():
             self.most = max(self.most, sum(bool(r.state) for r in self.records))
 
     from diffsolve.adjoints.discrete import run_stepwise
+    from diffsolve.engines.plan import SaveRequest
+    from diffsolve.engines.torch.plan import TorchPlan
 
     prob, _ = problem("diagonal")
     sol = solve(prob, ReversibleHeun(), dt=0.01, adaptive=False, seed=1)
     tape = Seen()
-    run_stepwise(sol._job, tape)
+    context = replace(sol._context, plan=TorchPlan())
+    run_stepwise(context, SaveRequest(context.saves, True, tape=tape))
     assert len(tape.records) == 200
     assert tape.most <= 3

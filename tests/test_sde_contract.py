@@ -8,7 +8,7 @@ from gradients import assert_near
 from sdes import DOUBLE, solve
 from torch import Tensor
 
-import diffsolve.adjoints.parallel as parallel
+import diffsolve.engines.torch.parallel as parallel
 from diffsolve import DiscreteAdjoint, ODEProblem, SDEProblem, Vern7
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.solvers.stochastic.method import check_method, fits, registered

@@ -11,7 +11,7 @@ from gradients import assert_near, label, leaf
 from sdes import DOUBLE, heisenberg, linear, linear_solution, solve, two_noises
 from torch import Tensor, nn
 
-import diffsolve.adjoints.parallel as parallel
+import diffsolve.engines.torch.parallel as parallel
 from diffsolve import (
     EM,
     SOSRA,

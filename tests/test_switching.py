@@ -26,8 +26,8 @@ from diffsolve import (
     solve,
 )
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.torch_engine import integrate
-from diffsolve.engines.trajectory import Record, Saving
+from diffsolve.engines.torch.loop import integrate
+from diffsolve.engines.torch.step_log import Record, Saving
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.controllers import IController

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore
 from diffsolve.adjoints.reconstruction import BacksolveWarning, Reconstruction
-from diffsolve.adjoints.reverse import Reverse, ReverseField
-from diffsolve.adjoints.reverse_jacobian import Lagrangian
-from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.stochastic import ForwardSteps, StochasticBacksolve, diffusion_at_start
+from diffsolve.engines.plan import SolveContext
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.trajectory import Trajectory
+from diffsolve.engines.torch.forward import integrate_with_torch
+from diffsolve.engines.torch.reverse import Reverse, ReverseField
+from diffsolve.engines.torch.reverse_jacobian import Lagrangian
+from diffsolve.engines.torch.step_log import StepLog
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.norms import Tolerance
@@ -69,20 +70,26 @@ class BacksolveAdjoint(ContinuousAdjoint):
     #: Most steps of the reverse solve, as a multiple of the forward attempts, and at least.
     most_steps: ClassVar[tuple[int, int]] = (50, 10_000)
 
-    def reverse_settings(self, job: Job, tolerance: Tolerance, stops: Sequence[float]) -> Settings:
+    @property
+    def resets_state(self) -> bool:
+        return self.checkpointing
+
+    def reverse_settings(
+        self, context: SolveContext, tolerance: Tolerance, stops: Sequence[float]
+    ) -> Settings:
         """With a bound on the steps: an unstable reconstruction can ask for any number of them."""
-        settings = super().reverse_settings(job, tolerance, stops)
+        settings = super().reverse_settings(context, tolerance, stops)
         times, least = self.most_steps
-        most = max(least, times * (job.stats.naccept + job.stats.nreject)) + len(stops)
+        most = max(least, times * (context.stats.naccept + context.stats.nreject)) + len(stops)
         return replace(settings, maxiters=min(settings.maxiters, most))
 
-    def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
-        if not isinstance(job.field, SDEField):
-            return job.run(u0), [u0], lambda tensors: tensors[0]
-        G0 = diffusion_at_start(job, u0)
-        trajectory = job.run(u0)
-        steps = ForwardSteps.of(trajectory)
-        return trajectory, [u0, G0], lambda tensors: (steps, *tensors)
+    def forward(self, context: SolveContext, u0: Tensor) -> tuple[StepLog, list[Tensor], Restore]:
+        if not isinstance(context.field, SDEField):
+            return integrate_with_torch(context, u0), [u0], lambda tensors: tensors[0]
+        G0 = diffusion_at_start(context, u0)
+        log = integrate_with_torch(context, u0)
+        steps = ForwardSteps.of(log)
+        return log, [u0, G0], lambda tensors: (steps, *tensors)
 
     def warn_of(self, worst: float) -> None:
         """Warn where the reconstruction was off by more tolerances than is safe."""
@@ -97,24 +104,24 @@ class BacksolveAdjoint(ContinuousAdjoint):
             )
 
     def reverse(
-        self, job: Job, kept: Any, field: VectorField, params: list[Tensor]
+        self, context: SolveContext, kept: Any, field: VectorField, params: list[Tensor]
     ) -> ReverseField:
-        if not isinstance(job.field, SDEField):
-            return _BacksolveReverse(self, job, kept, field, params)
-        return StochasticBacksolve(self, job, field, params, *kept)
+        if not isinstance(context.field, SDEField):
+            return _BacksolveReverse(self, context, kept, field, params)
+        return StochasticBacksolve(self, context, field, params, *kept)
 
 
 class _BacksolveReverse(Reconstruction, Reverse):
     def __init__(
         self,
         sensealg: BacksolveAdjoint,
-        job: Job,
+        context: SolveContext,
         u0: Tensor,
         field: VectorField,
         params: list[Tensor],
     ):
         super().__init__(field, params, extra=field.structure.size)
-        self.expect(sensealg, job, u0)
+        self.expect(sensealg, context, u0)
 
     def derivative(self, t: Tensor, z: Tensor) -> Tensor:
         bar, u, _ = self.blocks(z)

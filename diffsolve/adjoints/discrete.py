@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import time
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.native import run_discrete
-from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_order
-from diffsolve.adjoints.sweep import Sweep
-from diffsolve.adjoints.tape import StepTape, check_checkpoints
-from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
-from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
-from diffsolve.engines.native.runtime.threads import (
-    check_checkpoints as stochastic_checkpoints,
-)
+from diffsolve.adjoints.sensealg import Handover, Outputs, Sensealg, forbid_double_backward
+from diffsolve.engines.declined import Declined
+from diffsolve.engines.native.plan import NativePlan
+from diffsolve.engines.plan import NoSecondDerivative, SaveRequest, SolveContext
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.torch_engine import integrate
-from diffsolve.engines.trajectory import Saving
+from diffsolve.engines.torch.forward import trajectory_of
+from diffsolve.engines.torch.loop import integrate
+from diffsolve.engines.torch.plan import TorchPlan
+from diffsolve.engines.torch.step_log import Saving
+from diffsolve.engines.torch.tape import check_checkpoints
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm
@@ -90,41 +89,44 @@ class DiscreteAdjoint(Sensealg):
         if self.tape:
             raise Declined("DiscreteAdjoint(tape=True) records the operations of torch")
 
-    def compile(self, native: NativeField, alg: Algorithm) -> None:
+    def compile(self, plan: NativePlan, alg: Algorithm) -> None:
         self.refuse_native()
-        if self.checkpoints is not None and isinstance(native, NativeSDE):
-            stochastic_checkpoints(native.template)
-        native.template.reverse(native.program, native.active)
+        plan.compile_sweep(self.checkpoints)
 
-    def run(self, job: Job) -> Outputs:
+    def run(self, context: SolveContext) -> Outputs:
         if self.tape:
-            return self._run_on_tape(job)
-        if job.native is not None:
-            return run_discrete(job, self.checkpoints)
-        return run_stepwise(job, StepTape(self.checkpoints))
+            return self._run_on_tape(context)
+        request = SaveRequest(context.saves, True, self.checkpoints, context.dense)
+        return run_stepwise(context, request)
 
-    def _run_on_tape(self, job: Job) -> Outputs:
-        t0, t1 = job.t0, job.t1
+    def _run_on_tape(self, context: SolveContext) -> Outputs:
+        t0, t1 = context.t0, context.t1
         if self.through_step_size:
-            t0, t1 = (torch.as_tensor(t, dtype=torch.float64, device="cpu") for t in job.span)
-        saving = Saving(job.save_times, job.dense)
-        with torch.enable_grad(), without_autocast(job.field.device):
-            trajectory = integrate(job.field, job.alg, job.u0, t0, t1, job.settings, saving)
-            u = job.stacked(trajectory.u)
-            if job.field.params:
-                u = _Linked.apply(u, *job.field.params)
-            if not trajectory.estimates:
-                return Outputs(trajectory, u, job.estimates(trajectory))
-            rows = [(e.error, e.error_norm, e.stiffness) for e in trajectory.estimates]
+            t0, t1 = (torch.as_tensor(t, dtype=torch.float64, device="cpu") for t in context.span)
+        saving = Saving(context.save_times, context.dense)
+        field = context.field
+        with torch.enable_grad(), without_autocast(field.device):
+            log = integrate(field, context.alg, context.u0, t0, t1, context.settings, saving)
+            trajectory = trajectory_of(context, log)
+            u = trajectory.u
+            if field.params:
+                u = _Linked.apply(u, *field.params)
+            if not log.estimates:
+                return Outputs(trajectory, u)
+            rows = [(e.error, e.error_norm, e.stiffness) for e in log.estimates]
             columns = [torch.stack(column) for column in zip(*rows, strict=True)]
-            return Outputs(trajectory, u, columns)
+            return Outputs(trajectory, u, torch.stack(columns))
 
 
-def run_stepwise(job: Job, tape: StepTape) -> Outputs:
-    """Integrate with torch; the outputs' gradient goes back through the steps that ``tape`` has."""
-    carrier = Carrier(job, tape)
-    u, *estimates = _Discrete.apply(carrier, job.u0, *job.field.params)  # type: ignore[misc]
-    return Outputs(carrier.handed_over(), u, estimates)
+def run_stepwise(context: SolveContext, request: SaveRequest) -> Outputs:
+    """Integrate; the outputs' gradient goes back through the steps that were kept."""
+    handover = Handover(context, request)
+    apply: Any = _Discrete.apply
+    if context.plan.engine == "native" and not torch.compiler.is_compiling():
+        # beneath its look for torch.func transforms, under which nothing is native
+        apply = super(torch.autograd.Function, _Discrete).apply  # type: ignore[misc]
+    u, estimates = apply(handover, context.u0, *context.field.params)
+    return Outputs(handover.take(), u, estimates)
 
 
 class _Linked(torch.autograd.Function):
@@ -142,29 +144,71 @@ class _Linked(torch.autograd.Function):
 
 class _Discrete(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, carrier: Carrier, u0: Tensor, *params: Tensor) -> Any:
-        job, tape = carrier.job, carrier.kept
-        carrier.trajectory = job.run(u0.detach(), tape)
-        ctx.job, ctx.tape, ctx.final = job, tape, carrier.trajectory.final
+    def forward(ctx: Any, handover: Handover, u0: Tensor, *params: Tensor) -> Any:
+        context, request = handover.context, handover.request
+        assert request is not None
+        start = u0.detach() if u0.requires_grad else u0
+        trajectory = handover.put(context.integrate(start, request))
         ctx.set_materialize_grads(False)
-        # autograd frees the states after backward, and sees a parameter changed in place
         ctx.counts = 1 + len(params)
-        ctx.save_for_backward(u0, *params, *tape.unload())
-        return (job.stacked(carrier.trajectory.u), *job.estimates(carrier.trajectory))
+        # autograd frees the states after backward, and sees a parameter changed in place
+        kept, ctx.records = context.plan.keep(trajectory)
+        ctx.save_for_backward(u0, *params, *kept)
+        # a graph must not keep f; what the solution keeps serves as long as that lives
+        ctx.context, ctx.whole = context.plan.for_reverse(context), weakref.ref(context)
+        ctx.request, ctx.steps = request, len(trajectory.steps)
+        return trajectory.u, trajectory.steps.estimates()
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        saved = ctx.saved_tensors
-        ctx.inputs = saved[: ctx.counts]
+    @forbid_double_backward
+    def backward(ctx: Any, of_saved: Tensor | None, of_steps: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # raises if a parameter was changed in place
         started = time.perf_counter()
-        job, tape = ctx.job, ctx.tape.loaded(saved[ctx.counts :])
-        if job.alg.is_implicit:  # steps are compared up to the tolerance only
-            job.field.refuse_changed(job.t0, job.t1 - job.t0, saved[0].detach(), job.du0)
-        stats = job.stats.adjoint = Stats(engine=job.stats.engine, alg=job.alg.name)
-        sweep = Sweep(job, cotangents, ctx.final)
-        du0, dparams = sweep.run(tape)
-        stats.nf, stats.naccept = sweep.field.nf, len(tape.records)
-        sweep.field.count_in(stats)
+        context = ctx.context
+        u0 = saved[0]
+        # the field's own: hooks may have put other tensors in the place of those that were saved
+        ctx.inputs = u0, *context.field.params
+        by_state = ctx.needs_input_grad[1]
+        stats = Stats(engine=context.stats.engine, alg=context.alg.name)
+        context.stats.adjoint = stats
+        cotangents = of_saved, *_rows(of_steps)
+        try:
+            u_bar, grads = context.plan.pull(
+                context, saved[ctx.counts :], ctx.records, u0, cotangents, by_state
+            )
+        except NoSecondDerivative:
+            u_bar, grads = _again_by_torch(ctx, u0, cotangents)
         stats.wall_s = time.perf_counter() - started
-        return (None, du0, *dparams)
+        return None, u_bar if by_state else None, *grads
+
+
+def _rows(table: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cotangents of each estimate; None where they are zero, which costs less."""
+    if table is None:
+        return None, None, None
+    return tuple(row if row.count_nonzero() else None for row in table.contiguous())
+
+
+def _again_by_torch(
+    ctx: Any, u0: Tensor, cotangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """The gradients of a solve whose second derivatives are not finite.
+
+    The torch engine solves it once more, and goes back through steps with such derivatives by
+    another method; see ``Sweep``.
+    """
+    context: SolveContext | None = ctx.whole()
+    if context is not None:
+        plan = TorchPlan()
+        again = replace(context, plan=plan, du0=None)
+        trajectory = again.integrate(u0.detach(), ctx.request)
+        kept, records = plan.keep(trajectory)
+        if len(trajectory.steps) == ctx.steps:
+            if again.stats.adjoint is not None:
+                again.stats.adjoint.engine = "torch"
+            return plan.pull(again, kept, records, u0, cotangents, True)
+    raise RuntimeError(
+        "the gradient is NaN or Inf, since f has no second derivative at a state of the solve, "
+        "such as u**1.5 and a norm at zero: keep the solution until backward, use "
+        "engine='torch', or a method that needs only first derivatives, such as KenCarp4()"
+    )

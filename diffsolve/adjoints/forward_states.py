@@ -8,8 +8,8 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.sensealg import Job
-from diffsolve.adjoints.tape import StepTape
+from diffsolve.engines.plan import SolveContext
+from diffsolve.engines.torch.tape import StepTape
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.solvers.stochastic.noise.base import Noise
 
@@ -25,7 +25,7 @@ class ForwardStates:
 
     Parameters
     ----------
-    job
+    context
         The forward solve.
     path
         What ``W`` is read from: that of the reverse solve, so that both follow the same path also
@@ -36,10 +36,12 @@ class ForwardStates:
         Where the last step ended, and the state there.
     """
 
-    def __init__(self, job: Job, path: Noise, tape: StepTape, end: float, final: Tensor):
-        assert isinstance(job.field, SDEField)
-        self.field, self.path, self.tape = job.field, path, tape
-        self.direction = 1.0 if job.t1 >= job.t0 else -1.0
+    def __init__(
+        self, context: SolveContext, path: Noise, tape: StepTape, end: float, final: Tensor
+    ):
+        assert isinstance(context.field, SDEField)
+        self.field, self.path, self.tape = context.field, path, tape
+        self.direction = 1.0 if context.t1 >= context.t0 else -1.0
         self.times = [*(record.t for record in tape.records), end]
         self.keys = [self.direction * t for t in self.times]
         self.final = final

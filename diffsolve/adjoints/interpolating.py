@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore
-from diffsolve.adjoints.reverse import Reverse, ReverseField
-from diffsolve.adjoints.reverse_jacobian import Lagrangian
-from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.stochastic import (
     ForwardSteps,
     StochasticInterpolating,
     diffusion_at_start,
 )
-from diffsolve.adjoints.tape import StepTape, check_checkpoints
-from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
-from diffsolve.engines.native.runtime.kernels import kernel
-from diffsolve.engines.trajectory import Trajectory
+from diffsolve.engines.plan import SolveContext
+from diffsolve.engines.torch.forward import integrate_with_torch
+from diffsolve.engines.torch.reverse import Reverse, ReverseField
+from diffsolve.engines.torch.reverse_jacobian import Lagrangian
+from diffsolve.engines.torch.step_log import StepLog
+from diffsolve.engines.torch.tape import StepTape, check_checkpoints
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.interpolation import DenseOutput
 
 
@@ -69,56 +67,59 @@ class InterpolatingAdjoint(ContinuousAdjoint):
 
     along_path: ClassVar[bool] = True
 
-    def compile(self, native: NativeField, alg: Algorithm) -> None:
-        super().compile(native, alg)
-        if self.checkpoints is not None:
-            kernel("replay", native.template.method.family, native.program.is_float32)
+    @property
+    def kept_states(self) -> int | None:
+        return self.checkpoints
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_checkpoints(self.checkpoints)
 
-    def forward(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
-        if isinstance(job.field, SDEField):
-            return self._along_noise(job, u0)
+    def forward(self, context: SolveContext, u0: Tensor) -> tuple[StepLog, list[Tensor], Restore]:
+        if isinstance(context.field, SDEField):
+            return self._along_noise(context, u0)
         if self.checkpoints is None:
-            trajectory = job.run(u0, dense=True)
-            assert trajectory.dense is not None
-            tensors, restore = trajectory.dense.parts()
-            if not job.dense:
-                trajectory.dense = None
-            return trajectory, tensors, restore
+            log = integrate_with_torch(context, u0, dense=True)
+            assert log.dense is not None
+            tensors, restore = log.dense.parts()
+            if not context.dense:
+                log.dense = None
+            return log, tensors, restore
         tape = StepTape(self.checkpoints)
-        trajectory = job.run(u0, recorder=tape)
-        end = trajectory.final_t
-        return trajectory, tape.unload(), lambda x: _Segments(job, tape.loaded(x), end)
+        log = integrate_with_torch(context, u0, tape)
+        end = log.final_t
+        return log, tape.unload(), lambda x: _Segments(context, tape.loaded(x), end)
 
-    def _along_noise(self, job: Job, u0: Tensor) -> tuple[Trajectory, list[Tensor], Restore]:
+    def _along_noise(
+        self, context: SolveContext, u0: Tensor
+    ) -> tuple[StepLog, list[Tensor], Restore]:
         """The same for an SDE: states at the ends of the steps, and what lies between follows."""
-        G0 = diffusion_at_start(job, u0)
+        G0 = diffusion_at_start(context, u0)
         tape = StepTape(self.checkpoints)
-        trajectory = job.run(u0, recorder=tape)
-        steps = ForwardSteps.of(trajectory)
-        assert trajectory.final is not None
+        log = integrate_with_torch(context, u0, tape)
+        steps = ForwardSteps.of(log)
+        assert log.final is not None
 
         def restore(tensors: Sequence[Tensor]) -> Any:
             return steps, tensors[0], tape.loaded(tensors[2:]), tensors[1]
 
-        return trajectory, [G0, trajectory.final, *tape.unload()], restore
+        return log, [G0, log.final, *tape.unload()], restore
 
     def reverse(
-        self, job: Job, kept: Any, field: VectorField, params: list[Tensor]
+        self, context: SolveContext, kept: Any, field: VectorField, params: list[Tensor]
     ) -> ReverseField:
-        if isinstance(job.field, SDEField):
-            return StochasticInterpolating(job, field, params, *kept)
-        return _InterpolatingReverse(kept, job, field, params)
+        if isinstance(context.field, SDEField):
+            return StochasticInterpolating(context, field, params, *kept)
+        return _InterpolatingReverse(kept, context, field, params)
 
 
 class _InterpolatingReverse(Reverse):
-    def __init__(self, path: _Path, job: Job, field: VectorField, params: list[Tensor]):
+    def __init__(
+        self, path: _Path, context: SolveContext, field: VectorField, params: list[Tensor]
+    ):
         super().__init__(field, params, extra=0)
         self.path = path
-        self.low, self.high = sorted((job.t0, job.t1))
+        self.low, self.high = sorted((context.t0, context.t1))
 
     def derivative(self, t: Tensor, z: Tensor) -> Tensor:
         bar, _, _ = self.blocks(z)
@@ -140,9 +141,9 @@ class _InterpolatingReverse(Reverse):
 class _Segments:
     """Dense output made again from checkpoints, two neighbouring segments at a time."""
 
-    def __init__(self, job: Job, tape: StepTape, end: float):
-        self.job, self.tape, self.end = job, tape, end
-        self.direction = 1.0 if job.t1 >= job.t0 else -1.0
+    def __init__(self, context: SolveContext, tape: StepTape, end: float):
+        self.context, self.tape, self.end = context, tape, end
+        self.direction = 1.0 if context.t1 >= context.t0 else -1.0
         self.segments = tape.segments()
         self.starts = [self.direction * tape.records[begin].t for begin, _ in self.segments]
         self.made: dict[int, DenseOutput] = {}
@@ -157,7 +158,7 @@ class _Segments:
     def _make(self, segment: tuple[int, int]) -> DenseOutput:
         records = self.tape.records
         begin, end = segment
-        field = self.job.field
+        field = self.context.field
         states = self.tape.states(segment, field)
         dense = DenseOutput(records[begin].t, self.direction, states[0][0])
         with torch.no_grad():

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from diffsolve.adjoints.reversal import in_tolerances
-from diffsolve.adjoints.reverse import ReverseField
-from diffsolve.adjoints.sensealg import Job
+from diffsolve.engines.plan import SolveContext
+from diffsolve.engines.reverse_solves import in_tolerances
+from diffsolve.engines.torch.reverse import ReverseField
 from diffsolve.solvers.norms import Tolerance
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Reconstruction(ReverseField):
 
     Attributes
     ----------
-    sensealg, job
+    sensealg, context
         How it is differentiated, and the forward solve.
     u0
         The initial state that the reconstruction ought to reach.
@@ -32,9 +32,9 @@ class Reconstruction(ReverseField):
         Its largest distance from a known state so far, in tolerances.
     """
 
-    def expect(self, sensealg: BacksolveAdjoint, job: Job, u0: Tensor) -> None:
+    def expect(self, sensealg: BacksolveAdjoint, context: SolveContext, u0: Tensor) -> None:
         """Begin; called before the reverse solve."""
-        self.sensealg, self.job, self.u0 = sensealg, job, u0
+        self.sensealg, self.context, self.u0 = sensealg, context, u0
         self.worst = 0.0
 
     def tolerance(self, rtol: float, atol: float, forward: Tolerance) -> Tolerance:
@@ -71,7 +71,7 @@ class Reconstruction(ReverseField):
 
     def distance(self, reached: Tensor, u: Tensor) -> float:
         """By how many tolerances a reconstructed state is off."""
-        return in_tolerances(reached, u, self.job.settings.tolerance)
+        return in_tolerances(reached, u, self.context.settings.tolerance)
 
     def _compare(self, z: Tensor, u: Tensor) -> None:
         self.worst = max(self.worst, self.distance(z[self.n : 2 * self.n], u))

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from diffsolve.adjoints.discrete import run_stepwise
 from diffsolve.adjoints.reconstruction import BacksolveWarning
-from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg
-from diffsolve.adjoints.tape import StepTape
-from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
-from diffsolve.engines.trajectory import Record
+from diffsolve.adjoints.sensealg import Outputs, Sensealg
+from diffsolve.engines.declined import Declined
+from diffsolve.engines.native.plan import NativePlan
+from diffsolve.engines.plan import SaveRequest, SolveContext
+from diffsolve.engines.torch.step_log import Record
+from diffsolve.engines.torch.tape import StepTape
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.stochastic.method import registered
@@ -53,12 +54,13 @@ class ReversibleAdjoint(Sensealg):
     def refuse_native(self) -> None:
         raise Declined("ReversibleAdjoint computes states backward with torch")
 
-    def compile(self, native: NativeField, alg: Algorithm) -> None:
+    def compile(self, plan: NativePlan, alg: Algorithm) -> None:
         self.refuse_native()
 
-    def run(self, job: Job) -> Outputs:
-        _refuse_irreversible(job.alg)
-        return run_stepwise(job, ReversibleTape())
+    def run(self, context: SolveContext) -> Outputs:
+        _refuse_irreversible(context.alg)
+        request = SaveRequest(context.saves, True, dense=context.dense, tape=ReversibleTape())
+        return run_stepwise(context, request)
 
 
 def _refuse_irreversible(alg: Algorithm) -> None:

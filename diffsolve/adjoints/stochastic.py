@@ -34,11 +34,11 @@ from torch import Tensor
 
 from diffsolve.adjoints.forward_states import ForwardStates
 from diffsolve.adjoints.reconstruction import Reconstruction
-from diffsolve.adjoints.reverse import ReverseField
-from diffsolve.adjoints.sensealg import Job
-from diffsolve.adjoints.tape import StepTape
+from diffsolve.engines.plan import SolveContext
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.trajectory import Trajectory
+from diffsolve.engines.torch.reverse import ReverseField
+from diffsolve.engines.torch.step_log import StepLog
+from diffsolve.engines.torch.tape import StepTape
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import CHANGED, VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step
@@ -76,17 +76,19 @@ class ForwardSteps:
     size: float | None
 
     @classmethod
-    def of(cls, trajectory: Trajectory) -> ForwardSteps:
-        recent = [abs(float(h)) for h in trajectory.step_h[-_RECENT:]]
-        starts = [float(t) for t in trajectory.step_t]
-        return cls(starts, trajectory.final_t, max(recent, default=None))
+    def of(cls, log: StepLog) -> ForwardSteps:
+        recent = [abs(float(h)) for h in log.step_h[-_RECENT:]]
+        starts = [float(t) for t in log.step_t]
+        return cls(starts, log.final_t, max(recent, default=None))
 
 
-def diffusion_at_start(job: Job, u0: Tensor) -> Tensor:
+def diffusion_at_start(context: SolveContext, u0: Tensor) -> Tensor:
     """``g(t0, u0)``."""
-    assert isinstance(job.field, SDEField)
+    assert isinstance(context.field, SDEField)
     with torch.no_grad():
-        return job.field.diffusion(job.field.after(job.t0, job.t1 - job.t0), u0).clone()
+        return context.field.diffusion(
+            context.field.after(context.t0, context.t1 - context.t0), u0
+        ).clone()
 
 
 class StochasticReverse(ReverseField):
@@ -94,7 +96,7 @@ class StochasticReverse(ReverseField):
 
     Parameters
     ----------
-    job
+    context
         The forward solve.
     field, params, extra
         As in ``ReverseField``.
@@ -115,7 +117,7 @@ class StochasticReverse(ReverseField):
 
     def __init__(
         self,
-        job: Job,
+        context: SolveContext,
         field: VectorField,
         params: list[Tensor],
         steps: ForwardSteps,
@@ -123,9 +125,9 @@ class StochasticReverse(ReverseField):
         extra: int,
     ):
         super().__init__(field, params, extra)
-        forward = job.field
+        forward = context.field
         assert isinstance(forward, SDEField) and isinstance(forward.path, Noise)
-        self.job, self.G0 = job, G0
+        self.context, self.G0 = context, G0
         self.path = forward.path.fork(levy_area=False)
         self.ng = 0
         self.first_size = steps.size
@@ -150,8 +152,8 @@ class StochasticReverse(ReverseField):
         ValueError
             If it lets paths of a batch depend on each other.
         """
-        field, job = self.field, self.job
-        t = field.after(job.t0, job.t1 - job.t0)
+        field, context = self.field, self.context
+        t = field.after(context.t0, context.t1 - context.t0)
         with torch.no_grad():
             now = field.diffusion(t, u0)
         if not float(field.rounding_error(now.reshape(-1), self.G0.reshape(-1))) <= 1:
@@ -187,7 +189,7 @@ class StochasticReverse(ReverseField):
         outputs, bars = [moved], [bar.detach()]
         if correction is not None:
             # an Ito integral looks along the forward solve, whichever way its time goes
-            ahead = -h if self.job.t1 >= self.job.t0 else h
+            ahead = -h if self.context.t1 >= self.context.t0 else h
             outputs, bars = [moved, correction], [*bars, correction.new_full((), ahead)]
         try:
             by_bar, by_u, *by_p = self.pull(outputs, bars, [bar, u, *self.params])
@@ -222,9 +224,8 @@ class StochasticReverse(ReverseField):
                 total = total + 0.5 * (v * along.reshape(-1)).sum()
         return total if isinstance(total, Tensor) and total.requires_grad else None
 
-    def count_in(self, stats: Any) -> None:
-        super().count_in(stats)
-        stats.ng = self.ng
+    def counts(self) -> tuple[int, ...]:
+        return *super().counts(), self.ng
 
 
 class StochasticBacksolve(Reconstruction, StochasticReverse):
@@ -233,16 +234,16 @@ class StochasticBacksolve(Reconstruction, StochasticReverse):
     def __init__(
         self,
         sensealg: Any,
-        job: Job,
+        context: SolveContext,
         field: VectorField,
         params: list[Tensor],
         steps: ForwardSteps,
         u0: Tensor,
         G0: Tensor,
     ):
-        super().__init__(job, field, params, steps, G0, extra=field.structure.size)
-        self.expect(sensealg, job, u0)
-        if not job.settings.adaptive:  # then the increments that are known, and no others
+        super().__init__(context, field, params, steps, G0, extra=field.structure.size)
+        self.expect(sensealg, context, u0)
+        if not context.settings.adaptive:  # then the increments that are known, and no others
             self.pins = steps.starts
 
     def state_at(self, t: float, z: Tensor) -> Tensor:
@@ -250,7 +251,7 @@ class StochasticBacksolve(Reconstruction, StochasticReverse):
 
     def distance(self, reached: Tensor, u: Tensor) -> float:
         # noise leads components through zero, where a relative tolerance means nothing
-        return float(rms((reached - u) / self.job.settings.tolerance.scale(rms(u))))
+        return float(rms((reached - u) / self.context.settings.tolerance.scale(rms(u))))
 
     def _joined(self, du: Tensor, by_u: Tensor, by_p: list[Tensor]) -> Tensor:
         return torch.cat([-by_u, du, *[-x for x in by_p]])
@@ -265,7 +266,7 @@ class StochasticInterpolating(StochasticReverse):
 
     def __init__(
         self,
-        job: Job,
+        context: SolveContext,
         field: VectorField,
         params: list[Tensor],
         steps: ForwardSteps,
@@ -273,9 +274,9 @@ class StochasticInterpolating(StochasticReverse):
         tape: StepTape,
         final: Tensor,
     ):
-        super().__init__(job, field, params, steps, G0, extra=0)
+        super().__init__(context, field, params, steps, G0, extra=0)
         self.pins = steps.starts
-        self.states = ForwardStates(job, self.path, tape, steps.end, final)
+        self.states = ForwardStates(context, self.path, tape, steps.end, final)
 
     def state_at(self, t: float, z: Tensor) -> Tensor:
         return self.states.at(t)
@@ -329,7 +330,7 @@ class ReverseHeun(Algorithm):
         return Step((z + 0.5 * (first + second),), error, None, nothing)
 
 
-def reverse_method(alg: Algorithm | None, job: Job) -> ReverseHeun:
+def reverse_method(alg: Algorithm | None, context: SolveContext) -> ReverseHeun:
     """The method of a reverse solve; None: ``LambaEulerHeun()`` where the steps are adaptive.
 
     Raises
@@ -338,7 +339,7 @@ def reverse_method(alg: Algorithm | None, job: Job) -> ReverseHeun:
         If another one than ``EulerHeun()`` or ``LambaEulerHeun()`` was asked for.
     """
     if alg is None:
-        return ReverseHeun(LambaEulerHeun() if job.settings.adaptive else EulerHeun())
+        return ReverseHeun(LambaEulerHeun() if context.settings.adaptive else EulerHeun())
     check_reverse_method(alg, True)
     assert isinstance(alg, EulerHeun)
     return ReverseHeun(alg)

@@ -112,6 +112,8 @@ class SDEField(VectorField):
     changed = re.sub(r"\bf\b", "f or g", CHANGED)
     path: Path | None
 
+    is_stochastic = True
+
     def __init__(
         self,
         f: Callable[..., Any],
@@ -130,7 +132,6 @@ class SDEField(VectorField):
         self.m = 0
         self.is_diagonal = False
         self.ng = 0
-        self.path = None
         self.span = 1.0
         #: What takes the place of the path's noise while steps are run at once.
         self.given: GivenNoise | None = None
@@ -372,6 +373,5 @@ class SDEField(VectorField):
         field._g_shapes, field._g_buffer = self._g_shapes, self._g_buffer
         return field
 
-    def count_in(self, stats: Any) -> None:
-        super().count_in(stats)
-        stats.ng = self.ng
+    def counts(self) -> tuple[int, ...]:
+        return *super().counts(), self.ng

@@ -12,7 +12,7 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -116,6 +116,9 @@ class VectorField:
         Whether ``f`` compares or rounds anything. Filled by ``discover``.
     """
 
+    #: Whether there is noise beside it, which a Brownian path drives; an ``SDEField`` has both.
+    is_stochastic: ClassVar[bool] = False
+    path: Any = None
     #: Why a gradient is refused whose steps are not those of the solve.
     changed = CHANGED
     #: How implicit methods linearise it, ``(t, h, u, slope)``, where not in the usual way.
@@ -220,10 +223,9 @@ class VectorField:
             self._refuse(du)
         row.copy_(du)
 
-    def count_in(self, stats: Any) -> None:
-        """Write the work of implicit methods to ``stats``."""
-        stats.njac, stats.nlu = self.njac, self.nlu
-        stats.nsolve, stats.nnewton = self.nsolve, self.nnewton
+    def counts(self) -> tuple[int, ...]:
+        """Work done so far, as ``Stats.count`` takes it."""
+        return self.nf, self.njac, self.nlu, self.nsolve, self.nnewton
 
     def _refuse(self, du: Any) -> None:
         mismatch = self.structure.describe_mismatch(du)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
+from diffsolve.solvers.jacobian_layout import checked_pattern
 
 
 def given_jacobian(field: VectorField, time: Tensor, u: Tensor) -> Tensor:
@@ -38,3 +40,18 @@ def given_jacobian(field: VectorField, time: Tensor, u: Tensor) -> Tensor:
             f"{structure.device}"
         )
     return blocks.detach()
+
+
+def check_jacobian(field: VectorField, t: Tensor, u: Tensor) -> None:
+    """Refuse a ``jac`` or ``jac_sparsity`` of a wrong shape before any work.
+
+    Raises
+    ------
+    ValueError
+        If one is wrong.
+    """
+    if field.jac_sparsity is not None:
+        checked_pattern(field.jac_sparsity, field.structure.size)
+    if field.jac is not None:
+        with torch.no_grad():
+            given_jacobian(field, t, u)

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import outside_transforms
+from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.stochastic.low_order import LambaEM, LambaEulerHeun
 from diffsolve.solvers.stochastic.method import StochasticMethod, check_method
@@ -36,17 +37,27 @@ def _default(prob: SDEProblem) -> StochasticMethod:
     return SOSRI() if ito else RKMil("stratonovich")
 
 
-def refuse_noise(seed: Any, noise: Any) -> None:
+def refuse_noise(field: VectorField, seed: Any, noise: Any) -> None:
     """Refuse what only an SDE's solve can use.
 
     Raises
     ------
     ValueError
-        If either is given.
+        If either is given, and the field is that of an ODE.
     """
+    if field.is_stochastic:
+        return
     for name, value in (("seed", seed), ("noise", noise)):
         if value is not None:
             raise ValueError(f"{name} is for an SDEProblem: an ODE has no noise")
+
+
+def prepare_path(
+    field: VectorField, alg: Algorithm, seed: Any, noise: Any, span: tuple[float, float], dt: Any
+) -> None:
+    """Give the field of an SDE the Brownian path that it follows; see ``brownian_path``."""
+    if isinstance(field, SDEField):
+        field.path = brownian_path(field, alg, seed, noise, span, dt)
 
 
 def brownian_path(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 
 #: More nodes than this take a second or more to compile, with the derivative.
 MOST_NODES = 10_000

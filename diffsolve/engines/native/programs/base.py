@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.codegen.llvm import Code
-from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.graph.expression import Node, Pool, needed
 from diffsolve.engines.native.locks import compiling
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.programs.rows import RowProgram
 from diffsolve.engines.native.programs.scalar import ScalarProgram
 from diffsolve.engines.native.programs.traces import FunctionCache, TraceEntry
@@ -54,7 +54,6 @@ class BoundProgram:
         self._entry = entry
         self._fingerprint: Fingerprint | None = fingerprint
         self._active: tuple[bool, ...] | None = None
-        self.template: Any = None
         self.tensors: list[Tensor] = [fingerprint.tensor_of(x, leaves) for x in entry.sources]
         flat = [x.detach() if x.dim() == 1 else x.detach().reshape(-1) for x in self.tensors]
         self._borrowed = len(flat) == 1 and flat[0].is_contiguous()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.expression import Node
 from diffsolve.engines.native.programs.row_steps import Nodes, Step
 from diffsolve.solvers.algorithm import Algorithm

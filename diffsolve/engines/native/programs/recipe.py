@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.expression import Node, Pool, needed
 from diffsolve.engines.native.programs.base import Program
 from diffsolve.engines.native.programs.bound import BoundProgram

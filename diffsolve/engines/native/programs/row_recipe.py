@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.derivative import annuls
 from diffsolve.engines.native.graph.expression import MOST_NODES, Node, needed, substitute
 from diffsolve.engines.native.programs.bound import RowBound

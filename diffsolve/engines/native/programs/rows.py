@@ -6,10 +6,10 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.codegen.llvm import Code, Output, lanes_of
 from diffsolve.engines.native.codegen.row_functions import TooWide, compile_rows
 from diffsolve.engines.native.codegen.rows import Each, Routine
-from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.graph.expression import Node, Pool, needed
 from diffsolve.engines.native.programs.base import Program
 from diffsolve.engines.native.programs.row_routines import RowRoutines

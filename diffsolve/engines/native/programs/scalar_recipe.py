@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.programs.bound import ScalarBound
 from diffsolve.engines.native.programs.recipe import (
     DRAWN_ANEW,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.locks import tables
 from diffsolve.engines.native.programs.base import Program
 from diffsolve.engines.native.tracing.fingerprint.code_reads import ReadPlan

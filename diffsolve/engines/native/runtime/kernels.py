@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import diffsolve
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.codegen import llvm
-from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.locks import compiling
 from diffsolve.solvers.kernels.family import Family, KernelSet
 

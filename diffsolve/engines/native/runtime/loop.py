@@ -1,4 +1,4 @@
-"""The adaptive loop in machine code: ``engines/torch_engine.py``, decision by decision.
+"""The adaptive loop in machine code: ``engines/torch/loop.py``, decision by decision.
 
 ``F`` holds what a family of methods does (``solvers/kernels/functions.py``).
 

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
+from diffsolve.engines.native.programs.bound import ScalarBound
 from diffsolve.engines.native.programs.scalar import SparseJacobian
 from diffsolve.engines.native.runtime.blocks import Block, place
 from diffsolve.engines.native.runtime.kernels import Kernel
 from diffsolve.engines.native.runtime.method import MethodNumbers, address
 from diffsolve.engines.native.runtime.switching import Run, switch
-from diffsolve.engines.native.runtime.template import STEPS, Kept, Template, Wanted
+from diffsolve.engines.native.runtime.template import STEPS, Kept, Template
+from diffsolve.engines.plan import SaveRequest
 from diffsolve.solvers.kernels import layout as L
 
 _NO_COUNTS = array("q", [0] * (L.NNEWTON + 1 - L.NJAC))
@@ -40,7 +41,7 @@ class Memory:
         Flat parameters that ``field`` is given; a copy of them where states are kept.
     field, jacobian
         Address of what is integrated, and its Jacobian; default: the right-hand side.
-    wanted
+    request
         What to keep; None: nothing but the state.
     """
 
@@ -51,21 +52,21 @@ class Memory:
 
     def __init__(
         self,
-        native: NativeField,
+        native: ScalarBound,
         template: Template,
         n: int,
         params: Tensor,
         breaks: Sequence[float],
         field: int | None = None,
         jacobian: Callable[[], SparseJacobian] | None = None,
-        wanted: Wanted | None = None,
+        request: SaveRequest | None = None,
     ):
         self.native, self.template = native, template
         self.method: MethodNumbers = template.method
         self.runs = [Run(template, 0)]
         self.n = n
         self.dtype = template.dtype
-        self.kept = kept = None if wanted is None else template.kept(wanted)
+        self.kept = kept = None if request is None else template.kept(request)
         self.work_space = work = None if kept is None else kept.borrow()
         self.integers = integers = (template if work is None else work).integers[:]
         self.reals = reals = template.reals[:]
@@ -85,14 +86,14 @@ class Memory:
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
             integers[L.N_BREAKS] = len(breaks)
-        if kept is not None and wanted is not None and work is not None:  # all, or none
+        if kept is not None and request is not None and work is not None:  # all, or none
             self.held[L.WORK] = work.array
-            self._make_first_room(kept, wanted.times)
+            self._make_first_room(kept, request.times)
         else:
             self.work()
 
     def prepare_stiff(self) -> Any:
-        """Make what the reverse pass of the stiff method needs; where one is wanted, set anew."""
+        """Make what the reverse pass of the stiff method needs; where one is request, set anew."""
 
     def work(self) -> None:
         """A work space, which each call of a kernel that may run beside others needs."""

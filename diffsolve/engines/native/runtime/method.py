@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.controllers import Controller, IController, PIController, PIDController
 from diffsolve.solvers.kernels import layout as L

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
+from diffsolve.engines.native.programs.bound import ScalarBound
 from diffsolve.engines.native.programs.scalar import SparseJacobian
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Counts, Memory
-from diffsolve.engines.native.runtime.method import method_of
 from diffsolve.engines.native.runtime.solve import message_of
 from diffsolve.engines.native.runtime.switching import (
     as_polynomials,
@@ -30,18 +29,6 @@ from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Tolerance
-from diffsolve.solvers.switching import AutoSwitch
-
-
-def compile_adjoint(native: NativeField, alg: Algorithm, along_path: bool) -> None:
-    """Make the adjoint equation, to be solved by ``alg``."""
-    if isinstance(alg, AutoSwitch):
-        alg = alg.nonstiff
-    program, active, method = native.program, native.active, method_of(alg)
-    kernel("advance", method.family, program.is_float32)
-    program.address("interpolating" if along_path else "backsolve", active)
-    if method.is_implicit:
-        program.adjoint_jacobian(active, not along_path)
 
 
 @dataclass
@@ -104,7 +91,7 @@ def sweep(
             use(memory, run)
             if memory.method.is_implicit:
                 memory.work_of_systems()
-        addresses = run.template.reverse(program, active)
+        addresses = run.template.reverse(active)
         integers[L.VJP], integers[L.FUSED_VJP], integers[L.JAC_VJP], function = addresses
         integers[L.SWEPT], integers[L.SWEEP_LAST] = run.end, run.end - 1
         started = time.perf_counter()
@@ -236,7 +223,7 @@ class ReverseResult:
 
 
 def solve_reverse(
-    native: NativeField,
+    native: ScalarBound,
     alg: Algorithm,
     problem: ReverseProblem,
     start: float,

@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffsolve.engines.diagnosis import Failure, explain
-from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
+from diffsolve.engines.native.programs.bound import ScalarBound
 from diffsolve.engines.native.runtime.kernels import kernel
-from diffsolve.engines.native.runtime.memory import Counts, Memory
+from diffsolve.engines.native.runtime.memory import Memory
 from diffsolve.engines.native.runtime.switching import join_dense
-from diffsolve.engines.native.runtime.template import Wanted
+from diffsolve.engines.native.runtime.template import Template
+from diffsolve.engines.plan import SaveRequest, SolveContext, StepTable, Trajectory
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.trajectory import progress_bar
+from diffsolve.engines.torch.step_log import progress_bar
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
-from diffsolve.solution import ReturnCode, Steps
+from diffsolve.solution import ReturnCode
 from diffsolve.solvers.algorithm import Algorithm, Trouble
-from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Estimates
 
@@ -42,8 +43,8 @@ _TROUBLES = {
 }
 
 
-@dataclass(slots=True)
-class StepColumns:
+@dataclass
+class StepColumns(StepTable):
     """Start, size and estimates of the steps: rows of a table, which are made tensors when asked.
 
     Attributes
@@ -72,58 +73,28 @@ class StepColumns:
             rows = rows.view(self.dtype)
         return torch.from_numpy(rows[:, : self.count])
 
-    def steps(self, estimates: Tensor | None = None) -> Steps:
-        """The columns of all, or the times with estimates that are differentiated."""
-        rows = self.estimates() if estimates is None else estimates
-        return Steps(*self.times(), rows[0], rows[1], rows[2])
-
-
-@dataclass
-class NativeTrajectory:
-    """What a native solve gives back; as ``torch_engine.Trajectory``, with tensors for lists."""
-
-    t: Sequence[float]
-    u: Tensor
-    columns: StepColumns
-    counts: Counts
-    nreject: int
-    final_t: float
-    final_h: float
-    retcode: ReturnCode
-    kernel_s: float
-    memory: Memory = field(repr=False)
-    message: str = ""
-    dense: NativeDense | DenseOutput | None = None
-
-    @property
-    def naccept(self) -> int:
-        return self.columns.count
+    def __len__(self) -> int:
+        return self.count
 
 
 def integrate(
-    native: NativeField,
-    alg: Algorithm,
-    u0: Tensor,
-    t0: float,
-    t1: float,
-    settings: Settings,
-    wanted: Wanted,
-    field: VectorField,
-) -> NativeTrajectory:
-    """Integrate from ``t0`` to ``t1`` in machine code.
-
-    Returns
-    -------
-    NativeTrajectory
-        With the partial result and the reason where the solve failed.
-    """
-    made = native.template
-    memory = Memory(native, made, native.program.n, native.params, field.breaks, wanted=wanted)
+    bound: ScalarBound, template: Template, context: SolveContext, u0: Tensor, request: SaveRequest
+) -> Trajectory:
+    """Integrate in machine code; see ``Plan.integrate``."""
+    t0, t1, settings = context.t0, context.t1, context.settings
+    memory = Memory(
+        bound,
+        template,
+        bound.program.n,
+        bound.params,
+        context.field.breaks,
+        request=request,
+    )
     memory.span(t0, t1, settings.tstops)
     memory.start(u0)
-    other = made.other
-    if wanted.states and other is not None:
-        memory.prepare_stiff = lambda: other().reverse(native.program, native.active)
+    other = template.other
+    if request.states and other is not None:
+        memory.prepare_stiff = lambda: other().reverse(bound.active)
     bar = progress_bar(t0, t1) if settings.progress else None
     started = time.perf_counter()
     try:
@@ -131,36 +102,53 @@ def integrate(
     finally:
         if bar is not None:
             bar.close()
-    kernel_s = time.perf_counter() - started
+    trajectory = trajectory_of(memory, memory, status, request, time.perf_counter() - started)
+    if status != L.DONE:
+        span = t0, t1
+        trajectory.message = message_of(status, memory, context.alg, settings, span, context.field)
+    memory.give_back_work()
+    del memory.held[L.START]
+    memory.held.pop(L.MATRIX, None)
+    if request.dense:
+        if len(memory.runs) > 1:
+            join_dense(memory)
+        trajectory.dense = NativeDense(memory, t0, u0)
+    return trajectory
+
+
+def trajectory_of(
+    memory: Memory, records: Any, status: int, request: SaveRequest, kernel_s: float
+) -> Trajectory:
+    """What kernels have left in memory.
+
+    Parameters
+    ----------
+    memory
+        That of the solve, or of one of its threads: all have the same steps.
+    records
+        What the reverse pass goes by.
+    status
+        How the kernel ended.
+    """
     integers, reals, held = memory.integers, memory.reals, memory.held
-    saved = integers[L.SAVED]
-    if wanted.times is None:
-        times: Sequence[float] = [*memory.steps()[0].tolist(), reals[L.T]][:saved]
+    saved, times = integers[L.SAVED], request.times
+    if times is None:
+        reached: Any = [*memory.steps()[0].tolist(), reals[L.T]][:saved]
     else:
-        times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]  # type: ignore[assignment]
+        reached = times if saved == integers[L.N_SAVES] else times[:saved]
     out = held[L.OUT_U]
-    found = NativeTrajectory(
-        t=times,
+    return Trajectory(
+        t=reached,
         u=torch.from_numpy(out if saved == len(out) else out[:saved]),
-        columns=StepColumns(held[L.STEP_T], integers[L.ACCEPTED], memory.dtype),
+        steps=StepColumns(held[L.STEP_T], integers[L.ACCEPTED], memory.dtype),
         counts=memory.counts(),
         nreject=integers[L.REJECTED],
         final_t=reals[L.T],
         final_h=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
         retcode=RETCODES[status],
         kernel_s=kernel_s,
-        memory=memory,
+        records=records,
     )
-    if status != L.DONE:
-        found.message = message_of(status, memory, alg, settings, (t0, t1), field)
-    memory.give_back_work()
-    del held[L.START]
-    held.pop(L.MATRIX, None)
-    if wanted.dense:
-        if len(memory.runs) > 1:
-            join_dense(memory)
-        found.dense = NativeDense(memory, t0, u0)
-    return found
 
 
 def message_of(

@@ -36,7 +36,7 @@ def sweep(
     made: Any = crew.parts[0].template
     bars = [x if x is None or not x.numel() else x.contiguous() for x in cotangents]
     estimates = any(x is not None and x.numel() for x in bars[1:])
-    step_vjp, diffusion_vjp, function = made.reverse(program, active, estimates)
+    step_vjp, diffusion_vjp, function = made.reverse(active, estimates)
     entries = program.active_entries(active)
     parts: list[Any] = []
     place = 0
@@ -80,5 +80,5 @@ def sweep(
     lanes = np.sum([part.held[L.P_BAR] for part in parts], axis=0)
     p_bar = np.zeros(program.n_params, parts[0].dtype)
     p_bar[entries] = lanes.reshape(-1, program.lanes).sum(1)[: len(entries)]
-    counts = (*parts[0].counts(), parts[0].integers[L.NG])
+    counts = parts[0].counts()
     return Swept(u_bar, torch.from_numpy(p_bar), counts, kernel_s)

@@ -12,14 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
+from diffsolve.engines.native.programs.bound import RowBound
 from diffsolve.engines.native.runtime.solve import (
-    RETCODES,
-    NativeTrajectory,
-    StepColumns,
     message_of,
+    trajectory_of,
 )
-from diffsolve.engines.native.runtime.template import Wanted
 from diffsolve.engines.native.runtime.threads import (
     FIRST_ROOM,
     Crew,
@@ -27,10 +24,10 @@ from diffsolve.engines.native.runtime.threads import (
     StochasticTemplate,
     share_out,
 )
+from diffsolve.engines.plan import SaveRequest, SolveContext, Trajectory
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.trajectory import progress_bar
+from diffsolve.engines.torch.step_log import progress_bar
 from diffsolve.problems.sde_field import SDEField
-from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.initial_step import stochastic_step
 from diffsolve.solvers.interpolation import DenseOutput
 from diffsolve.solvers.kernels import layout as L
@@ -43,79 +40,55 @@ _MOST_NOISE = 20_000_000  # numbers that are kept for a reverse pass rather than
 
 
 def integrate(
-    native: NativeSDE,
-    field: SDEField,
-    alg: Algorithm,
+    bound: RowBound,
+    template: StochasticTemplate,
+    context: SolveContext,
     u0: Tensor,
-    t0: float,
-    t1: float,
-    settings: Settings,
-    wanted: Wanted,
-) -> NativeTrajectory:
-    """Integrate from ``t0`` to ``t1`` in machine code; ``field.path`` knows the path afterwards.
+    request: SaveRequest,
+) -> Trajectory:
+    """Integrate in machine code; see ``Plan.integrate``.
 
-    Returns
-    -------
-    NativeTrajectory
-        With the partial result and the reason where the solve failed.
+    ``field.path`` knows the path afterwards.
     """
-    made: StochasticTemplate = native.template
-    path: Any = field.path
+    field: Any = context.field
+    t0, t1, settings = context.t0, context.t1, context.settings
     bar = progress_bar(t0, t1) if settings.progress else None
     started = time.perf_counter()
     try:
-        parts = _shared(field.rows, made, settings, t0, t1)
-        crew, statuses = _solved(native, field, parts, u0, t0, t1, settings, wanted, bar)
+        parts = _shared(field.rows, template, settings, t0, t1)
+        crew, statuses = _solved(bound, template, context, parts, u0, request, bar)
         if any(status != L.DONE for status in statuses) and len(parts) > 1:
             # the batch stops where its first path fails: one thread finds that
             parts = [(0, field.rows)]
-            crew, statuses = _solved(native, field, parts, u0, t0, t1, settings, wanted, bar)
+            crew, statuses = _solved(bound, template, context, parts, u0, request, bar)
     finally:
         if bar is not None:
             bar.close()
     kernel_s = time.perf_counter() - started
     status, part = statuses[0], crew.parts[0]
-    integers, reals = part.integers, part.reals
-    count, saved = integers[L.ACCEPTED], integers[L.SAVED]
-    table = part.held[L.STEP_T]
+    count = part.integers[L.ACCEPTED]
     estimates = _joined_estimates(crew, count)
     if estimates is not None:
-        table[2:].view(part.dtype)[:, :count] = estimates
-    if wanted.times is None:
-        times: Any = [*part.steps()[0].tolist(), reals[L.T]][:saved]
-    else:
-        times = wanted.times if saved == integers[L.N_SAVES] else wanted.times[:saved]
-    out = part.held[L.OUT_U]
-    found = NativeTrajectory(
-        t=times,
-        u=torch.from_numpy(out if saved == len(out) else out[:saved]),
-        columns=StepColumns(table, count, part.dtype),
-        counts=(*part.counts(), integers[L.NG]),
-        nreject=integers[L.REJECTED],
-        final_t=reals[L.T],
-        final_h=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
-        retcode=RETCODES[status],
-        kernel_s=kernel_s,
-        memory=crew,  # type: ignore[arg-type]
-    )
+        part.held[L.STEP_T][2:].view(part.dtype)[:, :count] = estimates
+    trajectory = trajectory_of(part, crew, status, request, kernel_s)
     if status != L.DONE:
-        found.message = message_of(status, part, alg, settings, (t0, t1), field)
-    remember(path, part, t0)
-    if wanted.dense:
-        found.dense = _dense(native, field, found, part, t0, u0)
+        trajectory.message = message_of(status, part, context.alg, settings, (t0, t1), field)
+    remember(field.path, part, t0)
+    if request.dense:
+        trajectory.dense = _dense(bound, field, trajectory, part, t0, u0)
     for each in crew.parts:
         for slot in (L.WORK, L.START, L.AHEAD, L.NOISE, L.KNOWN_VALUES):
             each.held.pop(slot, None)
-    return found
+    return trajectory
 
 
 def _shared(
-    rows: int, made: StochasticTemplate, settings: Settings, t0: float, t1: float
+    rows: int, template: StochasticTemplate, settings: Settings, t0: float, t1: float
 ) -> list[tuple[int, int]]:
     """First path and number of paths of each thread."""
     if settings.adaptive or settings.progress or settings.dt is None:
         return [(0, rows)]
-    work = made.operations(rows) * abs(t1 - t0) / settings.dt
+    work = template.operations(rows) * abs(t1 - t0) / settings.dt
     lanes = 16
     most = int(min(torch.get_num_threads(), work / _WORK_A_THREAD, rows // lanes))
     if most < 2:
@@ -125,48 +98,49 @@ def _shared(
 
 
 def _solved(
-    native: NativeSDE,
-    field: SDEField,
+    bound: RowBound,
+    template: StochasticTemplate,
+    context: SolveContext,
     shares: list[tuple[int, int]],
     u0: Tensor,
-    t0: float,
-    t1: float,
-    settings: Settings,
-    wanted: Wanted,
+    request: SaveRequest,
     bar: Any,
 ) -> tuple[Crew, list[int]]:
-    made: StochasticTemplate = native.template
-    program = native.program
-    seed = field.path.seed  # type: ignore[union-attr]
+    field: Any = context.field
+    t0, t1, settings = context.t0, context.t1, context.settings
+    program = bound.program
+    seed = field.path.seed
     seeded = isinstance(seed, Tensor)
     seeds = (
         seed.reshape(-1).to("cpu", torch.int64).contiguous()
         if seeded
         else torch.tensor([signed(seed)], device="cpu")
     )
-    parts = [Part(native, made, first, rows, field.breaks, seeds, seeded) for first, rows in shares]
+    parts = [
+        Part(bound, template, first, rows, field.breaks, seeds, seeded) for first, rows in shares
+    ]
     n, dtype = field.rows * program.d, parts[0].dtype
-    noises = 2 if made.formulas.needs_area else 1
+    noises = 2 if template.formulas.needs_area else 1
     if settings.adaptive:
         room = max(8, min(FIRST_ROOM, _ROOM_IN_NUMBERS // ((2 + noises) * n)))
     else:
         room = _count(settings, t0, t1)
-        if wanted.checkpoints is not None or room * noises * field.rows * field.m > _MOST_NOISE:
+        if request.checkpoints is not None or room * noises * field.rows * field.m > _MOST_NOISE:
             noises = 0  # drawn again
     sizes = [part.n + noises * part.integers[L.NOISE_SIZE] for part in parts]
     if settings.adaptive:  # errors as well: a regularizer of them needs no step again
         sizes = [2 * (part.n + part.integers[L.NOISE_SIZE]) for part in parts]
-    saves = room + 1 if wanted.times is None else len(wanted.times)
+    saves = room + 1 if request.times is None else len(request.times)
     out = np.empty((saves, n), dtype)
-    kept = room if wanted.checkpoints is None else min(wanted.checkpoints, room)
-    states = np.empty(kept * sum(sizes), dtype) if wanted.states else None
+    kept = room if request.checkpoints is None else min(request.checkpoints, room)
+    states = np.empty(kept * sum(sizes), dtype) if request.states else None
     place = 0
     for part, size in zip(parts, sizes, strict=True):
         mine = None
         if states is not None:
             mine = states[place : place + kept * size].reshape(kept, size)
             place += kept * size
-        part.want_part(wanted, room, out, mine)
+        part.want_part(request, room, out, mine)
         part.span(t0, t1, settings.tstops)
         reals, integers = part.reals, part.integers
         reals[L.NOISE_START] = reals[L.NOISE_END] = reals[L.KNOWN_FROM] = t0
@@ -175,7 +149,7 @@ def _solved(
         share = u0.view(field.rows, program.d)[part.first : part.first + part.rows]
         part.start(share.reshape(-1))
         if settings.dt is None:
-            reals[L.SIZE] = _first_step(native, field, u0, t0, t1, settings, part)
+            reals[L.SIZE] = _first_step(bound, template, field, u0, t0, t1, settings, part)
     return Crew(parts, states), share_out(parts, lambda part: part.advance(bar))
 
 
@@ -189,8 +163,8 @@ def _count(settings: Settings, t0: float, t1: float) -> int:
 class _CompiledField:
     """What ``stochastic_step`` asks of a field, by the compiled functions."""
 
-    def __init__(self, native: NativeSDE, field: SDEField):
-        self._native, self.field = native, field
+    def __init__(self, bound: RowBound, field: SDEField):
+        self._bound, self.field = bound, field
         self.after, self.times, self.deviation = field.after, field.times, field.deviation
         self.nf = self.ng = 0
         self._known: dict[str, tuple[Tensor, Tensor]] = {}  # the first state, and its value
@@ -198,8 +172,8 @@ class _CompiledField:
     def _evaluate(self, kind: str, t: Tensor, u: Tensor) -> Tensor:
         """Counted also where it is known, because the time has no part in it."""
         before, value = self._known.get(kind, (None, None))
-        if value is None or before is not u or self._native.program.routines.reads_time[kind]:
-            value = self._native.evaluate(kind, float(t), u, self.field.rows)
+        if value is None or before is not u or self._bound.program.routines.reads_time[kind]:
+            value = self._bound.evaluate(kind, float(t), u, self.field.rows)
             self._known.setdefault(kind, (u, value))
         return value
 
@@ -215,7 +189,8 @@ class _CompiledField:
 
 
 def _first_step(
-    native: NativeSDE,
+    bound: RowBound,
+    template: StochasticTemplate,
     field: SDEField,
     u0: Tensor,
     t0: float,
@@ -224,9 +199,9 @@ def _first_step(
     part: Part,
 ) -> float:
     direction = 1.0 if t1 >= t0 else -1.0
-    view: Any = _CompiledField(native, field)
+    view: Any = _CompiledField(bound, field)
     f0 = view(field.after(t0, direction), u0)
-    order = native.template.order
+    order = template.order
     most = min(settings.dtmax, abs(t1 - t0))
     size = stochastic_step(view, t0, u0, f0, direction, order, settings.tolerance, most)
     part.integers[L.NF] += view.nf - 1
@@ -288,25 +263,25 @@ def remember(path: Any, part: Part, t0: float) -> None:
 
 
 def _dense(
-    native: NativeSDE, field: SDEField, found: NativeTrajectory, part: Part, t0: float, u0: Tensor
+    bound: RowBound, field: SDEField, found: Trajectory, part: Part, t0: float, u0: Tensor
 ) -> DenseOutput:
     states = found.u.clone()
     if L.DENSE in part.held:
-        kept = part.held[L.DENSE][: found.naccept, 0]
+        kept = part.held[L.DENSE][: len(found.steps), 0]
         states = torch.cat([torch.from_numpy(kept), part.state()[None]])
     dense = DenseOutput(t0, part.reals[L.DIRECTION], u0)
     starts = part.steps()[0].tolist()
     dense.ends = [dense.direction * t for t in (*starts, found.final_t)]
-    dense.steps = _Interpolants(native, field, found, states)  # type: ignore[assignment]
+    dense.steps = _Interpolants(bound, field, found, states)  # type: ignore[assignment]
     return dense
 
 
 class _Interpolants(Sequence[PathInterpolant]):
     """Those of the steps of a solve, each made when it is asked for."""
 
-    def __init__(self, native: NativeSDE, field: SDEField, found: NativeTrajectory, states: Tensor):
-        self._view = _CompiledField(native, field)
-        self._states, (self._t, self._h) = states, found.columns.times()
+    def __init__(self, bound: RowBound, field: SDEField, found: Trajectory, states: Tensor):
+        self._view = _CompiledField(bound, field)
+        self._states, (self._t, self._h) = states, found.steps.times()
 
     def __len__(self) -> int:
         return len(self._t)

@@ -1,4 +1,4 @@
-"""The reverse pass of the discrete adjoint in machine code: ``adjoints/sweep.py``, step by step.
+"""The reverse pass of the discrete adjoint in machine code, as ``engines/torch/sweep.py`` has it.
 
 ``F`` holds what a family of methods does (``solvers/kernels/functions.py``).
 """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.runtime.method import address
 from diffsolve.solvers.continuous_extension import elevated
 from diffsolve.solvers.kernels import layout as L

@@ -6,17 +6,18 @@ import math
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.programs.scalar import ScalarProgram, SparseJacobian
 from diffsolve.engines.native.runtime.blocks import Block, Part, place
 from diffsolve.engines.native.runtime.kernels import Kernel, kernel
 from diffsolve.engines.native.runtime.method import address, method_of, set_controller
+from diffsolve.engines.plan import SaveRequest
 from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
@@ -36,27 +37,6 @@ _MOST_SPARE, _MOST_SPARE_BYTES = 4, 100_000  # work spaces that wait for the nex
 _WORK_A_CALL = 1e8  # operations before a kernel returns to Python: a fraction of a second
 _FLOAT64, _FLOAT32 = np.dtype(np.float64), np.dtype(np.float32)
 _INT64 = np.dtype(np.int64)
-
-
-@dataclass(slots=True)
-class Wanted:
-    """What to keep of a solve.
-
-    Attributes
-    ----------
-    times
-        Ordered times to save; None: every step.
-    states
-        Whether to keep what the reverse sweep needs; ``checkpoints``: of that many steps.
-    dense
-        Whether to keep the stages; ``complete``: with the extra ones of the interpolant.
-    """
-
-    times: Sequence[float] | np.ndarray | None = None
-    states: bool = False
-    checkpoints: int | None = None
-    dense: bool = False
-    complete: bool = False
 
 
 def write_tolerance(
@@ -160,11 +140,14 @@ class Template:
         assert found is not None
         return found
 
-    def reverse(self, program: ScalarProgram, active: tuple[bool, ...]) -> Reverse:
+    def check_checkpoints(self) -> None:
+        """Every solve can be repeated from checkpoints."""
+
+    def reverse(self, active: tuple[bool, ...]) -> Reverse:
         """Product with the Jacobian, the reverse of a step and of the Jacobian, and the kernel."""
         found = self._reverse.get(active)
         if found is None:
-            family = self.method.family
+            program, family = self.program, self.method.family
             sweep = kernel("sweep", family, program.is_float32)
             of_jacobian = program.address("jacobian_vjp", active) if family.is_implicit else 0
             fused = self.integers[L.FUSED]
@@ -195,14 +178,14 @@ class Template:
                 self._work[n] = found
         return found
 
-    def kept(self, wanted: Wanted) -> Kept:
+    def kept(self, request: SaveRequest) -> Kept:
         """Room for what solves keep that are to keep the same."""
         key = (
-            *(wanted.times is None, wanted.states, wanted.checkpoints),
-            *(wanted.dense, wanted.complete),
+            *(request.times is None, request.states, request.checkpoints),
+            *(request.dense, request.complete),
         )
         found = self._kept.get(key)
-        return remembered(self._kept, key, lambda: Kept(self, wanted)) if found is None else found
+        return remembered(self._kept, key, lambda: Kept(self, request)) if found is None else found
 
 
 class WorkSpace:
@@ -233,29 +216,29 @@ class Kept:
         Shape of the dense records; None: there are none.
     """
 
-    def __init__(self, template: Template, wanted: Wanted):
+    def __init__(self, template: Template, request: SaveRequest):
         n, rows = template.program.n, template.most_rows
         self._dtype, self._n = template.dtype, n
-        each = (2 if wanted.states else 0) * n + ((rows + 1) * n if wanted.dense else 0) + n
+        each = (2 if request.states else 0) * n + ((rows + 1) * n if request.dense else 0) + n
         self.room = room = max(8, min(_FIRST_ROOM, _ROOM_IN_NUMBERS // each))
         self.integers = integers = template.integers[:]
         integers[L.STEP_ROOM], integers[L.OUT_STRIDE] = room, n
-        if wanted.times is None:
+        if request.times is None:
             integers[L.N_SAVES], integers[L.SAVE_ROOM] = -1, room
-        self._checkpoints = wanted.checkpoints
+        self._checkpoints = request.checkpoints
         # dense output outlives the states, and the copy of the parameters that lies with them
-        self.params = template.program.n_params if wanted.states and not wanted.dense else 0
-        if wanted.states:
-            stages = _keeps_stages(template, wanted)
+        self.params = template.program.n_params if request.states and not request.dense else 0
+        if request.states:
+            stages = _keeps_stages(template, request)
             self._rows = 1 + template.most_stages if stages else 2
             integers[L.STRIDE] = 1
             integers[L.STATE_ROWS], integers[L.STATE_SIZE] = self._rows, self._rows * n
-            integers[L.STATE_ROOM] = room if wanted.checkpoints is None else wanted.checkpoints
-            integers[L.THINNING] = wanted.checkpoints is not None
-        self.dense = (room, rows + 1, n) if wanted.dense else None
-        integers[L.ALWAYS_COMPLETE] = wanted.complete or template.stiff is not None
+            integers[L.STATE_ROOM] = room if request.checkpoints is None else request.checkpoints
+            integers[L.THINNING] = request.checkpoints is not None
+        self.dense = (room, rows + 1, n) if request.dense else None
+        integers[L.ALWAYS_COMPLETE] = request.complete or template.stiff is not None
         self._blocks: dict[int, Block] = {}
-        self.block = self.block_of(room) if wanted.states else None
+        self.block = self.block_of(room) if request.states else None
         self._times: tuple[np.ndarray, int] | None = None
         self.work = template.work(n)
         self._is_implicit, self.work_slots = template.method.is_implicit, self.work.slots
@@ -302,14 +285,14 @@ class Kept:
         return known
 
 
-def _keeps_stages(template: Template, wanted: Wanted) -> bool:
+def _keeps_stages(template: Template, request: SaveRequest) -> bool:
     """Whether the reverse sweep is to find the stages, rather than to evaluate them again.
 
     They take little memory for a small state; and a fused step makes them as fast anew. Those of
     an implicit step are its solution, which is not to be looked for again.
     """
     method, n = template.method, template.program.n
-    if wanted.checkpoints is not None:
+    if request.checkpoints is not None:
         return False
     if template.keeps_stages:
         return True
@@ -325,6 +308,13 @@ def template(program: ScalarProgram, alg: Algorithm, settings: Settings) -> Temp
     found = _find_template(program, alg, settings)
     program.latest_template = settings, key, found
     return found
+
+
+def template_for(
+    program: ScalarProgram, alg: Algorithm, field: Any, settings: Settings
+) -> Template:
+    """The template of such solves; see ``template``."""
+    return template(program, alg, settings)
 
 
 def _template_of(program: Callable[[], Any], alg: Algorithm, settings: Settings) -> Template:

@@ -20,16 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.locks import tables
-from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
+from diffsolve.engines.native.programs.bound import RowBound
 from diffsolve.engines.native.programs.formulas import step_method
 from diffsolve.engines.native.programs.rows import RowProgram
 from diffsolve.engines.native.runtime.blocks import Block
 from diffsolve.engines.native.runtime.kernels import kernel
-from diffsolve.engines.native.runtime.memory import Memory
+from diffsolve.engines.native.runtime.memory import Counts, Memory
 from diffsolve.engines.native.runtime.method import MethodNumbers, address, set_controller
-from diffsolve.engines.native.runtime.template import STEPS, Wanted, remembered, write_tolerance
+from diffsolve.engines.native.runtime.template import STEPS, remembered, write_tolerance
+from diffsolve.engines.plan import SaveRequest
 from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
@@ -98,8 +99,20 @@ class StochasticTemplate:
         program: Any = self._program()
         return rows * (program.size * self.method.n + 50.0 * program.m)
 
-    def reverse(self, program: RowProgram, active: tuple[bool, ...], estimates: bool = False):
+    def check_checkpoints(self) -> None:
+        """Decline checkpoints where the noise of a step does not follow from its number.
+
+        Raises
+        ------
+        Declined
+            If the steps are adaptive.
+        """
+        if self.settings.adaptive:
+            raise Declined("checkpoints of adaptive steps of an SDE have no compiled form")
+
+    def reverse(self, active: tuple[bool, ...], estimates: bool = False):
         """Addresses of a step's reverse and of the diffusion's product, and the kernel."""
+        program: Any = self._program()
         found = self._reverse.get((active, estimates))
         if found is None:
             found = self._reverse[active, estimates] = (
@@ -129,16 +142,11 @@ def template(
     )
 
 
-def check_checkpoints(template: StochasticTemplate) -> None:
-    """Decline checkpoints where the noise of a step does not follow from its number.
-
-    Raises
-    ------
-    Declined
-        If the steps are adaptive.
-    """
-    if template.settings.adaptive:
-        raise Declined("checkpoints of adaptive steps of an SDE have no compiled form")
+def template_for(
+    program: RowProgram, alg: Algorithm, field: Any, settings: Settings
+) -> StochasticTemplate:
+    """The template of such solves; see ``template``."""
+    return template(program, alg, field.noise, settings)
 
 
 def _no_jacobian() -> Any:
@@ -162,7 +170,7 @@ class Part(Memory):
 
     def __init__(
         self,
-        native: NativeSDE,
+        native: RowBound,
         template: StochasticTemplate,
         first: int,
         rows: int,
@@ -237,7 +245,9 @@ class Part(Memory):
             self.hold_new(slot, new)
         integers[L.LOG_ROOM] = room
 
-    def want_part(self, wanted: Wanted, room: int, out: np.ndarray, states: np.ndarray | None):
+    def want_part(
+        self, request: SaveRequest, room: int, out: np.ndarray, states: np.ndarray | None
+    ):
         """Room for what is to be kept; ``out`` and ``states`` may be parts of larger arrays.
 
         Parameters
@@ -250,7 +260,7 @@ class Part(Memory):
             Rows of states and noise of this part.
         """
         integers = self.integers
-        times = wanted.times
+        times = request.times
         if times is None:
             integers[L.N_SAVES], integers[L.SAVE_ROOM] = -1, len(out)
         else:
@@ -265,13 +275,13 @@ class Part(Memory):
         self.block = self.block_of(room).lay(integers)
         if states is not None:
             integers[L.STRIDE], integers[L.STATE_ROOM] = 1, len(states)
-            integers[L.THINNING] = wanted.checkpoints is not None
+            integers[L.THINNING] = request.checkpoints is not None
             integers[L.STATE_SIZE] = states.shape[1]
             self.hold_new(L.STATES, states)
             if times is not None:
                 size = integers[L.NOISE_SIZE]
                 self.hold_new(L.SAVE_NOISE, np.empty((len(times), size), self.dtype))
-        if wanted.dense and times is not None:
+        if request.dense and times is not None:
             rows = integers[L.DENSE_ROWS]
             self.hold_new(L.DENSE, np.empty((room, rows, self.n), self.dtype))
             self.hold_new(L.COMPLETE, np.empty(room, np.int64))
@@ -301,6 +311,9 @@ class Part(Memory):
         inside = max(integers[L.N_SAVES] - integers[L.SAVED], 0)
         if integers[L.LOGGED] + inside + 2 > integers[L.LOG_ROOM]:
             self._log(2 * integers[L.LOG_ROOM] + inside)
+
+    def counts(self) -> Counts:
+        return *super().counts(), self.integers[L.NG]
 
     def stopped(self) -> bool:
         """Whether another thread has failed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.expression import Node, Pool
 from diffsolve.engines.native.tracing.reductions import average, sums, variance, vector_norm
 from diffsolve.engines.native.tracing.registry import (

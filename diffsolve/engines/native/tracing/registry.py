@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.expression import Pool
 
 Rule = Callable[..., Any]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from diffsolve.engines.native.declined import Declined
+from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.expression import MOST_NODES, Node, Pool
 from diffsolve.engines.native.tracing.fingerprint.recorder import CodeRecorder
 from diffsolve.engines.native.tracing.tracer import Lifted, Tracer, is_wrapped

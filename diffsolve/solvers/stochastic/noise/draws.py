@@ -21,7 +21,7 @@ _WORD64 = (1 << 64) - 1
 def compiled(name: str) -> Callable[[Any, Any], int] | None:
     """A kernel of ``kernel.py`` for float64, or None where it cannot be made (which is logged)."""
     # the one place where a solver asks for machine code: the loader belongs to the engine
-    from diffsolve.engines.native.declined import Declined
+    from diffsolve.engines.declined import Declined
     from diffsolve.engines.native.runtime.kernels import kernel
 
     try:

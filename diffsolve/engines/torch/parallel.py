@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.sensealg import Job, add_up
-from diffsolve.engines.trajectory import Record
+from diffsolve.engines.plan import SolveContext
+from diffsolve.engines.torch.step_log import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.sde_field import GivenNoise, SDEField
 from diffsolve.problems.vector_field import VectorField
@@ -64,22 +64,22 @@ class ParallelSweep:
 
     def __init__(
         self,
-        job: Job,
+        context: SolveContext,
         field: VectorField,
         params: list[Tensor],
         cotangents: Sequence[Tensor | None],
     ):
-        self.job, self.field, self.params = job, field, params
-        self.alg = job.alg.nonstiff if isinstance(job.alg, AutoSwitch) else job.alg
+        self.context, self.field, self.params = context, field, params
+        self.alg = context.alg.nonstiff if isinstance(context.alg, AutoSwitch) else context.alg
         self.of_saved, *self.of_estimates = cotangents
         self.value = self._entries_of_a_value()
         self.rows, self.size = self._blocks()
         self._checked = False  # whether a batch has the gradients of a step alone
         self.enabled = (
             self.size <= _LARGEST_BLOCK
-            and (2 * self.size + 2) * job.field.work <= _WORK_WORTH_A_CALL
+            and (2 * self.size + 2) * context.field.work <= _WORK_WORTH_A_CALL
             and not field.dtype.is_complex
-            and not job.field.in_turn
+            and not context.field.in_turn
             and not field.breaks  # one-sided times are decided step by step, on the host
             and self.alg.is_one_step
         )
@@ -90,7 +90,7 @@ class ParallelSweep:
         shape = structure.shapes[0]
         has_rows = structure.is_tensor and len(shape) > 1
         # lower precision is too coarse to tell that rows are independent
-        if has_rows and not self.field.low_eps and not _is_coupled(self.job.field.f):
+        if has_rows and not self.field.low_eps and not _is_coupled(self.context.field.f):
             return math.prod(shape[:-1]), shape[-1]
         return 1, structure.size
 
@@ -109,7 +109,7 @@ class ParallelSweep:
         high, most = len(records), 0
         for i in reversed(range(len(records))):
             inside = 0 if self.of_saved is None else len(records[i].thetas)
-            work = self.job.field.work + max(most, inside) * self.value
+            work = self.context.field.work + max(most, inside) * self.value
             count = high - i
             if count > 1 and (count > _MOST_STEPS or count * work > _MOST_WORK):
                 found.append((i + 1, high))
@@ -194,7 +194,7 @@ class ParallelSweep:
         except RuntimeError as error:  # such as that of torch.utils.checkpoint
             return self._give_up(f"f cannot be differentiated in a batch: {error}")
         if self.rows > 1 and not _same_products(bars, true_bars, bars_after):
-            _remember_coupled(self.job.field.f)
+            _remember_coupled(self.context.field.f)
             return self._give_up("the rows of the state are not independent")
         return bars[0], grads
 
@@ -266,7 +266,7 @@ class ParallelSweep:
             Start and size of a step, where values inside are wanted, the state, and the noise; or
             of all steps ``(m, ...)``.
         """
-        alg, field, tolerance = self.alg, self.field, self.job.settings.tolerance
+        alg, field, tolerance = self.alg, self.field, self.context.settings.tolerance
         wanted = any(bar is not None for bar in self.of_estimates)
 
         def one_step(time: Tensor, theta: Tensor, u: Tensor, *noise: Tensor) -> tuple[Tensor, ...]:
@@ -294,7 +294,7 @@ class ParallelSweep:
 
     def _times_inside(self, records: list[Record], most: int) -> list[list[float]]:
         """Times of the values inside the steps, filled up with the starts of the steps."""
-        saves = self.job.save_times
+        saves = self.context.save_times
         if not most or saves is None:
             return []
         found = [saves[r.first_save : r.first_save + len(r.thetas)] for r in records]
@@ -349,6 +349,14 @@ class ParallelSweep:
                 running = running + sources[n]
             before[n] = running
         return torch.from_numpy(after).to(bar), torch.from_numpy(before).to(bar)
+
+
+def add_up(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    """Add gradients, None where there is none, to their totals."""
+    for i, g in enumerate(grads):
+        if g is not None:
+            total = totals[i]
+            totals[i] = g if total is None else total + g
 
 
 def _same_products(assumed: Tensor, true: Tensor | None, after: Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.reverse_jacobian import (
+from diffsolve.engines.torch.reverse_jacobian import (
     Lagrangian,
     ReverseJacobian,
     as_reals,
@@ -114,6 +114,9 @@ class ReverseField(VectorField, ABC):
             return torch.tensor(x, dtype=self.structure.time_dtype, device=self.device)
 
         return Tolerance(tensor(rtol), tensor(atol), self.norm)
+
+    def check(self, u0: Tensor, times: Sequence[float], states: Tensor) -> None:
+        """Called before the reverse solve, with the initial and the saved states."""
 
     def finish(self, z: Tensor) -> None:
         """Called with the reverse state at ``t0``."""

@@ -98,8 +98,8 @@ class Saving:
 
 
 @dataclass
-class Trajectory:
-    """What an engine gives back."""
+class StepLog:
+    """What the loop notes of a solve, step by step."""
 
     t: list[float] = dataclasses.field(default_factory=list)
     u: list[Tensor] = dataclasses.field(default_factory=list)
@@ -122,7 +122,7 @@ class Trajectory:
 
 
 class SavedValues:
-    """Writes the states at the times of a ``Saving`` to a trajectory, step by step.
+    """Writes the states at the times of a ``Saving`` to a log, step by step.
 
     Attributes
     ----------
@@ -130,8 +130,8 @@ class SavedValues:
         Number of values saved so far.
     """
 
-    def __init__(self, saving: Saving, trajectory: Trajectory, direction: float, h_on_tape: bool):
-        self._times, self._trajectory = saving.times, trajectory
+    def __init__(self, saving: Saving, log: StepLog, direction: float, h_on_tape: bool):
+        self._times, self._log = saving.times, log
         self._direction, self._h_on_tape = direction, h_on_tape
         self.count = 0
 
@@ -193,8 +193,8 @@ class SavedValues:
         return torch.stack([torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in thetas])
 
     def _save(self, t: float, u: Tensor) -> None:
-        self._trajectory.t.append(t)
-        self._trajectory.u.append(u)
+        self._log.t.append(t)
+        self._log.u.append(u)
         self.count += 1
 
 

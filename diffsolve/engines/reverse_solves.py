@@ -6,19 +6,21 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffsolve.adjoints.sensealg import Job
+from diffsolve.engines.plan import SolveContext
 from diffsolve.solution import ReturnCode, SolveError
 from diffsolve.solvers.norms import Tolerance, rms
 
 
-def reverse_stops(job: Job, times: Sequence[float], pins: Sequence[float] = ()) -> list[float]:
+def reverse_stops(
+    context: SolveContext, times: Sequence[float], pins: Sequence[float] = ()
+) -> list[float]:
     """Where a reverse solve from the last of the saved times must stop, in its order.
 
     ``pins`` are times besides those of the saves.
     """
-    start, end = times[-1], job.t0
-    direction = -1.0 if job.t1 >= job.t0 else 1.0
-    stops = {*times, *pins, *job.settings.tstops} - {start, end}
+    start, end = times[-1], context.t0
+    direction = -1.0 if context.t1 >= context.t0 else 1.0
+    stops = {*times, *pins, *context.settings.tstops} - {start, end}
     inside = (t for t in stops if direction * start < direction * t < direction * end)
     return sorted(inside, reverse=direction < 0)
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.parallel import ParallelSweep
-from diffsolve.adjoints.sensealg import Job, add_up
-from diffsolve.adjoints.tape import StepTape
-from diffsolve.engines.trajectory import Record
+from diffsolve.engines.plan import SolveContext
+from diffsolve.engines.torch.forward import integrate_with_torch
+from diffsolve.engines.torch.parallel import ParallelSweep, add_up
+from diffsolve.engines.torch.step_log import Record
+from diffsolve.engines.torch.tape import StepTape
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.solvers.algorithm import Step, read, summands
@@ -36,7 +37,7 @@ class Sweep:
 
     Parameters
     ----------
-    job
+    context
         The solve.
     cotangents
         Those of the saved states ``(T, N)`` and of ``error, error_norm, stiffness`` ``(n,)``; None
@@ -45,20 +46,20 @@ class Sweep:
         Flat state at the end of the solve.
     """
 
-    def __init__(self, job: Job, cotangents: Sequence[Tensor | None], final: Tensor):
-        self.job = job
+    def __init__(self, context: SolveContext, cotangents: Sequence[Tensor | None], final: Tensor):
+        self.context = context
         self.of_saved = cotangents[0]
         self.of_estimates = cotangents[1:]
-        self.field, self.params = job.field.for_vjp()
+        self.field, self.params = context.field.for_vjp()
         self.field.differentiated_once = True
         self.final = final
         self._expect(final)
         self.dparams: list[Tensor | None] = [None] * len(self.params)
-        self.parallel = ParallelSweep(job, self.field, self.params, cotangents)
+        self.parallel = ParallelSweep(context, self.field, self.params, cotangents)
 
     def run(self, tape: StepTape) -> tuple[Tensor, list[Tensor]]:
         """Gradients by the flat initial state and by the parameters."""
-        job = self.job
+        context = self.context
         state_bar: StateBar = []
         for begin, records, states in tape.backward(self.field):
             state_bar = state_bar or [None] * len(states[0])
@@ -70,9 +71,9 @@ class Sweep:
         if not float(self._off) <= 1 and not self._repeats(tape):
             raise RuntimeError(self.field.changed)
         u_bar = state_bar[0] if state_bar else None
-        u_bar = torch.zeros_like(job.u0) if u_bar is None else u_bar
-        first_time = job.save_times[0] if job.save_times else job.t0
-        if self.of_saved is not None and len(self.of_saved) and first_time == job.t0:
+        u_bar = torch.zeros_like(context.u0) if u_bar is None else u_bar
+        first_time = context.save_times[0] if context.save_times else context.t0
+        if self.of_saved is not None and len(self.of_saved) and first_time == context.t0:
             u_bar = u_bar + self.of_saved[0]
         dparams = zip(self.params, self.dparams, strict=True)
         return u_bar, [torch.zeros_like(p) if g is None else g for p, g in dparams]
@@ -160,11 +161,11 @@ class Sweep:
             if record.thetas and self.of_saved is not None:
                 theta = torch.tensor(record.thetas, dtype=torch.float64, device="cpu")
                 inside = slice(record.first_save, record.first_save + len(record.thetas))
-                times = (self.job.save_times or ())[inside]
+                times = (self.context.save_times or ())[inside]
                 values = read(step.interpolant, times, theta)
                 pulled.append((values, self.of_saved[inside]))
             if any(bar is not None for bar in self.of_estimates):
-                e = measure(step, leaves[0], self.job.settings.tolerance, on_tape=True)
+                e = measure(step, leaves[0], self.context.settings.tolerance, on_tape=True)
                 found: Any = (e.error, e.error_norm, e.stiffness)
                 for y, bar in zip(found, self.of_estimates, strict=True):
                     if bar is not None:
@@ -206,10 +207,10 @@ class Sweep:
         Newton's iteration goes on with matrices of earlier steps, also of those that were rejected,
         so a step alone ends elsewhere within the tolerance, and at a corner of ``f`` farther off.
         """
-        field = self.job.field.fresh()
+        field = self.context.field.fresh()
         if isinstance(field, SDEField) and isinstance(field.path, Noise):
             field.path = field.path.fork()
-        again = replace(self.job, field=field).run(self.job.u0.detach())
+        again = integrate_with_torch(replace(self.context, field=field), self.context.u0.detach())
         if again.final is None:
             return False
         return float(self.field.rounding_error(again.final, self.final)) <= 1
@@ -224,7 +225,7 @@ class Sweep:
         off = self.field.rounding_error(reached, self._after, summands(state, record.h))
         if record.alg.is_implicit:
             # an iteration stops at a part of the tolerance, and a matrix magnifies rounding
-            tolerance = self.job.settings.tolerance
+            tolerance = self.context.settings.tolerance
             distance = (reached.detach() - self._after) / tolerance.scale(self._after.abs())
             off = torch.minimum(off, rms(distance).to(off))
         self._off = torch.maximum(self._off, off.to(self._off))

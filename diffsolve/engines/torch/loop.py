@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffsolve.engines.diagnosis import Failure, explain
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.trajectory import Record, SavedValues, Saving, Trajectory, progress_bar
+from diffsolve.engines.torch.step_log import Record, SavedValues, Saving, StepLog, progress_bar
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import Number, as_float
 from diffsolve.problems.vector_field import VectorField
@@ -45,7 +45,7 @@ def integrate(
     saving: Saving,
     du0: Tensor | None = None,
     on_stop: OnStop | None = None,
-) -> Trajectory:
+) -> StepLog:
     """Integrate from ``t0`` to ``t1``; on the tape when autograd records.
 
     Parameters
@@ -63,7 +63,7 @@ def integrate(
 
     Returns
     -------
-    Trajectory
+    StepLog
         With the partial result and the reason where the solve failed.
     """
     return _Loop(field, alg, u0, t0, t1, settings, saving, on_stop).run(du0)
@@ -89,7 +89,7 @@ class _Loop:
         self.on_tape = torch.is_grad_enabled()
         self.direction = 1.0 if t1 >= t0 else -1.0
         self.stops = [*settings.tstops, t1]
-        self.result = Trajectory()
+        self.result = StepLog()
         self.saved = SavedValues(saving, self.result, self.direction, settings.h_on_tape)
         if saving.dense:
             self.result.dense = DenseOutput(as_float(t0), self.direction, u0)
@@ -108,7 +108,7 @@ class _Loop:
             span = abs(as_float(self.t1) - as_float(self.t0))
             self.stable = StableSteps(self.field, sizes[0], sizes[1], span)
 
-    def run(self, du0: Tensor | None) -> Trajectory:
+    def run(self, du0: Tensor | None) -> StepLog:
         field, bar = self.field, None
         if self.settings.progress:
             bar = progress_bar(self.t0, self.t1)

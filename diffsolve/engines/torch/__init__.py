@@ -1,0 +1,1 @@
+"""Solves and reverse passes that torch runs, operation by operation."""
