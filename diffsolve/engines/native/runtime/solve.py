@@ -17,7 +17,7 @@ from diffsolve.engines.diagnosis import Failure, explain
 from diffsolve.engines.native.programs.lookup import NativeField
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Counts, Memory
-from diffsolve.engines.native.runtime.switching import join_dense
+from diffsolve.engines.native.runtime.switching import advance, join_dense
 from diffsolve.engines.native.runtime.template import Wanted
 from diffsolve.engines.torch_engine import Settings, progress_bar
 from diffsolve.problems.sde_field import SDEField
@@ -145,7 +145,7 @@ def integrate(
     bar = progress_bar(t0, t1) if settings.progress else None
     started = time.perf_counter()
     try:
-        status = memory.advance(bar)
+        status = advance(memory, bar)
     finally:
         if bar is not None:
             bar.close()
