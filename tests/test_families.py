@@ -24,7 +24,11 @@ SETS = (EXPLICIT_RK, ROSENBROCK, SDIRK, STOCHASTIC, NOISE)
 SHARED = {"layout", "memory"}
 OF_STEPS = SHARED | {"norms", "rows", "estimates", "stable_steps"}
 OF_IMPLICIT = OF_STEPS | {"linear", "implicit"}
-LOOPS = {"engines.native.runtime.loop", "engines.native.runtime.sweep"}
+LOOPS = {
+    "engines.native.runtime.loop",
+    "engines.native.runtime.sweep",
+    "solvers.stability_constants",
+}
 #: Of each what it cannot do without, under ``solvers/kernels/`` and elsewhere.
 LEAST = {
     EXPLICIT_RK: (OF_STEPS, LOOPS | {"solvers.explicit_rk.kernel"}),

@@ -28,12 +28,13 @@ from diffsolve.solvers.kernels.norms import (
     scaled_norm,
     tolerance_scale,
 )
+from diffsolve.solvers.kernels.one_step import ONE_STEP, keeps_stages
 from diffsolve.solvers.kernels.rows import (
     bar_row,
     combine,
     combine_error,
     field_at,
-    polynomial_at,
+    nothing_to_forget,
     row,
     stage,
     stage_bar,
@@ -71,18 +72,18 @@ def take_step(I, R, t, h, like):
 
 
 @inlined
-def recall(I, R, t, h, inside, like):
+def recall(I, R, t, h, marks, inside, like):
     """Make the stages of a step and its results for the reverse pass, where it reads them."""
     estimated = I[L.ERROR_BARS] != 0 or I[L.ERROR_NORM_BARS] != 0 or I[L.STIFFNESS_BARS] != 0
-    if I[L.STATE_ROWS] > 2:
+    if keeps_stages(I):
         if I[L.FUSED_VJP] == 0 or estimated:
             combine_results(I, h, like)
         return True
-    completed = inside > 0 and I[L.EXTRA] > 0 and I[L.SAVED_BARS] != 0
+    completed = inside > 0 and I[L.EXTRA] > 0
     if I[L.FUSED_VJP] == 0 or estimated or completed:
         return take_step(I, R, t, h, like)
     copy(I[L.N], row(I, L.W_DU, like), stage(I, 0, like), like)
-    return True  # one function does all from the start of the step
+    return True  # the fused reverse makes the rest itself
 
 
 @inlined
@@ -137,7 +138,7 @@ def relative_stiffness(I, like):
 
 @inlined
 def quick_measure(I, like):
-    """The three norms in one loop; not finite where that is too simple."""
+    """The three in one loop; NaN or Inf where ``careful_measure`` is needed."""
     n = I[L.N]
     if I[L.N_BLOCKS] != 1 or I[L.B_ERROR] == 0:
         return math.nan, math.nan, math.nan
@@ -176,7 +177,7 @@ def quick_measure(I, like):
 
 @inlined
 def careful_measure(I, like):
-    """The same for blocks, without an estimate, and where squares overflow."""
+    """As ``quick_measure``, but also for several blocks, without an estimate, and huge numbers."""
     n = I[L.N]
     u, new = row(I, L.W_U, like), row(I, L.W_NEW, like)
     last, stiff = stage(I, I[L.STAGES] - 1, like), stage(I, I[L.STIFF_STAGE], like)
@@ -298,12 +299,14 @@ def reverse_step(I, R, t, h, like):
 
 
 FUNCTIONS = StepFunctions(
+    **ONE_STEP,
     take_step=take_step,
     measure=measure,
     complete=add_extra_stages,
-    value_at=polynomial_at,
+    forget=nothing_to_forget,
+    repeat_step=take_step,
     recall=recall,
     reverse_estimates=reverse_estimates,
-    reverse_step=reverse_step,
     reverse_complete=reverse_extra_stages,
+    reverse_step=reverse_step,
 )

@@ -15,7 +15,7 @@ from diffsolve.solvers.kernels.norms import (
 )
 from diffsolve.solvers.kernels.rows import bar_row, row
 
-# rows of cotangents behind those of the stages
+# rows of cotangents of a step's results, behind those of the stages
 NEW, STIFF, ERROR, LOW, TOTAL, SPARE = range(L.W_BARS)
 
 
@@ -30,7 +30,7 @@ def add_norm_slope(I, x_row, factor, bar, like):
 
 @inlined
 def add_scaled_norm_slope(I, x_row, norm, factor, bar, like):
-    """The same of the scaled RMS norm: by ``x``, and by the states at both ends that scale it."""
+    """Add the slope of the scaled RMS norm: by ``x``, and by both states that scale it."""
     n = I[L.N]
     if not norm > 0:
         return

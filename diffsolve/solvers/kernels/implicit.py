@@ -10,16 +10,14 @@ import math
 
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.estimates import ERROR, SPARE, reverse_error
-from diffsolve.solvers.kernels.linear import (
+from diffsolve.solvers.kernels.jacobian import (
     add_outer,
     evaluate_jacobian,
-    factor,
     jacobian_of_step,
     multiply,
     multiply_transposed,
-    solve,
-    solve_transposed,
 )
+from diffsolve.solvers.kernels.linear import factor, solve, solve_transposed
 from diffsolve.solvers.kernels.memory import cast, inlined, reals, view
 from diffsolve.solvers.kernels.norms import (
     add_scaled,
@@ -84,15 +82,15 @@ def spectral_radius(I, R, t, h, first, second, third, spare, like):
 
 @inlined
 def radius_of_step(I, like):
-    """The estimate that the function left behind the Jacobian which took the step; else NaN."""
-    if I[L.WHOLE] == 0:
+    """The spectral radius that a fused step wrote behind its Jacobian; NaN for other steps."""
+    if I[L.STEP_FUSED] == 0:
         return math.nan
     return float(view(I[L.JAC_VALUES], like)[I[L.JAC_ENTRIES] + I[L.TIME_TERMS]])
 
 
 @inlined
 def combine_smoothed(I, R, h, like):
-    """The error row; through the matrix of the stages where the method wants it smooth."""
+    """The error row. A method may want it smooth: then it goes through the matrix of the stages."""
     combine_error(I, I[L.B_ERROR], h, row(I, L.W_ERROR, like), like)
     if I[L.SMOOTHED] != 0:
         n, error = I[L.N], row(I, L.W_ERROR, like)
@@ -105,7 +103,7 @@ def combine_smoothed(I, R, h, like):
 
 @inlined
 def quick_errors(I, like):
-    """Scaled error and its norm, in one loop; not finite where that is too simple."""
+    """Scaled error and its norm, in one loop; NaN or Inf where ``careful_errors`` is needed."""
     if I[L.N_BLOCKS] != 1 or I[L.B_ERROR] == 0:
         return math.nan, math.nan
     n = I[L.N]
@@ -123,7 +121,7 @@ def quick_errors(I, like):
 
 @inlined
 def careful_errors(I, like):
-    """The same for blocks, without an estimate, and where squares overflow."""
+    """As ``quick_errors``, but also for several blocks, without an estimate, and huge numbers."""
     n = I[L.N]
     u, new = row(I, L.W_U, like), row(I, L.W_NEW, like)
     error, norm = 0.0, 0.0
@@ -149,7 +147,7 @@ def measure(I, R, t, h, like):
         error, norm = careful_errors(I, like)
     wanted = I[L.STIFFNESS] != 0 or I[L.SWITCH] != 0
     if wanted and (error <= 1.0 or (I[L.ADAPTIVE] == 0 and error < math.inf)):
-        if I[L.JVP] == 0:  # there are no products but with entries
+        if I[L.JVP] == 0:  # products need the entries
             jacobian_of_step(I, R, t, h, u, like)
         stiffness = radius_of_step(I, like)
         if not stiffness < math.inf:
@@ -184,12 +182,12 @@ def reverse_stiffness(I, R, t, h, bar, like):
     fill_zero(n, y_bar, like)
     multiply_transposed(I, x_bar, y_bar, like)
     fill_zero(n, x_bar, like)
-    add_scaled(n, 1.0 / peak, y_bar, x_bar, like)  # of the second product
+    add_scaled(n, 1.0 / peak, y_bar, x_bar, like)  # the cotangent of the second product
     add_outer(I, 1.0, x_bar, first, like)
     fill_zero(n, y_bar, like)
     multiply_transposed(I, x_bar, y_bar, like)
     add_scaled(n, -bar * radius / (2.0 * below * below), first, y_bar, like)
-    # the first product was normalised: its own cotangent is this one, divided by its peak
+    # the first product was divided by its peak, and so is its cotangent
     fill_signs(n, spare, like)
     multiply(I, R, t, h, spare, third, like)
     peak = normalise(n, third, like)
@@ -198,10 +196,7 @@ def reverse_stiffness(I, R, t, h, bar, like):
 
 @inlined
 def reverse_estimates(I, R, t, h, index, like):
-    """Cotangents of the step's estimates to those of the stages, states and parameters.
-
-    The state and the stages of the step lie in their rows.
-    """
+    """Cotangents of the step's estimates to those of the stages, states and parameters."""
     n = I[L.N]
     wanted = I[L.STIFFNESS_BARS] != 0
     of_error = I[L.B_ERROR] != 0 and (I[L.ERROR_BARS] != 0 or I[L.ERROR_NORM_BARS] != 0)

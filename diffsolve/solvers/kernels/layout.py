@@ -32,8 +32,8 @@ BREAKS = _integer("BREAKS")  # float64, increasing
 # -- the method ----------------------------------------------------------------------------------
 STAGES = _integer("STAGES")  # the derivative at the new point included
 EXTRA = _integer("EXTRA")  # stages that only the interpolant needs
-DEGREE = _integer("DEGREE")
-STIFF_STAGE = _integer("STIFF_STAGE")
+DEGREE = _integer("DEGREE")  # of the interpolant
+STIFF_STAGE = _integer("STIFF_STAGE")  # the one that the stiffness compares the last with
 A = _integer("A")  # float64 (STAGES, STAGES)
 C = _integer("C")
 B_ERROR = _integer("B_ERROR")  # 0: no estimate
@@ -45,7 +45,7 @@ C_EXTRA = _integer("C_EXTRA")
 ORDER = _integer("ORDER")
 STABLE = _integer("STABLE")  # float64: sizes of h lambda that limit the step, or 0
 STABLE_MOST_WAIT = _integer("STABLE_MOST_WAIT")
-# those of implicit methods
+# of implicit methods
 GAMMA = _integer("GAMMA")  # float64: the diagonal of the method's matrix
 IMPLICIT = _integer("IMPLICIT")  # integers (STAGES): whether a stage is implicit
 PREDICTOR = _integer("PREDICTOR")  # float64 (STAGES, STAGES): a stage's first guess
@@ -61,21 +61,21 @@ JAC_ENTRIES = _integer("JAC_ENTRIES")
 JAC_ROWS = _integer("JAC_ROWS")  # integers (JAC_ENTRIES)
 JAC_COLUMNS = _integer("JAC_COLUMNS")
 TIME_TERMS = _integer("TIME_TERMS")  # entries of the time derivative: N, or 0 where it is zero
-HEAD = _integer("HEAD")  # columns of the Jacobian from here on are zero: quadratures
+N_COLUMNS = _integer("N_COLUMNS")  # the Jacobian has no others: the rest are integrals
 JVP = _integer("JVP")  # jvp(t, u, p, v, out)
 JAC_VJP = _integer("JAC_VJP")  # cotangents of what JAC gives, added to those of u and p
-JAC_VALUES = _integer("JAC_VALUES")  # what JAC gave; then the stiffness, if WHOLE
+JAC_VALUES = _integer("JAC_VALUES")  # what JAC gave; then the stiffness, if STEP_FUSED
 JAC_BAR = _integer("JAC_BAR")
-MATRIX = _integer("MATRIX")  # float64 (HEAD, HEAD), factored
-PIVOTS = _integer("PIVOTS")  # integers (HEAD)
+MATRIX = _integer("MATRIX")  # float64 (N_COLUMNS, N_COLUMNS), factored
+PIVOTS = _integer("PIVOTS")  # integers (N_COLUMNS)
 VECTOR = _integer("VECTOR")  # float64 (N): to solve in
 HAS_JAC = _integer("HAS_JAC")
 FRESH = _integer("FRESH")  # whether it is the Jacobian at the start of the step
 STALE = _integer("STALE")  # whether Newton was slow with it
 FACTORED = _integer("FACTORED")
-TO_ROUNDING = _integer("TO_ROUNDING")  # whether Newton has no tolerance
-WHOLE = _integer("WHOLE")  # whether one function took the whole step at hand
-FORGOT = _integer("FORGOT")  # whether the step at hand began without all that
+TO_ROUNDING = _integer("TO_ROUNDING")  # whether Newton goes on until nothing but rounding is left
+STEP_FUSED = _integer("STEP_FUSED")  # whether one function took the whole step at hand
+FORGOT = _integer("FORGOT")  # whether the step at hand began without what Newton learnt before
 NJAC = _integer("NJAC")
 NLU = _integer("NLU")
 NSOLVE = _integer("NSOLVE")
@@ -113,8 +113,8 @@ ERROR = _integer("ERROR")
 ERROR_NORM = _integer("ERROR_NORM")
 STIFFNESS = _integer("STIFFNESS")
 MARKS = _integer("MARKS")  # integers (STEP_ROOM, N_MARKS): see below; 0: not wanted
-STATES = _integer("STATES")  # (STATE_ROOM, STATE_ROWS, N), of each STRIDE-th step
-STATE_ROWS = _integer("STATE_ROWS")  # 2: u and du at the start; 1 + STAGES: u and all stages
+STATES = _integer("STATES")  # (STATE_ROOM, STATE_SIZE), the record of each STRIDE-th step
+STATE_SIZE = _integer("STATE_SIZE")  # numbers in a record: the state, and what a family adds
 STATE_ROOM = _integer("STATE_ROOM")
 STRIDE = _integer("STRIDE")  # 0: no states
 THINNING = _integer("THINNING")  # whether to drop every second state when there is no room
@@ -163,25 +163,26 @@ SAVED_BARS = _integer("SAVED_BARS")  # (saves, N), or 0
 ERROR_BARS = _integer("ERROR_BARS")  # (steps), or 0
 ERROR_NORM_BARS = _integer("ERROR_NORM_BARS")
 STIFFNESS_BARS = _integer("STIFFNESS_BARS")
-SEGMENT = _integer("SEGMENT")  # states made again between two that were kept
-LOST = _integer("LOST")  # whether a step could not be taken again
-SWEPT = _integer("SWEPT")  # steps that are still to be swept
-SWEEP_LAST = _integer("SWEEP_LAST")  # the sweep goes from this step back to RUN_BEGIN
+SEGMENT = _integer("SEGMENT")  # the states of steps that are taken again
+NOT_REPEATED = _integer("NOT_REPEATED")  # whether a step could not be taken again
+STEPS_LEFT = _integer("STEPS_LEFT")  # the sweep has come back to the end of this many steps
+SWEEP_FROM = _integer("SWEEP_FROM")  # it began at this step, and ends at RUN_BEGIN
+REPLAY_FROM = _integer("REPLAY_FROM")  # first of CHUNK steps that are taken again
 
 # -- switching between two methods ---------------------------------------------------------------
 SWITCH = _integer("SWITCH")  # 0: no; NONSTIFF or STIFF: which of them is at work
 SWITCH_COUNT = _integer("SWITCH_COUNT")  # steps in a row that ask for the other
-SWITCH_AFTER = _integer("SWITCH_AFTER")  # so many hand over to it
-TAKEN_OVER = _integer("TAKEN_OVER")  # whether the next step is the first of its method
+SWITCH_AFTER = _integer("SWITCH_AFTER")  # so many of them make the kernel hand over
+HANDED_OVER = _integer("HANDED_OVER")  # how a state was taken from the other method; 0: it was not
 RUN_BEGIN = _integer("RUN_BEGIN")  # first step of the method at work
-RUN_STATE = _integer("RUN_STATE")  # (2, N): the state that it took over
+RUN_STATE = _integer("RUN_STATE")  # the state that it began with
 DENSE_ROWS = _integer("DENSE_ROWS")  # rows of a record of DENSE
 
 # -- steps that are stable for every mode --------------------------------------------------------
 STABLE_WAIT = _integer("STABLE_WAIT")  # accepted steps from look to look; 0: begin anew
-STABLE_LAST_WAIT = _integer("STABLE_LAST_WAIT")  # that of the limit, 1 where it did not hold
-STABLE_AGE = _integer("STABLE_AGE")  # accepted steps since the last one
-STABLE_SURE = _integer("STABLE_SURE")  # whether that was made for a step near the limit
+STABLE_LAST_WAIT = _integer("STABLE_LAST_WAIT")  # the wait before that, 1 if the limit changed then
+STABLE_AGE = _integer("STABLE_AGE")  # accepted steps since the last look
+STABLE_SURE = _integer("STABLE_SURE")  # whether the last look was for a step near the limit
 STABLE_FOLLOWS = _integer("STABLE_FOLLOWS")  # whether W_MODE is a direction to go on with
 
 # -- the times at which a solution is read -------------------------------------------------------
@@ -208,7 +209,7 @@ AHEAD_COUNT = _integer("AHEAD_COUNT")
 AHEAD_FIRST = _integer("AHEAD_FIRST")  # ... this one on
 SERIAL = _integer("SERIAL")  # of the next draw
 SPARE_NORMALS = _integer("SPARE_NORMALS")  # float64 (2, NOISE_SIZE)
-REMEMBERS = _integer("REMEMBERS")  # whether the path is known beyond the step, after rejections
+REMEMBERS = _integer("REMEMBERS")  # whether noise of rejected steps is used again
 KNOWN = _integer("KNOWN")  # intervals that are known from the time at hand on
 KNOWN_ROOM = _integer("KNOWN_ROOM")
 KNOWN_END = _integer("KNOWN_END")  # float64 (KNOWN_ROOM), in the order of the steps
@@ -225,11 +226,12 @@ READ_SUM = _integer("READ_SUM")  # float64 (NOISE_SIZE): W from its start to the
 READ_NOISE = _integer("READ_NOISE")  # (NOISE_SIZE): W there less that of a straight line
 G_ROW = _integer("G_ROW")  # (2, DIFFUSION_SIZE): g, and its cotangent
 SAVE_NOISE = _integer("SAVE_NOISE")  # (saves, NOISE_SIZE): READ_NOISE of each; 0: not kept
-STATE_SIZE = _integer("STATE_SIZE")  # numbers of a record of STATES
 SUMS_BAR = _integer("SUMS_BAR")  # (2)
 STEP_SUMS = _integer("STEP_SUMS")  # float64 (STEP_ROOM, 4), of each step; see measure
 N_ALL = _integer("N_ALL")  # size of the state with the paths of all threads
 BAR = _integer("BAR")  # (N): where the cotangent of a step's start goes
+AT_STATE = _integer("AT_STATE")  # the state before the step at hand of the reverse pass ...
+AT_NOISE = _integer("AT_NOISE")  # ... and its noise, as NOISE
 
 T = _real("T")
 T_END = _real("T_END")  # where STOPS points to if there are no others
@@ -280,8 +282,8 @@ MARK_RESTART = 0
 MARK_FIRST_SAVE = 1
 MARK_INSIDE = 2  # saves strictly inside the step
 MARK_END_SAVE = 3  # the save at its end, or -1
-MARK_FORGOT = 4  # whether Newton's iteration began without what it had learnt before
-MARK_WHOLE = 5  # whether one function took the whole step of a Rosenbrock method
+MARK_FORGOT = 4  # as FORGOT
+MARK_FUSED = 5  # as STEP_FUSED
 N_MARKS = 6
 
 # kinds of controllers
@@ -306,9 +308,9 @@ NOT_CONVERGED = 2
 SINGULAR = 3
 JAC_NOT_FINITE = 4
 
-# how a method takes over
-AS_IT_IS = 1
-ANEW = 2  # with a derivative of its own
+# how a state is handed over from one of two methods to the other
+WITH_DERIVATIVE = 1
+WITHOUT_DERIVATIVE = 2  # which the other one then evaluates
 
 # which method of two is at work
 NONSTIFF = 1

@@ -1,6 +1,8 @@
 """Raw memory, calls by address and times, for kernels that Numba compiles.
 
-Arrays are addresses; ``like`` is a zero of the type of the state, which tells Numba the type.
+Arrays are addresses, and so are their rows. Every function that reads numbers of the state has a
+last argument ``like``: a zero of the type of the state, float64 or float32. Numba compiles the
+function once for each type of ``like``, and takes all addresses for those of such numbers.
 """
 
 from __future__ import annotations
@@ -64,17 +66,19 @@ def is_single(typingctx: Any, like: Any) -> Any:
 
 @inlined
 def view(address, like):
-    """Numbers at an address, of the type of ``like``; ``reals`` and ``integers`` likewise."""
+    """The numbers at an address, of the type of ``like``."""
     return _pointer(address, like)
 
 
 @inlined
 def reals(address):
+    """The float64 numbers at an address."""
     return _pointer(address, 0.0)
 
 
 @inlined
 def integers(address):
+    """The 64-bit integers at an address."""
     return _pointer(address, 0)
 
 
@@ -165,7 +169,7 @@ def bits_of(typingctx: Any, x: Any) -> Any:
 
 @inlined
 def ulp(x):
-    """Distance to the next number."""
+    """Distance from a float64 number to the next larger one."""
     x = abs(x)
     return _nextafter(x, np.inf) - x
 
@@ -179,7 +183,7 @@ def _next(t, towards, like):
 
 @inlined
 def beside_breaks(I, value, start, end, like):
-    """A time of a step; at a break that bounds the step, or beyond it, it is moved just inside."""
+    """A time of a step, moved just inside if it is at a break that bounds it, or beyond."""
     count = I[L.N_BREAKS]
     if count == 0:
         return value

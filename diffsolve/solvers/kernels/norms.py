@@ -54,7 +54,7 @@ def is_finite(n, x_row, like):
     x = view(x_row, like)
     total = 0.0
     for m in range(n):
-        total += 0.0 * float(x[m])  # NaN for what is not
+        total += 0.0 * float(x[m])  # NaN if it is not finite
     return total == 0.0
 
 

@@ -19,7 +19,7 @@ from diffsolve.solvers.kernels.memory import (
     size_of,
     view,
 )
-from diffsolve.solvers.kernels.norms import add_scaled, copy, fill_zero
+from diffsolve.solvers.kernels.norms import add_scaled, fill_zero
 
 
 @inlined
@@ -35,21 +35,21 @@ def stage(I, index, like):
 
 @inlined
 def stage_bar(I, index, like):
-    """Address of the cotangent of a stage; the rows follow the stages and the times."""
+    """Address of the cotangent of a stage: they follow the stages and their times."""
     rows = I[L.STAGES] + I[L.EXTRA]
     return row(I, L.W_STAGES + rows + index, like) + rows * size_of(like)
 
 
 @inlined
 def bar_row(I, index, like):
-    """Address of a cotangent of the step's results, behind those of the stages."""
+    """Address of the cotangent of a result of the step: they follow those of the stages."""
     rows = I[L.STAGES] + I[L.EXTRA]
     return stage_bar(I, rows + index, like)
 
 
 @inlined
 def derived(coefficients, place, degree, i, derivative):
-    """Coefficient ``i`` of a derivative of a polynomial in the form of Bernstein."""
+    """Coefficient ``i`` of a derivative of a polynomial in Bernstein's form."""
     total = 0.0
     for r in range(derivative + 1):  # Leibniz' rule
         if i + r == 0:
@@ -65,7 +65,7 @@ def derived(coefficients, place, degree, i, derivative):
 
 @inlined
 def weight_at(poly, j, degree, theta, derivative):
-    """Weight of row ``j`` in a continuous extension, or a derivative; see ``Interpolant``."""
+    """Weight of row ``j`` in a continuous extension, or in one of its derivatives."""
     coefficients = reals(poly)
     place, rest, weight = j * degree, 1.0 - theta, 0.0
     power = theta if derivative == 0 else 1.0
@@ -138,6 +138,17 @@ def read_path(I, R, t, derivative, out, like):
 
 
 @inlined
+def outside_path(I, R, t, h):
+    """Whether a step needs the forward solution where it is not at hand."""
+    if I[L.PATH] == 0:
+        return False
+    low, high = (t, t + h) if h > 0 else (t + h, t)
+    low = R[L.T_LOW] if low < R[L.T_LOW] else low
+    high = R[L.T_HIGH] if high > R[L.T_HIGH] else high
+    return low < R[L.WINDOW_LOW] or high > R[L.WINDOW_HIGH]
+
+
+@inlined
 def field_at(I, R, value, start, end, u, out, like):
     """``f`` at a time of a step that goes from ``start`` to ``end``."""
     t = cast(beside_breaks(I, value, start, end, like), like)
@@ -162,6 +173,7 @@ def combine(I, weights, offset, count, h, out, like):
 
 @inlined
 def combine_error(I, weights, h, out, like):
+    """``out = h * sum_j weights[j] * stage_j``."""
     n, stages = I[L.N], I[L.STAGES]
     coefficients = reals(weights)
     fill_zero(n, out, like)
@@ -172,7 +184,7 @@ def combine_error(I, weights, h, out, like):
 
 @inlined
 def stage_times(I, t, h, like):
-    """Write the times of the stages, as ``f`` sees them; returns where."""
+    """Write the times of the stages, as ``f`` sees them, and return their address."""
     stages = I[L.STAGES]
     nodes = reals(I[L.C])
     place = stage(I, stages + I[L.EXTRA], like)
@@ -196,7 +208,7 @@ def vjp_at(I, value, start, end, u, w, u_bar, like):
 
 @inlined
 def through_combination(I, weights, offset, count, h, bar, like):
-    """Cotangents of the stages that were combined with ``weights``."""
+    """Add to the cotangents of the stages that were combined with ``weights``; see ``combine``."""
     n = I[L.N]
     coefficients = reals(weights)
     for j in range(count):
@@ -207,7 +219,7 @@ def through_combination(I, weights, offset, count, h, bar, like):
 
 @inlined
 def marks_of(I, index):
-    """The integers that are noted of a step."""
+    """What ``MARKS`` notes of a step."""
     return integers(I[L.MARKS] + index * 8 * L.N_MARKS)
 
 
@@ -217,16 +229,11 @@ def nothing_to_complete(I, R, t, h, like):
 
 
 @inlined
-def forget(I, R):
-    """Drop what Newton's iteration has learnt from the steps before."""
-    I[L.HAS_JAC] = I[L.FRESH] = I[L.STALE] = I[L.FACTORED] = 0
+def nothing_to_forget(I, R):
+    """For methods that learn nothing from step to step."""
 
 
 @inlined
-def polynomial_at(I, R, t, h, at, out, like):
-    """The continuous extension of the step at a time inside of it, from its stages."""
-    n = I[L.N]
-    base = row(I, L.W_BASE, like)  # the state right before the stages, as in a dense record
-    copy(n, row(I, L.W_U, like), base, like)
-    rows = I[L.STAGES] + I[L.EXTRA]
-    interpolate(n, rows, I[L.DEGREE], I[L.POLY], (at - t) / h, h, 0, base, out, like)
+def forget(I, R):
+    """Drop what Newton's iteration has learnt from the steps before."""
+    I[L.HAS_JAC] = I[L.FRESH] = I[L.STALE] = I[L.FACTORED] = 0

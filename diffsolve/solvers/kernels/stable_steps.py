@@ -11,7 +11,7 @@ import math
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.memory import cast, inlined, is_single, reals, view
 from diffsolve.solvers.kernels.norms import copy, distance
-from diffsolve.solvers.kernels.rows import field_at, row
+from diffsolve.solvers.kernels.rows import field_at, row, stage
 from diffsolve.solvers.stability_constants import (
     AGREEMENT,
     DIRECTIONS,
@@ -50,6 +50,15 @@ def limit_size(I, R, like):
 
 
 @inlined
+def is_too_long(I, R, t, size, stiffness, like):
+    """Whether the step at hand, which ends at ``t``, is too long for the Jacobian at its end."""
+    if I[L.STABLE] == 0 or size <= R[L.DTMIN]:
+        return False
+    u, du = row(I, L.W_NEW, like), stage(I, I[L.STAGES] - 1, like)
+    return refuses(I, R, t, size, stiffness, u, du, like)
+
+
+@inlined
 def refuses(I, R, t, size, stiffness, u, du, like):
     """Whether a step to ``(t, u)`` turns out to be too long for the Jacobian there."""
     known, half = FASTER * R[L.STABLE_RATE], HALF * reals(I[L.STABLE])[DIRECTIONS - 1] / size
@@ -59,7 +68,7 @@ def refuses(I, R, t, size, stiffness, u, du, like):
         return False
     look_until_agreed(I, R, t, u, du, size, like)
     refused = size > TOO_LONG * R[L.STABLE_SIZE]
-    I[L.STABLE_AGE] = I[L.STABLE_WAIT] if refused else -1  # where it ends the next one starts
+    I[L.STABLE_AGE] = I[L.STABLE_WAIT] if refused else -1  # the next one starts here
     return refused
 
 

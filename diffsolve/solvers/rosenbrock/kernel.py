@@ -10,15 +10,13 @@ from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.estimates import NEW, TOTAL
 from diffsolve.solvers.kernels.functions import StepFunctions
 from diffsolve.solvers.kernels.implicit import combine_smoothed, measure, reverse_estimates
-from diffsolve.solvers.kernels.linear import (
+from diffsolve.solvers.kernels.jacobian import (
     add_outer,
     evaluate_jacobian,
-    factor,
     jacobian_of_step,
-    solve,
-    solve_transposed,
     through_jacobian,
 )
+from diffsolve.solvers.kernels.linear import factor, solve, solve_transposed
 from diffsolve.solvers.kernels.memory import (
     call_step,
     call_step_reverse,
@@ -30,12 +28,13 @@ from diffsolve.solvers.kernels.memory import (
     view,
 )
 from diffsolve.solvers.kernels.norms import add_scaled, copy
+from diffsolve.solvers.kernels.one_step import ONE_STEP, keeps_stages
 from diffsolve.solvers.kernels.rows import (
     bar_row,
     combine,
     field_at,
+    forget,
     nothing_to_complete,
-    polynomial_at,
     row,
     stage,
     stage_bar,
@@ -44,7 +43,7 @@ from diffsolve.solvers.kernels.rows import (
     vjp_at,
 )
 
-_CANCELLATION = 1e3  # of pivots that are not chosen; its square is what gradients lose
+_CANCELLATION = 1e3  # largest loss by pivots that are not chosen; gradients lose its square
 
 
 @inlined
@@ -56,10 +55,10 @@ def fused_step(I, t, h, like):
     call_step(I[L.FUSED], cast(h, like), times, u, k, I[L.PARAMS], new, values, error, check)
     limit = 30.0 if is_single(like) else _CANCELLATION
     if not float(view(check, like)[0]) < limit:
-        I[L.FRESH] = 0  # its time terms are not there
+        I[L.FRESH] = 0  # the fused step leaves no derivative by time
         return False
     count_step(I)
-    I[L.HAS_JAC], I[L.FRESH], I[L.FACTORED], I[L.WHOLE] = 1, 1, 0, 1
+    I[L.HAS_JAC], I[L.FRESH], I[L.FACTORED], I[L.STEP_FUSED] = 1, 1, 0, 1
     return True
 
 
@@ -75,7 +74,7 @@ def count_step(I):
 @inlined
 def take_step(I, R, t, h, like):
     """Stages, new state and error row of a step from ``W_U, W_DU``; whether it could be taken."""
-    I[L.WHOLE] = 0
+    I[L.STEP_FUSED] = 0
     copy(I[L.N], row(I, L.W_DU, like), stage(I, 0, like), like)
     if I[L.FUSED] != 0 and fused_step(I, t, h, like):
         return True
@@ -95,7 +94,7 @@ def solve_stages(I, R, t, h, like):
     if not factor(I, R, h, like):
         return False
     nodes, coupling, weights = reals(I[L.C]), reals(I[L.COUPLING]), reals(I[L.TIME_WEIGHTS])
-    slope = I[L.JAC_VALUES] + I[L.JAC_ENTRIES] * size_of(like)  # by the time
+    slope = I[L.JAC_VALUES] + I[L.JAC_ENTRIES] * size_of(like)  # the derivative by time
     g, last = row(I, L.W_NEW, like), stages - 1
     for i in range(1, last):
         k = stage(I, i, like)
@@ -135,18 +134,21 @@ def reverse_fused_step(I, t, h, like):
         I[L.P_BAR],
     )
     if I[L.STIFFNESS_BARS] != 0:
-        through_jacobian(I, t, h, total, like)  # what the estimates left there
+        through_jacobian(I, t, h, total, like)  # the estimates have added to it
 
 
 @inlined
-def recall(I, R, t, h, inside, like):
+def recall(I, R, t, h, marks, inside, like):
     """Make the stages of a step for the reverse pass, and its new state where that is read."""
-    if I[L.STATE_ROWS] == 2:
-        return take_step(I, R, t, h, like)
-    if I[L.FUSED_VJP] == 0 or I[L.WHOLE] == 0 or I[L.ERROR_BARS] != 0:
+    forget(I, R)
+    solved = True
+    if not keeps_stages(I):
+        solved = take_step(I, R, t, h, like)
+    elif I[L.FUSED_VJP] == 0 or marks[L.MARK_FUSED] == 0 or I[L.ERROR_BARS] != 0:
         last = I[L.STAGES] - 1
         combine(I, I[L.A], last * I[L.STAGES], last, h, row(I, L.W_NEW, like), like)
-    return True
+    I[L.STEP_FUSED] = marks[L.MARK_FUSED]  # the reverse is that of the step as it was taken
+    return solved
 
 
 @inlined
@@ -159,7 +161,7 @@ def reverse_step(I, R, t, h, like):
     n, stages = I[L.N], I[L.STAGES]
     nodes, coupling, weights = reals(I[L.C]), reals(I[L.COUPLING]), reals(I[L.TIME_WEIGHTS])
     total, g, bar = bar_row(I, TOTAL, like), row(I, L.W_TEMP, like), row(I, L.W_DU, like)
-    if I[L.FUSED_VJP] != 0 and I[L.WHOLE] != 0:
+    if I[L.FUSED_VJP] != 0 and I[L.STEP_FUSED] != 0:
         reverse_fused_step(I, t, h, like)
         return
     last, at_end = stages - 1, I[L.AT_END]
@@ -197,12 +199,14 @@ def reverse_step(I, R, t, h, like):
 
 
 FUNCTIONS = StepFunctions(
+    **ONE_STEP,
     take_step=take_step,
     measure=measure,
     complete=nothing_to_complete,
-    value_at=polynomial_at,
+    forget=forget,
+    repeat_step=take_step,
     recall=recall,
     reverse_estimates=reverse_estimates,
-    reverse_step=reverse_step,
     reverse_complete=nothing_to_complete,
+    reverse_step=reverse_step,
 )

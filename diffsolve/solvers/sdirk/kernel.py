@@ -13,14 +13,8 @@ from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.estimates import NEW, SPARE, TOTAL
 from diffsolve.solvers.kernels.functions import StepFunctions
 from diffsolve.solvers.kernels.implicit import combine_smoothed, measure, reverse_estimates
-from diffsolve.solvers.kernels.linear import (
-    evaluate_jacobian,
-    factor,
-    jacobian_of_step,
-    solve,
-    solve_transposed,
-    through_jacobian,
-)
+from diffsolve.solvers.kernels.jacobian import evaluate_jacobian, jacobian_of_step, through_jacobian
+from diffsolve.solvers.kernels.linear import factor, solve, solve_transposed
 from diffsolve.solvers.kernels.memory import (
     cast,
     inlined,
@@ -31,12 +25,13 @@ from diffsolve.solvers.kernels.memory import (
     view,
 )
 from diffsolve.solvers.kernels.norms import add_scaled, copy, fill_zero, scaled_norm
+from diffsolve.solvers.kernels.one_step import ONE_STEP, keeps_stages
 from diffsolve.solvers.kernels.rows import (
     bar_row,
     combine,
     field_at,
+    forget,
     nothing_to_complete,
-    polynomial_at,
     row,
     stage,
     stage_bar,
@@ -47,7 +42,7 @@ from diffsolve.solvers.kernels.rows import (
 _MOST_ITERATIONS, _MOST_INSISTENT = 10, 20
 _SLOW = 0.2  # rate of convergence that asks for a new Jacobian
 _REUSE = 0.2  # change of the step size up to which the matrix is kept
-_UNITS, _MOST_UNITS = 4.0, 1e3  # of rounding, as in newton.py
+_UNITS, _MOST_UNITS = 4.0, 1e3  # multiples of rounding, as in newton.py
 
 
 @inlined
@@ -81,7 +76,7 @@ def is_small(I, R, step, delta, like):
 
 @inlined
 def is_rounding(I, step, delta, k, g, units, like):
-    """Whether an increment is small beside the largest component, where that is enough."""
+    """Whether an increment is small beside the largest component; enough for fixed steps only."""
     if I[L.ADAPTIVE] != 0:
         return False
     x, y, z = view(delta, like), view(k, like), view(g, like)
@@ -96,7 +91,7 @@ def is_rounding(I, step, delta, k, g, units, like):
 
 @inlined
 def leaves(I, R, t, h, node):
-    """Whether a node is beyond a break, or the end of the span, that the step is not."""
+    """Whether a node lies beyond a break or the end of the span, while the step does not."""
     if node <= 1.0:
         return False
     sign, size = (1.0, h) if h > 0 else (-1.0, -h)
@@ -113,7 +108,7 @@ def leaves(I, R, t, h, node):
 
 @inlined
 def stage_field(I, R, t, h, i, g, out, like):
-    """``f`` at the time of stage ``i``; extrapolated in time where that is out of bounds."""
+    """``f`` at the time of stage ``i``; extrapolated in time where a node ``leaves``."""
     n, node = I[L.N], reals(I[L.C])[i]
     if not leaves(I, R, t, h, node):
         field_at(I, R, t + node * h, t, t + h, g, out, like)
@@ -127,12 +122,12 @@ def stage_field(I, R, t, h, i, g, out, like):
 
 @inlined
 def stage_jacobian(I, R, t, h, i, g, like):
-    """The same for the Jacobian."""
+    """The Jacobian at the time of stage ``i``, extrapolated as in ``stage_field``."""
     node, nodes = reals(I[L.C])[i], reals(I[L.INSIDE])
     if not leaves(I, R, t, h, node):
         evaluate_jacobian(I, R, t + node * h, t, t + h, g, like)
         return
-    values, sums = view(I[L.JAC_VALUES], like), view(I[L.JAC_BAR], like)  # which is zero
+    values, sums = view(I[L.JAC_VALUES], like), view(I[L.JAC_BAR], like)  # zero between steps
     for j in range(4):
         evaluate_jacobian(I, R, t + nodes[j] * h, t, t + h, g, like)
         weight = cast(nodes[4 * (i + 1) + j], like)
@@ -144,7 +139,7 @@ def stage_jacobian(I, R, t, h, i, g, like):
 
 @inlined
 def stage_vjp(I, R, t, h, i, g, w, bar, like):
-    """The same for the product with the Jacobian."""
+    """``bar = J^T w`` at the time of stage ``i``, extrapolated as in ``stage_field``."""
     n, node, nodes = I[L.N], reals(I[L.C])[i], reals(I[L.INSIDE])
     if not leaves(I, R, t, h, node):
         vjp_at(I, t + node * h, t, t + h, g, w, bar, like)
@@ -180,7 +175,7 @@ def newton(I, R, t, h, i, base, like):
     step = h * reals(I[L.GAMMA])[0]
     k, g, delta = stage(I, i, like), row(I, L.W_NEW, like), row(I, L.W_LOW, like)
     before, theta, eta, slowest, earlier = 0.0, 0.0, 1.0, 0.0, 0.0
-    I[L.FAILURE] = L.NOT_CONVERGED  # unless it converges
+    I[L.FAILURE] = L.NOT_CONVERGED  # until it converges
     copy(n, base, g, like)
     add_scaled(n, step, k, g, like)
     for m in range(1, _MOST_ITERATIONS + 1):
@@ -211,7 +206,7 @@ def newton(I, R, t, h, i, base, like):
 
 @inlined
 def insist(I, R, t, h, i, base, like):
-    """The same with a matrix at each state; the next step then makes its own."""
+    """Solve stage ``i`` with a new matrix at each iterate, of which the next step keeps none."""
     n = I[L.N]
     node, step = reals(I[L.C])[i], h * reals(I[L.GAMMA])[0]
     time = t + (node if node < 1.0 else 1.0) * h
@@ -231,7 +226,7 @@ def insist(I, R, t, h, i, base, like):
         theta = size / before if before > 0.0 else 0.0
         left = size * theta / (1.0 - theta) if theta < 1.0 else math.inf
         done = (size if before == math.inf else left) < R[L.KAPPA]
-        # such an iteration falls fast until there is nothing but rounding left
+        # increments of this iteration fall fast until they are rounding
         if not done and theta > 0.5:
             done = is_rounding(I, step, delta, k, g, math.sqrt(epsilon(like)), like)
         if done:
@@ -301,8 +296,8 @@ def take_step(I, R, t, h, like):
             return False
         if not jacobian_of_step(I, R, t, h, u, like):
             return False
-    lost = smoothed and I[L.FRESH] == 0  # the matrix is one of a stage
-    if lost and not (jacobian_of_step(I, R, t, h, u, like) and factor(I, R, h, like)):
+    is_of_stage = smoothed and I[L.FRESH] == 0  # `insist` left the matrix of a stage
+    if is_of_stage and not (jacobian_of_step(I, R, t, h, u, like) and factor(I, R, h, like)):
         return False
     if I[L.B_ERROR] != 0:
         combine_smoothed(I, R, h, like)
@@ -310,9 +305,10 @@ def take_step(I, R, t, h, like):
 
 
 @inlined
-def recall(I, R, t, h, inside, like):
-    """Make the stages of a step and its new state for the reverse pass; whether that worked."""
-    if I[L.STATE_ROWS] == 2:
+def recall(I, R, t, h, marks, inside, like):
+    """Make the stages of a step and its new state for the reverse pass."""
+    forget(I, R)
+    if not keeps_stages(I):
         return take_step(I, R, t, h, like)
     count, last = I[L.STAGES], I[L.STAGES] - 1
     combine(I, I[L.A], last * count, count, h, row(I, L.W_NEW, like), like)
@@ -332,11 +328,11 @@ def reverse_step(I, R, t, h, like):
     total, g, bar = bar_row(I, TOTAL, like), row(I, L.W_TEMP, like), row(I, L.W_DU, like)
     of_error = I[L.ERROR_BARS] != 0 or I[L.ERROR_NORM_BARS] != 0
     if I[L.STIFFNESS_BARS] != 0 or (I[L.SMOOTHED] != 0 and I[L.B_ERROR] != 0 and of_error):
-        through_jacobian(I, t, h, total, like)  # what the estimates left there
+        through_jacobian(I, t, h, total, like)  # the estimates have added to it
     I[L.FRESH] = 0
     for i in range(stages - 1, 0, -1):
         w = stage_bar(I, i, like)
-        # of the state that the stage is evaluated at
+        # g: the state that the stage is evaluated at
         combine(I, I[L.A], i * stages, i + 1, h, g, like)
         if implicit[i] != 0:
             if i == stages - 1:
@@ -355,12 +351,14 @@ def reverse_step(I, R, t, h, like):
 
 
 FUNCTIONS = StepFunctions(
+    **ONE_STEP,
     take_step=take_step,
     measure=measure,
     complete=nothing_to_complete,
-    value_at=polynomial_at,
+    forget=forget,
+    repeat_step=take_step,
     recall=recall,
     reverse_estimates=reverse_estimates,
-    reverse_step=reverse_step,
     reverse_complete=nothing_to_complete,
+    reverse_step=reverse_step,
 )

@@ -15,7 +15,8 @@ from numba import cfunc, types
 from numba.core import config
 
 from diffsolve.engines.native.codegen.llvm import machine
-from diffsolve.engines.native.runtime.loop import advance, read
+from diffsolve.engines.native.runtime.loop import advance
+from diffsolve.engines.native.runtime.saving import read
 from diffsolve.engines.native.runtime.sweep import replay, sweep
 from diffsolve.solvers.kernels.family import Family, KernelSet
 

@@ -20,7 +20,7 @@ Kernel = Callable[[int, int], int]
 _FOLDER = Path(diffsolve.__file__).parent
 _RUNTIME = "diffsolve.engines.native.runtime"
 #: What calls the functions of a family, and what makes machine code of all kernels.
-LOOPS = (f"{_RUNTIME}.loop", f"{_RUNTIME}.sweep")
+LOOPS = (f"{_RUNTIME}.loop", f"{_RUNTIME}.saving", f"{_RUNTIME}.sweep")
 _BUILD = f"{_RUNTIME}.build"
 _FROM = r"from (diffsolve[\w.]*) import (\([^)]*\)|.*)"
 _IMPORT = re.compile(rf"^(?:{_FROM}|import (diffsolve[\w.]*))", re.M)

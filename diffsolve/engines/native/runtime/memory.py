@@ -16,7 +16,7 @@ from diffsolve.engines.native.programs.scalar import SparseJacobian
 from diffsolve.engines.native.runtime.blocks import Block, place
 from diffsolve.engines.native.runtime.kernels import Kernel
 from diffsolve.engines.native.runtime.method import MethodNumbers, address
-from diffsolve.engines.native.runtime.switching import Run, switch
+from diffsolve.engines.native.runtime.runs import Run
 from diffsolve.engines.native.runtime.template import STEPS, Kept, Template
 from diffsolve.engines.plan import SaveRequest
 from diffsolve.solvers.kernels import layout as L
@@ -79,7 +79,7 @@ class Memory:
             integers[L.FIELD], integers[L.FUSED], integers[L.JVP] = field, 0, 0
             if self.method.is_implicit:
                 self.jacobian_at_work = given = self.jacobian()
-                integers[L.JAC : L.HEAD + 1] = given.slots
+                integers[L.JAC : L.N_COLUMNS + 1] = given.slots
         self._work = template.work(n, given) if kept is None else kept.work
         self.held: dict[int, Any] = {L.PARAMS: params}  # beside what the template holds
         integers[L.PARAMS] = params.data_ptr()
@@ -122,7 +122,7 @@ class Memory:
     def work_of_systems(self) -> None:
         """Room for the linear systems of a method that takes its turn."""
         self.jacobian_at_work = found = self.jacobian()  # whose arrays the kernels read
-        self.integers[L.JAC : L.HEAD + 1] = found.slots
+        self.integers[L.JAC : L.N_COLUMNS + 1] = found.slots
         block = Block(self.method.family.room(self.n, found))
         self.held[L.MATRIX] = block.lay(self.integers, zero=True)
         self._forget_systems()
@@ -272,14 +272,6 @@ class Memory:
         new = np.empty((2 * len(old), *old.shape[1:]), old.dtype)
         new[: len(old)] = old
         self.hold_new(slot, new)
-
-    def advance(self, bar: Any = None) -> int:
-        """Integrate until the end, with both of two methods; returns how it ended."""
-        while True:
-            status = self.run(self.runs[-1].template.advance, bar)
-            if status != L.SWITCHED:
-                return status
-            switch(self)
 
     def run(self, function: Kernel, bar: Any = None) -> int:
         """Call a kernel until it is done; returns how it ended."""

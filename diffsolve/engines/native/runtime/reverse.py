@@ -18,6 +18,7 @@ from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Counts, Memory
 from diffsolve.engines.native.runtime.solve import message_of
 from diffsolve.engines.native.runtime.switching import (
+    advance,
     as_polynomials,
     degree_of,
     runs_of,
@@ -93,7 +94,7 @@ def sweep(
                 memory.work_of_systems()
         addresses = run.template.reverse(active)
         integers[L.VJP], integers[L.FUSED_VJP], integers[L.JAC_VJP], function = addresses
-        integers[L.SWEPT], integers[L.SWEEP_LAST] = run.end, run.end - 1
+        integers[L.STEPS_LEFT], integers[L.SWEEP_FROM] = run.end, run.end - 1
         started = time.perf_counter()
         refuse_lost(memory.run(function))
         kernel_s += time.perf_counter() - started
@@ -167,7 +168,7 @@ class Path:
             memory.hold_new(L.DENSE, dense)
             integers = memory.integers
             integers[L.DENSE_ROWS] = rows
-            integers[L.SWEPT], integers[L.CHUNK] = begin, end - begin
+            integers[L.REPLAY_FROM], integers[L.CHUNK] = begin, end - begin
             function = kernel("replay", memory.method.family, memory.native.program.is_float32)
             refuse_lost(memory.run(function))
             parts.append(dense)
@@ -260,12 +261,12 @@ def solve_reverse(
         problem.path.give(memory, start, start)
     memory.start(problem.z)
     started = time.perf_counter()
-    status = memory.advance()
+    status = advance(memory)
     while status == L.NEED_PATH and problem.path is not None:
         low, high = sorted((reals[L.T], reals[L.T] + reals[L.LAST_H]))
         low, high = max(low, reals[L.T_LOW]), min(high, reals[L.T_HIGH])
         problem.path.give(memory, low, high)
-        status = memory.advance()
+        status = advance(memory)
     kernel_s = time.perf_counter() - started
     z = memory.state()
     message = ""

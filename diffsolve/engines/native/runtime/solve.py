@@ -16,7 +16,7 @@ from diffsolve.engines.diagnosis import Failure, explain
 from diffsolve.engines.native.programs.bound import ScalarBound
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Memory
-from diffsolve.engines.native.runtime.switching import join_dense
+from diffsolve.engines.native.runtime.switching import advance, join_dense
 from diffsolve.engines.native.runtime.template import Template
 from diffsolve.engines.plan import SaveRequest, SolveContext, StepTable, Trajectory
 from diffsolve.engines.settings import Settings
@@ -98,7 +98,7 @@ def integrate(
     bar = progress_bar(t0, t1) if settings.progress else None
     started = time.perf_counter()
     try:
-        status = memory.advance(bar)
+        status = advance(memory, bar)
     finally:
         if bar is not None:
             bar.close()

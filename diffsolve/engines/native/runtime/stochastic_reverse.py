@@ -70,8 +70,8 @@ def sweep(
             each = n + 2 * integers[L.NOISE_SIZE]
             part.hold_new(L.SEGMENT, np.empty((integers[L.STRIDE], each), dtype))
         integers[L.FUSED_VJP], integers[L.DIFFUSION_VJP] = step_vjp, diffusion_vjp
-        integers[L.SWEPT] = integers[L.ACCEPTED]
-        integers[L.SWEEP_LAST] = integers[L.ACCEPTED] - 1
+        integers[L.STEPS_LEFT] = integers[L.ACCEPTED]
+        integers[L.SWEEP_FROM] = integers[L.ACCEPTED] - 1
         parts.append(part)
     share_out(parts, lambda part: part.run(function))
     kernel_s = time.perf_counter() - started

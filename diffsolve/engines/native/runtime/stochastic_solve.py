@@ -150,7 +150,7 @@ def _solved(
         part.start(share.reshape(-1))
         if settings.dt is None:
             reals[L.SIZE] = _first_step(bound, template, field, u0, t0, t1, settings, part)
-    return Crew(parts, states), share_out(parts, lambda part: part.advance(bar))
+    return Crew(parts, states), share_out(parts, lambda part: part.run(template.advance, bar))
 
 
 def _count(settings: Settings, t0: float, t1: float) -> int:

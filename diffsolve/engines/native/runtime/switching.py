@@ -7,20 +7,17 @@ numbers replace those of the first in the same memory. ``Memory.runs`` notes who
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from diffsolve.engines.declined import Declined
+from diffsolve.engines.native.runtime.memory import Memory
 from diffsolve.engines.native.runtime.method import address
+from diffsolve.engines.native.runtime.runs import Run
 from diffsolve.solvers.continuous_extension import elevated
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.switching import FACTOR, NONSTIFF_STEPS, STIFF_STEPS
-
-if TYPE_CHECKING:
-    from diffsolve.engines.native.runtime.memory import Memory
-    from diffsolve.engines.native.runtime.template import Template
 
 _log = logging.getLogger("diffsolve")
 #: Slots that belong to the method at work.
@@ -28,24 +25,13 @@ _METHOD = slice(L.STAGES, L.SMOOTHED + 1)
 _CONTROLLER = slice(L.SAFETY, L.BETA_PLAIN + 1)
 
 
-@dataclass
-class Run:
-    """Consecutive steps of one method.
-
-    Attributes
-    ----------
-    template
-        Of the method.
-    begin, end
-        Its first step, and the one behind its last.
-    state
-        ``(2, N)``, the state and derivative that it took over; None: those of the start.
-    """
-
-    template: Template
-    begin: int
-    end: int = 0
-    state: np.ndarray | None = None
+def advance(memory: Memory, bar: Any = None) -> int:
+    """Integrate until the end, with both of two methods; returns how it ended."""
+    while True:
+        status = memory.run(memory.runs[-1].template.advance, bar)
+        if status != L.SWITCHED:
+            return status
+        switch(memory)
 
 
 def use(memory: Memory, run: Run) -> None:
@@ -81,7 +67,7 @@ def switch(memory: Memory) -> None:
     use(memory, run)
     if to_stiff:
         memory.work_of_systems()
-    integers[L.TAKEN_OVER] = L.ANEW if iterated else L.AS_IT_IS
+    integers[L.HANDED_OVER] = L.WITHOUT_DERIVATIVE if iterated else L.WITH_DERIVATIVE
     integers[L.CONTROLLER] = found.integers[L.CONTROLLER]
     integers[L.JVP] = 0 if memory.is_own_field else found.integers[L.JVP]
     reals[_CONTROLLER] = found.reals[_CONTROLLER]

@@ -109,7 +109,7 @@ class Template:
         self._work: dict[int, Block] = {}
         self._kept: dict[Any, Kept] = {}
         if family.is_implicit:
-            integers[L.JAC : L.HEAD + 1] = program.jacobian().slots
+            integers[L.JAC : L.N_COLUMNS + 1] = program.jacobian().slots
         eps = float(np.finfo(np.float32 if program.is_float32 else np.float64).eps)
         integers[L.TO_ROUNDING], reals[L.KAPPA] = settings.to_rounding, 1.0
         if not settings.to_rounding:
@@ -126,13 +126,17 @@ class Template:
         write_tolerance(settings.tolerance, slots, integers, self.held)
         integers[L.ADAPTIVE] = settings.adaptive
         integers[L.MAXITERS] = min(settings.maxiters, _MOST_STEPS)
-        cost = (program.size + 10 * program.n) * self.method.n
-        most = 50 if settings.progress else 1_000_000
-        if self.may_be_implicit:
-            cost += 10 * program.size + program.n**3
-        integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
+        integers[L.CHUNK] = self._steps_a_call(program)
         reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
         reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
+
+    def _steps_a_call(self, program: ScalarProgram) -> int:
+        """Attempted steps before a kernel returns to Python."""
+        cost = (program.size + 10 * program.n) * self.method.n
+        if self.may_be_implicit:
+            cost += 10 * program.size + program.n**3
+        most = 50 if self.settings.progress else 1_000_000
+        return max(1, min(most, int(_WORK_A_CALL / cost)))
 
     @property
     def program(self) -> ScalarProgram:
@@ -232,7 +236,7 @@ class Kept:
             stages = _keeps_stages(template, request)
             self._rows = 1 + template.most_stages if stages else 2
             integers[L.STRIDE] = 1
-            integers[L.STATE_ROWS], integers[L.STATE_SIZE] = self._rows, self._rows * n
+            integers[L.STATE_SIZE] = self._rows * n
             integers[L.STATE_ROOM] = room if request.checkpoints is None else request.checkpoints
             integers[L.THINNING] = request.checkpoints is not None
         self.dense = (room, rows + 1, n) if request.dense else None

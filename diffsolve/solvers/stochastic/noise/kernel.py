@@ -29,7 +29,7 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57  # Salmon et al. (2011), s
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _INV_SQRT_12 = 12**-0.5
 _ARRAYS = 16
-_TILE = 4096  # numbers that one loop makes, so that its index is short
+_TILE = 4096  # numbers that one loop makes: its index must fit 31 bits with `_inverse`
 
 
 @intrinsic
@@ -279,7 +279,7 @@ def fill(seeds, seeded, counter, count, first, paths, m, scale, W, H, like):
         What is ``W`` in one call must not be ``H`` in another of the same kernel (`array`).
     """
     by_m, by_paths = 0, 0
-    lines, rows = 1, 1  # of a tile; it has one of what the index need not be divided by
+    lines, rows = 1, 1  # of a tile; 1 where a tile is part of one line or of one row
     width = min(m, _TILE)
     if m <= _TILE:
         by_m = _inverse(m)
