@@ -70,8 +70,8 @@ def differentiator(field: VectorField) -> Differentiator:
     return field.workspace.put(Differentiator(field)) if known is None else known
 
 
-class _Watch(TorchFunctionMode):
-    """Notes whether a tensor is used, be it by ``float(t)``."""
+class _UseOf(TorchFunctionMode):
+    """Notes whether a tensor is used in any way, also by ``float(t)``."""
 
     def __init__(self, tensor: Tensor):
         super().__init__()
@@ -269,8 +269,8 @@ class Differentiator:
                 if not self._checked:
                     weights = uneven(bars[:, 0])
                     (alone,) = pull(weights @ bars)
-                    found, known = (weights @ rows).detach(), alone.detach()
-                    self._checked = self._batched = same_gradients([found], [known])
+                    together = (weights @ rows).detach()
+                    self._checked = self._batched = same_gradients([together], [alone.detach()])
             except RuntimeError:  # an operation of f that torch.vmap does not know
                 self._batched = False
             else:
@@ -314,10 +314,10 @@ class Differentiator:
         with torch.no_grad():
             if self.moves_unseen is None:
                 (end,) = self.field.times(t, h, np.ones(1))
-                watch = _Watch(end)
-                with watch:
+                use = _UseOf(end)
+                with use:
                     later = self.field(end, u)
-                self.moves_unseen = watch.touched or not torch.equal(later, y)
+                self.moves_unseen = use.touched or not torch.equal(later, y)
             return time_difference(self.field, t, h, u, y) if self.moves_unseen else None
 
 
@@ -375,28 +375,47 @@ def push_forward(
     if recorded and not known.norms_checked:
         refuse_opaque_norms(y)
         known.norms_checked = True
-    moving = None
+    slope = None
     known.notice(time, pulled[1])
     if known.moves_unseen:
         pulled = pulled[0], None
-        moving = time_difference_on_tape(field, as_float(t), as_float(h), start)
+        slope = time_difference_on_tape(field, as_float(t), as_float(h), start)
+    return functools.partial(_push, pulled, w, (u, time), slope)
 
-    def push(v: Tensor | None, d: float) -> Tensor:
-        pairs = [
-            (p, x)
-            for p, x in zip(pulled, (v, torch.full_like(time, d) if d else None), strict=True)
-            if p is not None and x is not None and p.requires_grad
-        ]
-        pushed = None
-        if pairs:
-            outputs, tangents = zip(*pairs, strict=True)
-            (pushed,) = torch.autograd.grad(
-                outputs, w, tangents, create_graph=True, allow_unused=True
-            )
-        total = torch.zeros_like(u) if pushed is None else pushed
-        return total + d * moving if moving is not None and d else total
 
-    return push
+def _push(
+    pulled: tuple[Tensor | None, Tensor | None],
+    w: Tensor,
+    at: tuple[Tensor, Tensor],
+    slope: Tensor | None,
+    v: Tensor | None,
+    d: float,
+) -> Tensor:
+    """``J v + d df/dt``.
+
+    Parameters
+    ----------
+    pulled, w
+        ``J^T w`` and ``w . df/dt``, with a graph that is linear in ``w``.
+    at
+        State and time.
+    slope
+        ``df/dt``, where autograd does not see it.
+    v, d
+        The direction.
+    """
+    u, time = at
+    pairs = [
+        (p, x)
+        for p, x in zip(pulled, (v, torch.full_like(time, d) if d else None), strict=True)
+        if p is not None and x is not None and p.requires_grad
+    ]
+    pushed = None
+    if pairs:
+        outputs, tangents = zip(*pairs, strict=True)
+        (pushed,) = torch.autograd.grad(outputs, w, tangents, create_graph=True, allow_unused=True)
+    total = torch.zeros_like(u) if pushed is None else pushed
+    return total + d * slope if slope is not None and d else total
 
 
 def _refuse_endless(t: float, grad: Tensor) -> None:

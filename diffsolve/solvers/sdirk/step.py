@@ -127,7 +127,7 @@ def _right_hand_side(
 ) -> Callable[[Tensor], Tensor]:
     """``f`` at the time of row ``i``; extrapolated in time where that is out of bounds."""
     weights, c = stages.inside[i], float(stages.c[i])
-    if c <= 1 or not field.leaves(as_float(t), as_float(h), c):
+    if c <= 1 or not field.crosses_break(as_float(t), as_float(h), c):
         return functools.partial(field, time)
     times = field.times(t, h, INSIDE)
 
