@@ -87,12 +87,12 @@ class SaveTimes:
         times = np.array(values.detach().tolist(), dtype=np.float64)
         times[0], times[-1] = (snapped(float(t), (t0, t1), eps) for t in (times[0], times[-1]))
         _check_order(times, t0, t1)
-        found = cls(times, given)
+        saves = cls(times, given)
         if plain:
             if len(_recent) > 10:
                 _recent.clear()
-            _recent[t0, t1] = values.detach().clone(), found
-        return found
+            _recent[t0, t1] = values.detach().clone(), saves
+        return saves
 
     def differentiable(self, span: tuple[Any, Any]) -> bool:
         """Whether a gradient by a time is wanted."""

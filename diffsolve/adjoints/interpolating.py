@@ -84,7 +84,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         if self.checkpoints is None:
             trajectory = job.run(u0, dense=True)
             assert trajectory.dense is not None
-            tensors, restore = trajectory.dense.parts()
+            tensors, restore = trajectory.dense.flatten()
             if not job.dense:
                 trajectory.dense = None
             return trajectory, tensors, restore

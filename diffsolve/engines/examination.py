@@ -106,11 +106,11 @@ def _jump(line: _Line, sizes: list[float], values: list[Tensor]) -> Finding | No
     low, high, of_low, of_high = sizes[i], sizes[i + 1], values[i], values[i + 1]
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        found = line(middle)
-        if _size(found - of_low) > _size(of_high - found):
-            high, of_high = middle, found
+        value = line(middle)
+        if _size(value - of_low) > _size(of_high - value):
+            high, of_high = middle, value
         else:
-            low, of_low = middle, found
+            low, of_low = middle, value
     left = _size(of_high - of_low)
     if not left > max(_LEFT_OF_A_JUMP * steps[i], _LEAST_JUMP * largest):
         return None
@@ -170,13 +170,13 @@ def hardest_row(field: VectorField, t: float, u: Tensor, h: float, scale: Tensor
 
 def inputs_with_nan(field: VectorField) -> list[str]:
     """Names of the tensors with NaN among the parameters, and among what ``f`` captures."""
-    found = []
+    tensors = []
     for path, leaf in pytree.tree_flatten_with_path(field.p)[0]:
-        found += [(f"p{pytree.keystr(path)}", leaf)] if isinstance(leaf, Tensor) else []
+        tensors += [(f"p{pytree.keystr(path)}", leaf)] if isinstance(leaf, Tensor) else []
     functions = [field.f, *([field.g] if hasattr(field, "g") else [])]  # type: ignore[attr-defined]
     for f in functions:
-        found += _tensors(f, "", _DEPTH, set())
-    bad = [name for name, x in found if _can_be_nan(x) and bool(x.detach().isnan().any())]
+        tensors += _tensors(f, "", _DEPTH, set())
+    bad = [name for name, x in tensors if _can_be_nan(x) and bool(x.detach().isnan().any())]
     return list(dict.fromkeys(bad))
 
 

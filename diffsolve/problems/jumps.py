@@ -67,8 +67,8 @@ def _run(
     """What ``f`` returns, flat, and the comparisons that a gradient would be wanted of."""
     state = field.structure.unravel(u.clone())
     with torch.enable_grad(), Probe(t, pytree.tree_leaves(state)) as probe:
-        found = f(t, state, *field._args)
-    flat = torch.cat([x.detach().reshape(-1) for x in pytree.tree_leaves(found)])
+        value = f(t, state, *field._args)
+    flat = torch.cat([x.detach().reshape(-1) for x in pytree.tree_leaves(value)])
     return flat, probe.switches
 
 

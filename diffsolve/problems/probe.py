@@ -274,11 +274,11 @@ class Probe(TorchFunctionMode):
         if kwargs.get("create_graph") or any(args[4:5]) or not _is_called_by_user():
             return False
         try:
-            found = func(*args[:3], **{**kwargs, "retain_graph": True, "create_graph": True})
+            derivatives = func(*args[:3], **{**kwargs, "retain_graph": True, "create_graph": True})
         except Exception:  # the call itself tells
             return False
         # a leaf that was made on the way is detached in words
-        leaves = reached_leaves(list(tensors_in(found)))
+        leaves = reached_leaves(list(tensors_in(derivatives)))
         return any(key not in self._known for key in leaves)
 
 
@@ -336,8 +336,8 @@ class _Refusing(TorchFunctionMode):
         free = self._free
         if free is None:
             return False
-        found = [x for x in tensors_in(args) if x.requires_grad and x is not free]
-        nodes: list[Any] = [x.grad_fn for x in found]
+        others = [x for x in tensors_in(args) if x.requires_grad and x is not free]
+        nodes: list[Any] = [x.grad_fn for x in others]
         seen = {free.grad_fn, *nodes}
         for node in nodes:  # grows on the way
             if node is None or (hasattr(node, "variable") and node.variable is not free):

@@ -31,8 +31,8 @@ class StepInterpolant(Protocol):
         """A version that stays valid after the next step."""
         ...
 
-    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., StepInterpolant]]:
-        """Its tensors, and what makes a kept one of them again."""
+    def flatten(self) -> tuple[tuple[Tensor, ...], Callable[..., StepInterpolant]]:
+        """Its tensors, and a function that makes such a version of tensors like them."""
         ...
 
 
@@ -41,15 +41,15 @@ def read(
 ) -> Tensor:
     """Values ``(m, N)`` at ``times``, the fractions ``theta`` of a step.
 
-    An interpolant that has a method ``at`` is asked by the times too: a Brownian path is looked at
-    there, and ``t + theta h`` may be a time beside them.
+    An interpolant with a method ``at`` gets the times too: it reads a Brownian path, and
+    ``t + theta h`` may differ from a time by rounding.
     """
     at: Any = getattr(interpolant, "at", None)
     return interpolant(theta, derivative) if at is None else at(times, theta, derivative)
 
 
 class Trouble(Enum):
-    """Why the equations of a step have no solution that could be found."""
+    """Why the equations of a step were not solved."""
 
     DIVERGED = "Newton's iteration did not converge"
     SINGULAR = "the matrix of the step is singular"
@@ -68,21 +68,21 @@ class Step:
     error
         Local error estimate ``(N,)`` in units of the state, or None.
     stiffness
-        Estimate of the dominant eigenvalue's magnitude: a 0-d tensor, what computes it when asked,
-        or the pair (difference of two derivatives, difference of their states) whose ratio of norms
-        it is. None where the method has none.
+        Estimate of the dominant eigenvalue's magnitude. A 0-d tensor, or a function that computes
+        it. Or a pair, a difference of two derivatives and that of their states: the estimate is the
+        ratio of their norms. None where the method has none.
     interpolant
         Continuous extension, valid until the next step unless kept.
     error_low
         Second estimate that damps the first: with scaled norms ``e`` and ``e_low`` the step's
         error is ``e**2 / sqrt(e**2 + 0.01 e_low**2)`` (Hairer's 8(5,3) method).
     converged
-        False: the equations of the step could not be solved. The rest then has no meaning, and the
-        step is tried again with half the size.
+        False: the equations of the step were not solved. The other fields then have no meaning, and
+        the loop tries half the size.
     solved
-        Solutions of those equations that an iteration found, for ``step(..., solved=...)``.
+        Solutions of those equations, for ``step(..., solved=...)``.
     trouble
-        What went wrong.
+        Why they were not solved.
     stiffness_later
         Computes the stiffness of a step with an open end, which most solves never ask for.
     """
@@ -101,7 +101,7 @@ class Step:
 def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
     """Largest entries of what a step adds up: of ``u``, and of ``h`` times the derivatives.
 
-    A method that keeps no derivatives takes steps by which ``u`` changes about as much as it is.
+    Where the state holds no derivatives, the second is taken to be as large as the first.
     """
     u, *derivatives = (x.detach().abs().amax() for x in state)
     return u, abs(h) * torch.stack(derivatives).amax() if derivatives else u
@@ -134,14 +134,14 @@ class Algorithm(ABC):
         from growing (``explicit_rk/stability.py``), and its evaluations in a step; None: nothing
         limits them.
     carries_derivative
-        Whether ``init`` wants the derivative at ``t``, so that callers may make it for several.
+        Whether the state holds the derivative at ``t``, which callers may pass to ``init``.
     kernels
         Folder of the family whose compiled kernels take this class's steps; None: there are none.
     is_implicit
         Whether a step solves equations: it then needs a Jacobian and a real state. Where an
-        iteration solves them, what it found is in ``Step.solved``; ``step`` then takes it as the
-        keyword ``solved`` and, under autograd, differentiates the equations there (the implicit
-        function theorem) instead of solving them.
+        iteration solves them, ``Step.solved`` holds the solutions. ``step`` takes these as the
+        keyword ``solved``; under autograd it differentiates the equations there (implicit function
+        theorem) and does not solve them again.
     """
 
     order: float
@@ -156,9 +156,9 @@ class Algorithm(ABC):
 
     @property
     def may_end_open(self) -> bool:
-        """Whether ``step(..., open_end=True)`` leaves out the derivative at the new point.
+        """Whether ``step(..., open_end=True)`` can leave out the derivative at the new point.
 
-        Nothing may read it: no error estimate, no value inside, no step that follows.
+        The caller promises that no error estimate, no value inside and no later step reads it.
         """
         return False
 

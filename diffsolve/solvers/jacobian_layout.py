@@ -79,7 +79,7 @@ class Dense(Layout):
         return products[None]
 
 
-class Rows(Layout):
+class IndependentRows(Layout):
     """Blocks of a state ``(..., d)`` whose rows ``f`` treats independently.
 
     A product with the same vector in every row adds up what all rows say of a block. Products with
@@ -154,8 +154,8 @@ def first_layout(field: VectorField, rows: bool = True) -> Layout:
     shape = structure.shapes[0]
     # the whole matrix of a small state costs no more than a check that its rows are independent,
     # and lower precision is too coarse for that check
-    several = structure.is_tensor and math.prod(shape[:-1]) > 1 and structure.size > _SMALL
-    return Rows(field) if rows and several and not field.low_eps else Dense(field)
+    is_batch = structure.is_tensor and math.prod(shape[:-1]) > 1 and structure.size > _SMALL
+    return IndependentRows(field) if rows and is_batch and not field.low_eps else Dense(field)
 
 
 def checked_pattern(pattern: Any, n: int) -> Tensor:
@@ -170,28 +170,28 @@ def checked_pattern(pattern: Any, n: int) -> Tensor:
     """
     if isinstance(pattern, Tensor) and pattern.layout is not torch.strided:
         stored = pattern.detach().to_sparse_coo().coalesce()
-        found = _of_entries(stored.indices(), stored.shape)
+        mask = _of_entries(stored.indices(), stored.shape)
     elif isinstance(pattern, Tensor):
-        found = pattern.detach() != 0
+        mask = pattern.detach() != 0
     elif hasattr(pattern, "tocoo"):  # one of SciPy's
         stored = pattern.tocoo()
         entries = torch.from_numpy(np.stack([stored.row, stored.col]).astype(np.int64))
-        found = _of_entries(entries, stored.shape)
+        mask = _of_entries(entries, stored.shape)
     else:
-        found = torch.as_tensor(np.asarray(pattern) != 0, device="cpu")
-    if found.shape != (n, n):
+        mask = torch.as_tensor(np.asarray(pattern) != 0, device="cpu")
+    if mask.shape != (n, n):
         raise ValueError(
-            f"jac_sparsity has shape {tuple(found.shape)}, expected {(n, n)}: a tensor, an array, "
+            f"jac_sparsity has shape {tuple(mask.shape)}, expected {(n, n)}: a tensor, an array, "
             "or a sparse matrix of torch or SciPy"
         )
-    return found.cpu()
+    return mask.cpu()
 
 
 def _of_entries(entries: Tensor, shape: Sequence[int]) -> Tensor:
     """A matrix of booleans that is true at entries ``(2, k)``."""
-    found = torch.zeros(*shape, dtype=torch.bool, device="cpu")
-    found[tuple(entries.cpu())] = True
-    return found
+    mask = torch.zeros(*shape, dtype=torch.bool, device="cpu")
+    mask[tuple(entries.cpu())] = True
+    return mask
 
 
 def random_directions(field: VectorField) -> Tensor:

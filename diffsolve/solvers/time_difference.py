@@ -92,5 +92,10 @@ class _TimeDifference(torch.autograd.Function):
                     for x, g in zip(inputs, grads, strict=True)
                 ]
             )
-        found = iter([ctx.stencil.slope(*three) for three in zip(*pulled, strict=True)])
-        return None, None, next(found), *(next(found) if p.requires_grad else None for p in params)
+        gradients = iter([ctx.stencil.slope(*three) for three in zip(*pulled, strict=True)])
+        return (
+            None,
+            None,
+            next(gradients),
+            *(next(gradients) if p.requires_grad else None for p in params),
+        )

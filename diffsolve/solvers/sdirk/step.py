@@ -58,18 +58,18 @@ def _solved_step(
 ) -> Step:
     newton = newton_of(field, stages.gamma, stages)
     u = state.u
-    ready, found = newton.begin(t, h, u, stages.smoothed), None
+    ready, solution = newton.begin(t, h, u, stages.smoothed), None
     if ready:
         fresh = newton.is_here(t, u)
-        found = _solve_stages(field, stages, newton, t, h, state, fresh)
-        if found is None and not fresh:  # the Jacobian may be to blame
+        solution = _solve_stages(field, stages, newton, t, h, state, fresh)
+        if solution is None and not fresh:  # the Jacobian may be to blame
             ready = newton.renew(t, h, u)
-            found = _solve_stages(field, stages, newton, t, h, state, True) if ready else None
-    if found is not None and stages.smoothed and not newton.is_here(t, u):
-        found = found if newton.renew(t, h, u) else None  # the matrix was one of a stage
-    if found is None:
+            solution = _solve_stages(field, stages, newton, t, h, state, True) if ready else None
+    if solution is not None and stages.smoothed and not newton.is_here(t, u):
+        solution = solution if newton.renew(t, h, u) else None  # the matrix was one of a stage
+    if solution is None:
         return failed(field, state, newton.trouble)
-    rows, new = found
+    rows, new = solution
     newton.end()
     error = None
     if stages.b_error is not None:
@@ -113,10 +113,10 @@ def _solve_stages(
             guess = torch.mv(before, predictor[i, :i])
             at = t + min(float(stages.c[i]), 1.0) * h if insists else None
             f = _right_hand_side(field, stages, t, h, i, times[i])
-            found = newton.solve(f, g, h, guess, at)
-            if found is None:
+            solution = newton.solve(f, g, h, guess, at)
+            if solution is None:
                 return None
-            rows[i], g = found
+            rows[i], g = solution
         else:
             rows[i] = field(times[i], g)
     return rows, g

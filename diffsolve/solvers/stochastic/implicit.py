@@ -22,16 +22,16 @@ from diffsolve.solvers.jacobian import Push, linearise, push_forward
 from diffsolve.solvers.newton import Newton, newton_of
 from diffsolve.solvers.spectral_radius import spectral_radius
 from diffsolve.solvers.stage_rows import as_scale
-from diffsolve.solvers.stochastic.low_order import left_out
+from diffsolve.solvers.stochastic.low_order import neglected_noise
 from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
-    by_time,
     register,
+    time_change_of_noise,
 )
 from diffsolve.solvers.stochastic.milstein import (
-    OfOneIntegral,
+    InterpretationMethod,
     ito_correction,
     stratonovich_correction,
 )
@@ -85,14 +85,14 @@ class DriftImplicit(StochasticMethod):
             return _failed(field, t, h, u, G, newton.trouble)
         jacobian, lu = newton.jacobian, newton.lu  # those of the estimates
         assert lu is not None
-        found = newton.solve(functools.partial(newton.field, then), base, h, f)
-        if found is None:
-            found = _solved_afresh(newton, t, h, then, base)
-        if found is None and not field.retries:
-            found = newton.solve(functools.partial(newton.field, then), base, h, f, at=t + h)
-        if found is None:
+        solution = newton.solve(functools.partial(newton.field, then), base, h, f)
+        if solution is None:
+            solution = _solved_afresh(newton, t, h, then, base)
+        if solution is None and not field.retries:
+            solution = newton.solve(functools.partial(newton.field, then), base, h, f, at=t + h)
+        if solution is None:
             return _failed(field, t, h, u, G, newton.trouble)
-        k, new = found
+        k, new = solution
         newton.end()
         error = lu.solve((k - f) * (0.5 * h)).abs()
         for part in parts:
@@ -186,10 +186,10 @@ class ImplicitEM(DriftImplicit):
         G: Tensor,
         W: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return field.add_noise(u, G, W), (left_out(field, times[1], h, u, G, W),)
+        return field.add_noise(u, G, W), (neglected_noise(field, times[1], h, u, G, W),)
 
 
-class ImplicitRKMil(OfOneIntegral, DriftImplicit):
+class ImplicitRKMil(InterpretationMethod, DriftImplicit):
     """The Milstein method with the implicit Euler method for the drift, for diagonal noise.
 
     ``u_new = u + h f(t + h, u_new) + g(t, u) W + C`` with the correction ``C`` of ``RKMil``, for
@@ -230,7 +230,7 @@ class ImplicitRKMil(OfOneIntegral, DriftImplicit):
         now, then = times
         if self.integral == "ito":
             correction = ito_correction(field, now, h, u, G, W)
-            parts = correction, by_time(field, then, h, u, G, W)
+            parts = correction, time_change_of_noise(field, then, h, u, G, W)
         else:
             correction = stratonovich_correction(field, then, u, G, W)
             parts = (correction,)
@@ -251,9 +251,9 @@ def _solved_afresh(
         if not newton.renew(t, h, x):
             newton.trouble = trouble  # of the step; what there is at x belongs to its size
             return None
-        found = newton.solve(functools.partial(newton.field, then), base, h, k)
-        if found is not None:
-            return found
+        solution = newton.solve(functools.partial(newton.field, then), base, h, k)
+        if solution is not None:
+            return solution
         assert newton.lu is not None
         k = k + newton.lu.solve(newton.field(then, x) - k)
         x = torch.add(base, k, alpha=h)

@@ -86,11 +86,13 @@ def _cut(field: SDEField, t: float, h: float, pieces: int) -> tuple[Tensor, Tens
     path = field.path
     assert path is not None
     whole = path.increment(t, t + h)
-    found = [whole]
+    increments = [whole]
     if pieces > 1:
         ends = [t, *(t + h * (i / pieces) for i in range(1, pieces)), t + h]
         # a read: it changes nothing that later steps draw. Halves first, then quarters, ...: a path
         # that remembers how it was divided finds each piece in a few steps
         path.at([ends[i] for i in _halves_first(pieces)], since=t)
-        found = [path.increment(a, b) for a, b in pairwise(ends)]
-    return torch.stack([x.W for x in found]), torch.stack([x.H for x in found if x.H is not None])
+        increments = [path.increment(a, b) for a, b in pairwise(ends)]
+    return torch.stack([x.W for x in increments]), torch.stack(
+        [x.H for x in increments if x.H is not None]
+    )

@@ -33,7 +33,7 @@ class StochasticMethod(Algorithm):
     A step asks its field for the increment of the Brownian path over ``(t, h)``
     (``SDEField.increment``), so it is still a pure function of ``(field, t, h, state)``. Its ``t``
     and ``h`` are floats, or 0-d tensors where many steps run at once under ``torch.vmap``:
-    ``moved``, ``scaled`` and ``root`` take both.
+    ``add_scaled``, ``scaled`` and ``sqrt_abs`` take both.
 
     Attributes
     ----------
@@ -85,22 +85,24 @@ def scaled(x: Tensor, a: Any) -> Tensor:
     return x * (a.to(x.dtype) if isinstance(a, Tensor) else a)
 
 
-def moved(u: Tensor, f: Tensor, h: Any) -> Tensor:
+def add_scaled(u: Tensor, f: Tensor, h: Any) -> Tensor:
     """``u + h f``, for a number or a 0-d tensor ``h``."""
     return u + scaled(f, h) if isinstance(h, Tensor) else torch.add(u, f, alpha=h)
 
 
-def root(h: Any, dtype: torch.dtype = torch.float64) -> Any:
+def sqrt_abs(h: Any, dtype: torch.dtype = torch.float64) -> Any:
     """``sqrt(|h|)``, for a number or a 0-d tensor ``h``, then in this dtype."""
     return h.abs().sqrt().to(dtype) if isinstance(h, Tensor) else math.sqrt(abs(h))
 
 
-def length(h: Any, dtype: torch.dtype) -> Any:
+def magnitude_of(h: Any, dtype: torch.dtype) -> Any:
     """``|h|``, for a number or a 0-d tensor ``h``, then in this dtype."""
     return h.abs().to(dtype) if isinstance(h, Tensor) else abs(h)
 
 
-def by_time(field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor) -> Tensor:
+def time_change_of_noise(
+    field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor
+) -> Tensor:
     """What noise that changes with time adds to a step which knows ``G = g(t, u)``: ``(N,)``.
 
     Where ``g`` changes evenly that is ``(g(t + h, u) - G) I_(0,1) / h``. The increment leaves the
@@ -108,7 +110,7 @@ def by_time(field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tens
     5.7): its root mean square stands for it, with the sign of ``W``. So it is zero only where ``g``
     is the same at both ends.
     """
-    size = torch.sqrt(0.25 * W * W + length(h, W.dtype) / 12)
+    size = torch.sqrt(0.25 * W * W + magnitude_of(h, W.dtype) / 12)
     return field.product(field.diffusion(then, u) - G, torch.copysign(size, W))
 
 
@@ -203,12 +205,12 @@ class PathInterpolant:
     def keep(self) -> PathInterpolant:
         return self
 
-    def parts(
+    def flatten(
         self,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[..., PathInterpolant]]:
         field, t, h = self.field, self.t, self.h
 
-        def kept(u: Tensor, u_new: Tensor, G: Tensor) -> PathInterpolant:
+        def rebuild(u: Tensor, u_new: Tensor, G: Tensor) -> PathInterpolant:
             return PathInterpolant(field, t, h, u, u_new, G)
 
-        return (self.u, self.u_new, self.G), kept
+        return (self.u, self.u_new, self.G), rebuild

@@ -22,18 +22,18 @@ from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
-    by_time,
-    length,
-    moved,
+    add_scaled,
+    magnitude_of,
     register,
-    root,
     scaled,
+    sqrt_abs,
+    time_change_of_noise,
 )
 
 _INTEGRALS = ("ito", "stratonovich")
 
 
-class OfOneIntegral(StochasticMethod):
+class InterpretationMethod(StochasticMethod):
     """Base of methods that are made for either of the integrals.
 
     Parameters
@@ -60,14 +60,14 @@ class OfOneIntegral(StochasticMethod):
         return f"{self.name}({'' if self.integral == 'ito' else repr(self.integral)})"
 
 
-class Milstein(OfOneIntegral):
+class Milstein(InterpretationMethod):
     """Base of the explicit ones, whose state is ``(u, f(t, u))``.
 
     With the correction ``C`` of the method the step is ``u_new = u + h f + G W + C``, ``f`` and
     ``G`` at ``(t, u)``. The error estimate is that of Euler-Maruyama's step, which is embedded:
     ``h/2 |f(t + h, u_new) - f| + |C|``. The first part costs nothing: the next step begins with
     that derivative. Where ``C`` does not see that ``g`` changes with time, in Ito's sense and for
-    additive noise, ``by_time`` is added, which costs an evaluation of ``g``.
+    additive noise, ``time_change_of_noise`` is added, which costs an evaluation of ``g``.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class Milstein(OfOneIntegral):
         now, then = field.both_ends(t, h)
         G = field.diffusion(now, u)
         W = field.increment(t, h).W
-        K = moved(u, du, h)
+        K = add_scaled(u, du, h)
         new = field.add_noise(K, G, W)
         correction = None
         if field.noise != "additive":
@@ -106,7 +106,7 @@ class Milstein(OfOneIntegral):
         if correction is not None:
             error = error + correction.abs()
         if correction is None or self.integral == "ito":
-            error = error + by_time(field, then, h, u, G, W).abs()
+            error = error + time_change_of_noise(field, then, h, u, G, W).abs()
         dense = PathInterpolant(field, t, h, u, new, G)
         return Step(RKState(new, du_new), error, (change, new - u), dense)
 
@@ -313,9 +313,9 @@ def ito_correction(
 
     ``base`` is what the state is moved from, ``u`` or ``u + h f``; ``at`` is the time there.
     """
-    beside = moved(base, G.reshape(-1), root(h))
+    beside = add_scaled(base, G.reshape(-1), sqrt_abs(h))
     change = field.diffusion(at, beside) - G
-    size = root(h, W.dtype)
+    size = sqrt_abs(h, W.dtype)
     return field.product(change, 0.5 * (W * W / size - size))
 
 
@@ -330,7 +330,7 @@ def stratonovich_correction(
 def _symmetric_part(W: Tensor, h: Any) -> Tensor:
     """``(I_(j,k) + I_(k,j)) / 2`` of Ito integrals: ``(R, m, m)``."""
     unit = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
-    return 0.5 * (W[..., :, None] * W[..., None, :] - unit * length(h, W.dtype))
+    return 0.5 * (W[..., :, None] * W[..., None, :] - unit * magnitude_of(h, W.dtype))
 
 
 def _double_integrals(
@@ -340,11 +340,11 @@ def _double_integrals(
 
     The mean of the integrals is zero, so that of the error of the differences is, too.
     """
-    side = root(h)
-    weights = integrals / root(h, u.dtype)
+    side = sqrt_abs(h)
+    weights = integrals / sqrt_abs(h, u.dtype)
     total: Any = None
     for j in range(field.m):
-        beside = moved(u, G[:, :, j].reshape(-1), side)
+        beside = add_scaled(u, G[:, :, j].reshape(-1), side)
         term = field.product(field.diffusion(now, beside) - G, weights[:, j])
         total = term if total is None else total + term
     return total

@@ -13,7 +13,7 @@ from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
-    moved,
+    add_scaled,
     register,
     scaled,
 )
@@ -68,7 +68,7 @@ class ReversibleHeun(StochasticMethod):
         u, v, f, G = state
         _, then = field.both_ends(t, h)
         W = field.increment(t, h).W
-        v_new = field.add_noise(moved(2 * u - v, f, h), G, W)
+        v_new = field.add_noise(add_scaled(2 * u - v, f, h), G, W)
         f_new, G_new = field(then, v_new), field.diffusion(then, v_new)
         new = _trapezoidal(field, u, h, f, f_new, G, G_new, W)
         change = f_new - f
@@ -91,7 +91,7 @@ class ReversibleHeun(StochasticMethod):
         u_new, v_new, f_new, G_new = state
         now, _ = field.both_ends(t, h)
         W = field.increment(t, h).W
-        v = field.add_noise(moved(2 * u_new - v_new, f_new, -h), G_new, -W)
+        v = field.add_noise(add_scaled(2 * u_new - v_new, f_new, -h), G_new, -W)
         f, G = field(now, v), field.diffusion(now, v)
         u = _trapezoidal(field, u_new, -h, f, f_new, G, G_new, -W)
         return ReversibleState(u, v, f, G)
@@ -107,7 +107,7 @@ def _trapezoidal(
     G_new: Tensor,
     W: Tensor,
 ) -> Tensor:
-    return field.add_noise(moved(u, f + f_new, 0.5 * h), G + G_new, 0.5 * W)
+    return field.add_noise(add_scaled(u, f + f_new, 0.5 * h), G + G_new, 0.5 * W)
 
 
 register(ReversibleHeun())

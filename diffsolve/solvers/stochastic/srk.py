@@ -22,8 +22,8 @@ from diffsolve.solvers.stochastic.method import (
     PathInterpolant,
     StochasticMethod,
     register,
-    root,
     scaled,
+    sqrt_abs,
 )
 from diffsolve.solvers.stochastic.tableau import Program, SRATableau, SRITableau
 from diffsolve.solvers.tableau_method import Named, OfTableau
@@ -171,10 +171,10 @@ def diagonal_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
         Of an ``SRITableau``.
     """
     rows = _rows(field, program, h)
-    W, H = (flat_noise(field, x) for x in both(field.increment(t, h)))
+    W, H = (flat_noise(field, x) for x in W_and_H(field.increment(t, h)))
     J1, J2, J3, J4 = rows.noise
     # Hermite polynomials of W, whose variance is |h| backward in time, too
-    side = root(h, W.dtype)
+    side = sqrt_abs(h, W.dtype)
     size, square = side * side, W * W
     J2 = torch.sub(square * (0.5 / side), 0.5 * side, out=J2)
     J3 = torch.add(H, W, alpha=0.5, out=J3)
@@ -195,7 +195,7 @@ def additive_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
         Of an ``SRATableau``.
     """
     rows = _rows(field, program, h)
-    W, H = both(field.increment(t, h))
+    W, H = W_and_H(field.increment(t, h))
     if field.is_diagonal or field.m == 1:
         J1, J2 = rows.noise
         W, H = flat_noise(field, W), flat_noise(field, H)
@@ -211,7 +211,7 @@ def additive_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
     return _finish(field, rows, t, h, u, start)
 
 
-def both(increment: Increment) -> tuple[Tensor, Tensor]:
+def W_and_H(increment: Increment) -> tuple[Tensor, Tensor]:
     """``W`` and ``H``, which the path was asked for."""
     W, H = increment
     assert H is not None
@@ -322,7 +322,7 @@ class _Recorded(_Rows):
     def __init__(self, field: SDEField, program: Program, h: Any):
         super().__init__(field, program)
         by_h = scaled(self.by_h, h)
-        self.weights = self.plain + scaled(self.by_root, root(h)) + by_h
+        self.weights = self.plain + scaled(self.by_root, sqrt_abs(h)) + by_h
         self.rows: list[Any] = [None] * by_h.shape[1]
         # a row of a matrix of diffusion stays blank: what products need of it has rows of its own
         self.blank = torch.zeros(field.structure.size, dtype=field.dtype, device=field.device)
@@ -372,7 +372,7 @@ class _Buffered(_Rows):
         self.of_new, self.of_error = self.weights[-2], (self.columns[:, :n], self.weights[-1, :n])
 
     def begin(self, h: float) -> None:
-        torch.add(self.plain, self.by_root, alpha=root(h), out=self.weights)
+        torch.add(self.plain, self.by_root, alpha=sqrt_abs(h), out=self.weights)
         self.weights.add_(self.by_h, alpha=h)
         self.drifts, self.matrices = [], []
 

@@ -127,8 +127,8 @@ class Noise(ABC):
         alone: what approximations of Levy areas need beside the increment. Those of other times are
         independent, also where the steps overlap.
         """
-        found = self._draws(counter_of(EXTRA, s, t), count, False)[0]
-        return found.to(self.device, self.dtype)
+        normals = self._draws(counter_of(EXTRA, s, t), count, False)[0]
+        return normals.to(self.device, self.dtype)
 
     def check(self, rows: int, m: int, t0: float, t1: float) -> None:
         """Refuse a problem that this noise is not for.

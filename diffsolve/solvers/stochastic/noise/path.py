@@ -170,17 +170,17 @@ class BrownianPath(Noise):
         origin = self._find(start, far - start, reading=True)
         at = [self._find(time, reading=True) for time in wanted]
         zero = self._zeros_inside()
-        found = {origin: zero}
+        values = {origin: zero}
         for side in (1, -1):  # outward from the origin: a short way loses no digits to a long one
             where, total = origin, zero
             for k in sorted({k for k in at if (k - origin) * side > 0}, key=lambda k: side * k):
                 low, high = (where, k) if side > 0 else (k, where)
                 total = total + side * self._sum(self._spans(low, high), False)[0]
-                found[k] = total
+                values[k] = total
                 where = k
         if not at:
             return self._out(zero[None][:0])
-        return self._out(torch.stack([found[k] for k in at]))
+        return self._out(torch.stack([values[k] for k in at]))
 
     def fork(
         self,
@@ -294,18 +294,18 @@ class BrownianPath(Noise):
             parts, row = self._half(piece)
             W = self._out(parts[row].clone())  # a copy: what is handed out may be changed
             return Increment(W, self._out(parts[row + 1].clone()) if self.levy_area else None)
-        found = self._normals(piece) * math.sqrt(length)
-        if found.dtype is not self.dtype or found.device != self.device:
-            found = self._out(found)
-        return Increment(*found.unbind(0)) if self.levy_area else Increment(found)
+        drawn = self._normals(piece) * math.sqrt(length)
+        if drawn.dtype is not self.dtype or drawn.device != self.device:
+            drawn = self._out(drawn)
+        return Increment(*drawn.unbind(0)) if self.levy_area else Increment(drawn)
 
     def _normals(self, counter: int) -> Tensor:
         """What drives ``W``, ``(rows, m)``; with ``levy_area`` that and what drives ``H``."""
         i = counter - self._first
         if not 0 <= i < len(self._ahead):
             if counter >> 56:  # the counter of a read stands alone
-                found = self._draws(counter, 1, self.levy_area)
-                return found[:, 0] if self.levy_area else found[0, 0]
+                drawn = self._draws(counter, 1, self.levy_area)
+                return drawn[:, 0] if self.levy_area else drawn[0, 0]
             self._draw_ahead(counter)
             i = counter - self._first
         return self._ahead[i]
@@ -332,12 +332,12 @@ class BrownianPath(Noise):
         The next row is ``H``.
         """
         k = ~piece // 2
-        found = self._halves.get(k)
-        if found is None:
-            found = self._divide(k)
+        halves = self._halves.get(k)
+        if halves is None:
+            halves = self._divide(k)
         else:
             self._halves.move_to_end(k)
-        return found, 2 * (~piece % 2)
+        return halves, 2 * (~piece % 2)
 
     def _divide(self, k: int) -> Tensor:
         """``W, H`` of both halves of ``divisions[k]``, after the intervals that it came from."""
@@ -368,7 +368,7 @@ class BrownianPath(Noise):
 
         However many points there are in an interval, a part of it is a few of these.
         """
-        times, end, found = self.times, self.times[j], []
+        times, end, spans = self.times, self.times[j], []
         while i < j:
             piece, left, right = self.pieces[i], times[i], times[i + 1]
             while piece < 0 and ~piece % 2 == 0:
@@ -376,9 +376,9 @@ class BrownianPath(Noise):
                 if division.right > end:
                     break
                 piece, right = division.parent, division.right
-            found.append((piece, left, right))
+            spans.append((piece, left, right))
             i = i + 1 if right == times[i + 1] else bisect_left(times, right, i + 1)
-        return found
+        return spans
 
     def _sum(
         self, spans: list[tuple[int, float, float]], area: bool
