@@ -124,9 +124,9 @@ class SaveTimes:
         return values + ends * (end - end.detach())
 
     def inside(self, times: Tensor, span: tuple[Any, Any]) -> Tensor:
-        """``times`` without the gradients that flow through the steps where those are on the tape.
+        """``times`` without gradients that already flow through the steps on the tape.
 
-        The ends of the span, and every accepted step, then move with the steps.
+        Those are the gradients by the ends of the span and by the ends of accepted steps.
         """
         if self.array is None or not times.requires_grad:
             return times.detach()

@@ -39,7 +39,7 @@ def refuse_moving_jumps(
         If one of the functions jumps at such a time because of a comparison with a tensor that
         requires a gradient.
     """
-    # where the jump itself is zero at the one state, it is not at the other
+    # a jump may be of size zero at one state, but hardly at both
     states = [u0.detach(), 1.3 * u0.detach() + 0.7]
     for name, f in functions:
         for t in field.breaks:

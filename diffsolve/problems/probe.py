@@ -39,7 +39,7 @@ _FROM_LISTS = {*_COPIES, "as_tensor", "asarray", "new"}
 # what a run may depend on without an operation of torch
 _READS = _NUMBERS | {"__bool__", "__index__", "is_nonzero", "equal", "allclose"}
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
-#: Functions of a step's shape: constant but for jumps, where their derivative is not.
+#: Piecewise constant functions, whose derivative misses what their jumps do.
 _STEPS = {
     "gt", "ge", "lt", "le", "eq", "ne", "isclose", "heaviside", "sign", "floor", "ceil", "round",
     "trunc", "floor_divide", "__floordiv__", "__rfloordiv__", "remainder", "fmod", "__mod__",
@@ -106,7 +106,7 @@ def _is_called_by_user() -> bool:
 
 
 def cut_by(func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
-    """Where a call makes numbers of tensors that are differentiated, what it is called; or ``""``.
+    """How a call makes a number of a tensor that is differentiated, in words; or ``""``.
 
     Whole numbers and truths have no derivative, so that nothing is lost with them.
     """
@@ -139,7 +139,7 @@ def _spoken(name: str) -> str:
 
 
 def unhooked() -> AbstractContextManager[Any]:
-    """A block that only looks: what it saves does not reach the user's saved-tensor hooks.
+    """A block whose saved tensors do not reach the user's saved-tensor hooks.
 
     A checkpoint counts the tensors that are saved, and counts them again when it runs anew.
     """
@@ -260,7 +260,7 @@ class Probe(TorchFunctionMode):
             self.hook = ("the graph" if reads_graph else f"Tensor.{name}") + user_line()
 
     def _look_at_write(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note what is written behind autograd's back."""
+        """Note a write that autograd does not see."""
         owners = (args[0], getattr(args[0], "_base", None)) if args else ()
         is_raw = any(id(x) in self._raw for x in owners if x is not None)
         written = tensors_in((*args[1:], *kwargs.values()))
@@ -304,7 +304,7 @@ class Watched:
 
 
 def may_be_read(time: Tensor) -> Tensor:
-    """A time for a Jacobian: what ``f`` reads of it as a number gets its derivative elsewhere."""
+    """Mark a time that ``f`` may read as a number: differences give the derivative by it."""
     time._may_be_read = True  # type: ignore[attr-defined]
     return time
 

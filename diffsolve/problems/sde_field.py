@@ -212,8 +212,8 @@ class SDEField(VectorField):
             theta = torch.tensor(
                 [(x - t) / h for x in times], dtype=torch.float64, device="cpu"
             ).to(whole)
-            # what is drawn between known points depends on the order in which they are made known:
-            # that of the step, as in the compiled loop
+            # draws between known points depend on the order of the reads: take that of the step, as
+            # the compiled loop does
             self.path.at(sorted(times, reverse=h < 0), since=t)
             return self.path.at(times, since=t) - theta[:, None, None] * whole
 
@@ -336,7 +336,7 @@ class SDEField(VectorField):
         raise ValueError(f"g({self._signature}) is wrong: it returned {why}")
 
     def _refuse_state_dependence(self, t: Tensor, u: Tensor, known: Tensor) -> None:
-        # neither leaves a state where it is that the other does, and one changes every sign
+        # no state is a fixed point of both changes, and one of them flips every sign
         for factor, shift in ((1.5, 1.0), (-0.7320508, -0.3141593)):
             with torch.no_grad():
                 shifted = self.diffusion(t, factor * u + shift)

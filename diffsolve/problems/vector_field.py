@@ -35,7 +35,7 @@ CHANGED = (
 
 
 def no_buffer() -> None:
-    """What a function returned at first, where there is no such tensor."""
+    """In the place of a weak reference, where there is no tensor to refer to."""
     return None
 
 
@@ -59,11 +59,10 @@ class VectorField:
     jac, jac_sparsity
         Jacobian and its pattern as the user gave them, or None.
     accuracy
-        Tolerance that iterations within a step are measured by, set by who takes the steps; None:
-        they go on to rounding.
+        Tolerance of the iterations within a step, set by the loop; None: they go on to rounding.
     retries
-        Whether a step whose equations could not be solved is tried again with half the size; if
-        not, iterations spare no effort.
+        Whether a step whose equations were not solved is tried again with half the size. If not,
+        Newton's iteration insists.
     largest_matrix
         Most unknowns that a dense Jacobian is made for. Default 5000: 200 MB, seconds to factor.
     differentiated_once
@@ -90,12 +89,12 @@ class VectorField:
         Whether ``f`` compares or rounds anything. Filled by ``discover``.
     """
 
-    #: Why a gradient is refused whose steps are not those of the solve.
+    #: Message where a step that is taken again differs from that of the solve.
     changed = CHANGED
-    #: How implicit methods linearise it, ``(t, h, u, slope)``, where not in the usual way.
+    #: Takes the place of the usual linearisation in implicit methods, ``(t, h, u, slope)``.
     linearise: Callable[..., Any] | None = None
 
-    # what most fields never change stands here, to be made once
+    # defaults are on the class, so that a new field need not set them
     nf = njac = nlu = nsolve = nnewton = 0
     jac: Callable[..., Any] | None = None
     jac_sparsity: Any = None
@@ -130,7 +129,7 @@ class VectorField:
         self._is_flat = self._shape is not None and len(self._shape) == 1
         self._args = () if p is None else (p,)
         self._signature = "t, u" if p is None else "t, u, p"
-        # what f returned at first, if it lives on: f may fill and return it again
+        # refers to what f returned first: f may fill that tensor again, and return it again
         self._buffer: Callable[[], Tensor | None] = no_buffer
 
     @classmethod
@@ -142,11 +141,11 @@ class VectorField:
         return field
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies are made of: machine code is looked for anew."""
+        """The state for copies, which look for machine code anew."""
         return {**self.__dict__, "memo": {}}
 
     def fresh(self) -> VectorField:
-        """The same for another solve, with nothing counted and nothing learnt yet."""
+        """This field for another solve: counts, parameters and workspace start empty."""
         field = object.__new__(type(self))
         field.__dict__ = self.__dict__.copy()
         field.params, field.used, field.workspace = [], set(), Workspace()

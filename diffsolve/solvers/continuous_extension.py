@@ -73,9 +73,9 @@ class Interpolant:
         object.__setattr__(self, "bernstein", _by_bernstein(self.polynomial))
 
     def ending_at(self, b: Array) -> Interpolant:
-        """The same where its end is the solution with weights ``b``, but for rounding: without it.
+        """The same, ending exactly at the solution with weights ``b`` if it does but for rounding.
 
-        Coefficients that are rounded leave a gap between the steps, as large as they are.
+        Rounded coefficients would leave a gap of that size between the steps.
         """
         if self.error is not None and self.error.shape != b.shape:
             raise TableauError(

@@ -16,9 +16,9 @@ import numpy as np
 from diffsolve.solvers.continuous_extension import Interpolant
 from diffsolve.solvers.order_conditions import Array, rooted_trees
 
-_STIFF = -1e6  # of the test equation, whose step has size 1
+_STIFF = -1e6  # eigenvalue of the test equation, for a step of size 1
 _SEEN = 1e-3  # errors of the test equation below this are rounding, or vanish with stiffness
-_LARGEST = 10.0  # sums of weights up to this, beside that of the solution
+_LARGEST = 10.0  # largest sum of weights, in units of that of the solution
 
 
 class TableauRows(Protocol):
@@ -142,7 +142,7 @@ def _smooth_rows(form: ImplicitTableauRows, power: int) -> Array:
 def _terms(
     form: TableauRows, order: int, weights: Array, theta: float
 ) -> tuple[Array, Array, Array]:
-    """Elementary weights up to ``order``; those of the next; what the interpolant has there."""
+    """Elementary weights up to ``order``, those of the next, and dense output's errors there."""
     phi, sizes = form.elementary_weights(order + 1), rooted_trees(order + 1)
     known = np.array([v for tree, v in phi.items() if sizes[tree][0] <= order])
     further = [(v, sizes[tree]) for tree, v in phi.items() if sizes[tree][0] > order]
@@ -166,7 +166,7 @@ def _solved(
         return None
     free = _null_space(conditions)
     if len(free):
-        left = np.vstack([further, 1e-3 * np.eye(len(estimate))])  # and no larger than need be
+        left = np.vstack([further, 1e-3 * np.eye(len(estimate))])  # prefers small weights
         lacks = np.concatenate([errors, np.zeros(len(estimate))]) - left @ estimate
         estimate += free.T @ np.linalg.lstsq(left @ free.T, lacks, rcond=None)[0]
     return estimate

@@ -29,7 +29,7 @@ from diffsolve.solvers.linear import Jacobian, Linearisation
 from diffsolve.solvers.time_difference import time_difference, time_difference_on_tape
 
 _START = np.zeros(1)
-_ONCE = "torch::autograd::Error"  # where something is differentiable once only
+_ONCE = "torch::autograd::Error"  # the node of a function that is differentiable once only
 _MOST_AT_ONCE = 4_000_000  # entries of the products that are computed in one batch
 
 
@@ -90,7 +90,7 @@ class _NotDifferentiable(Exception):
 
 
 class Differentiator:
-    """Computes Jacobians of one field and remembers how that works.
+    """Computes Jacobians of one field, and keeps what it learnt of that.
 
     Attributes
     ----------
@@ -246,7 +246,7 @@ class Differentiator:
         return rows if self._batched else None
 
     def _transformed(self, time: Tensor, u: Tensor, slope: bool, given: Tensor | None) -> Jacobian:
-        """The same in the way of ``torch.func``, whose transforms nest."""
+        """The same by ``torch.func``, whose transforms nest."""
         blocks = self._pulled(functools.partial(self.field, time), u) if given is None else given
         pushed = _nested_push(self.field, time, u, None, 1.0).detach() if slope else None
         return Jacobian(self.field, blocks, pushed)
@@ -262,7 +262,7 @@ class Differentiator:
         return blocks
 
     def _each_pulled(self, pull: Any, bars: Tensor) -> Tensor:
-        """What ``torch.vmap(pull)`` should be."""
+        """``pull`` of each row of ``bars``, by ``torch.vmap`` where that is right."""
         if self._batched:
             try:
                 (rows,) = torch.vmap(pull)(bars)
@@ -308,8 +308,8 @@ class Differentiator:
     def _unseen_slope(self, t: float, h: float, u: Tensor, y: Tensor) -> Tensor | None:
         """``df/dt`` by a difference, where autograd saw no dependence on time; None: it has none.
 
-        That is found out once: an ``f`` that does not touch its time, and gives the same at the end
-        of the step, costs one evaluation a solve.
+        One evaluation a solve decides that: an ``f`` that does not touch its time, and gives the
+        same at the end of the step, does not depend on it.
         """
         with torch.no_grad():
             if self.moves_unseen is None:
@@ -341,8 +341,8 @@ def push_forward(
     field, t, h, u
         Right-hand side, and where.
     anchor
-        A tensor on the tape. What is made here hangs from it, so that a graph leads to no leaf
-        that nobody knows.
+        A tensor on the tape. The tensors made here depend on it, with derivative zero: so the
+        graph has no leaf of its own, which would look like an unknown input of ``f``.
 
     Returns
     -------
@@ -429,7 +429,7 @@ def _refuse_endless(t: float, grad: Tensor) -> None:
 
 
 def _nested_push(field: VectorField, time: Tensor, u: Tensor, v: Tensor | None, d: float) -> Tensor:
-    """The same in the way of ``torch.func``."""
+    """The same by ``torch.func``."""
 
     def plain(s: Tensor, x: Tensor) -> Tensor:
         with PlainNorms():

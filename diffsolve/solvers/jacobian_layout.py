@@ -14,7 +14,7 @@ from diffsolve.problems.structure import outside_transforms
 from diffsolve.problems.vector_field import VectorField
 
 _SMALL = 16  # unknowns up to which every entry of the matrix is computed
-_DIRECTIONS = 2  # of which one could lie such that coupled rows look independent
+_DIRECTIONS = 2  # random ones: along a single one, coupled rows might look independent
 
 
 class MatrixTooLarge(ValueError):
@@ -57,7 +57,7 @@ class Layout:
         off = (known - terms.sum(-1)).abs()
         sizes = terms.abs().sum(-1) + known.abs()
         largest = sizes.amax(-1, keepdim=True) if by_block else sizes.amax()
-        # NaN and Inf are found elsewhere, and show nothing of the structure
+        # other checks refuse NaN and Inf, which tell nothing about the structure
         return not bool((off > rtol * largest + atol).any())
 
 
@@ -82,8 +82,8 @@ class Dense(Layout):
 class IndependentRows(Layout):
     """Blocks of a state ``(..., d)`` whose rows ``f`` treats independently.
 
-    A product with the same vector in every row adds up what all rows say of a block. Products with
-    vectors that differ from row to row agree with that only where the other rows say nothing.
+    A product with the same vector in every row gives each row's block if rows are independent.
+    Products with vectors that differ from row to row agree with these blocks only in that case.
     """
 
     def __init__(self, field: VectorField):
@@ -197,12 +197,12 @@ def _of_entries(entries: Tensor, shape: Sequence[int]) -> Tensor:
 def random_directions(field: VectorField) -> Tensor:
     """Vectors ``(n, N)``, the same each time and from no generator that anyone else uses.
 
-    No two entries are equal, nor two sums of them: signs would be equal for two rows in every
-    second case, and in a state of few rows for all of them.
+    No two entries are equal, nor two sums of them. Random signs would be: for two rows in every
+    second case, and often for all rows of a small state.
     """
     generator = torch.Generator("cpu").manual_seed(4)
     shape = (_DIRECTIONS, field.structure.size)
-    with outside_transforms():  # they would take it for randomness of the user's
+    with outside_transforms():  # which treat random numbers as the user's
         values = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
     return (2 * values - 1).to(dtype=field.dtype, device=field.device)
 

@@ -1,4 +1,4 @@
-"""Steps that are stable also for what the solution does not show.
+"""Steps that are stable for every mode, also for those that the solution does not contain.
 
 The error estimate of an explicit method sees a mode of the solution once it has grown to the
 tolerance. Up to then steps may be too long for it, shorter ones make up for them, and the solution
@@ -34,16 +34,16 @@ MOST_WAIT = 64
 MOST_LOOKS, AGREEMENT = 4, 0.05
 #: What is added of other directions to the one that is followed.
 MIXED = 1e-3
-#: Products with differences of two sizes that differ by more than this part are none.
+#: Where difference quotients of two lengths differ by more than this part, neither is a product.
 NONLINEAR = 0.5
 WIDER = 8.0
-#: A step whose estimate of the stiffness is so many times that of the limit is looked at again ...
+#: A step is checked again if its stiffness estimate is so many times that of the limit, ...
 FASTER = 1.2
-#: ... where the product with its size is more than this part of the interval of stability.
+#: ... and if that times its size is more than this part of the interval of stability.
 HALF = 0.5
-#: A limit is new up to this wait, and where steps near it end is looked at, too.
+#: A limit counts as new up to this wait. Steps near a new limit are checked at their end, too.
 NEW = 2
-#: A step so many times longer than that of the last look is looked at again, too.
+#: A step so many times longer than the one at the last look is checked again, too.
 GROWN = 5.0
 #: A step of more than so many times the limit at its end is refused.
 TOO_LONG = 1.05
@@ -95,7 +95,7 @@ class StableSteps:
         self._age += 1
 
     def look_again(self) -> None:
-        """The right-hand side may have jumped."""
+        """Look at the Jacobian before the next step: the right-hand side may have jumped."""
         self._age = self._wait
 
     def update(self, t: Any, direction: float, u: Tensor, du: Tensor, size: Any) -> None:
@@ -121,7 +121,7 @@ class StableSteps:
             return False
         self._look_until_agreed(t, direction, u, du, taken)
         refused = taken > TOO_LONG * self.limit
-        self._age = self._wait if refused else -1  # where it ends the next one starts
+        self._age = self._wait if refused else -1  # the next step starts where this look was
         return refused
 
     def stiffness_of(self, size: Any, stiffness: Any) -> float:

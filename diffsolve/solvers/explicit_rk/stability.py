@@ -10,9 +10,9 @@ from diffsolve.solvers.explicit_rk.tableau import Stages
 from diffsolve.solvers.order_conditions import Array
 from diffsolve.solvers.stable_steps import DIRECTIONS, GROWTHS
 
-#: What is left of a mode after a step whose error is not known: it vanishes soon.
+#: A step that shrinks a mode to this part is stable enough, whatever the true decay is.
 _LEFT = 0.9
-#: Part of the true decay that a step has to show: of a mode that only decays, and of others more.
+#: Part of the true decay that a step must reproduce of a mode that only decays; of others, more.
 _DECAY = 0.5
 #: Steps are shorter than those at the edge, since eigenvalues are found too small by some percent.
 #: The edge of the region of stability is steepest along the imaginary axis.

@@ -1,7 +1,7 @@
 """One step of an explicit Runge-Kutta method over torch tensors.
 
-The same formulas stand twice: written into reused buffers, for speed, where nothing is recorded;
-and as pure operations, where autograd or a ``torch.func`` transform looks on.
+The formulas are written twice: with reused buffers, for speed, where nothing is recorded; and as
+pure operations, for autograd and the transforms of ``torch.func``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def take_step(
 ) -> Step:
     """Attempt a step; on the tape when autograd records.
 
-    ``open_end``: without the derivative at the new point, which costs an evaluation; off the tape.
+    ``open_end``: leave out the derivative at the new point, and its evaluation; off the tape only.
     """
     if torch.is_grad_enabled():
         return _recorded_step(field, stages, t, h, state)
@@ -119,7 +119,7 @@ class _StageBuffers:
                 write(times[i - 1], g, f_rows[i])
         last = rows[-1]
         if open_end:
-            last.zero_()  # weights of zero are to make nothing of it
+            last.zero_()  # its weights are zero, and zero times NaN would be NaN
         error = error_low = None
         if self.error_weights is not None:
             error = torch.mv(self.k_columns, self.error_weights)

@@ -98,7 +98,7 @@ def _solve_stages(
 ) -> tuple[Tensor, Tensor] | None:
     """Rows ``(n, N)`` and the new state; None where Newton's iteration failed.
 
-    ``fresh``: its matrix is that of the step, so that a step which cannot be smaller insists.
+    ``fresh``: whether the matrix is that of this step's start. Only then may the iteration insist.
     """
     u, du = state
     rows = torch.empty(stages.n, len(u), dtype=u.dtype, device=u.device)

@@ -45,9 +45,9 @@ class DriftImplicit(StochasticMethod):
 
     The noise and its correction ``C`` are explicit. The error estimate adds the magnitudes of
     ``h/2 (f(t + h, u_new) - f(t, u))``, the difference of the drift from the trapezoidal rule, and
-    of what the noise of Euler-Maruyama's step leaves out. Both are seen as the step sees what is
-    added to it, through ``(I - h J)^{-1}`` with the Jacobian ``J`` of the drift at ``(t, u)``:
-    noise that stiff components damp within a step does not make it short.
+    of what the noise of Euler-Maruyama's step leaves out. Both are multiplied by ``(I - h J)^{-1}``
+    with the Jacobian ``J`` of the drift at ``(t, u)``, as the step does with all that is added to
+    it: noise that stiff components damp within a step does not make it short.
     """
 
     estimate_order = 0.5
@@ -132,7 +132,7 @@ class DriftImplicit(StochasticMethod):
         )
 
     def is_signed(self, field: SDEField) -> bool:
-        """Whether what ``noise`` says to be left out is no magnitude."""
+        """Whether the neglected parts that ``noise`` returns have signs, and are no magnitudes."""
         return field.is_diagonal or field.m == 1 or field.noise == "additive"
 
     @abstractmethod
@@ -242,14 +242,14 @@ def _solved_afresh(
 ) -> tuple[Tensor, Tensor] | None:
     """A step's equation once more, with matrices of states that are nearer to its solution.
 
-    Noise may lead far from the start of the step, where the matrix was taken: here it is taken
-    behind the noise, and then at the states to which Newton's iteration leads from there.
+    Noise may lead far from the start of the step, where the matrix was made. Here the first matrix
+    is made at the state after the noise, the next ones at states that the iteration then reaches.
     """
     trouble = newton.trouble
     k, x = torch.zeros_like(base), base
     for _ in range(_MATRICES):
         if not newton.renew(t, h, x):
-            newton.trouble = trouble  # of the step; what there is at x belongs to its size
+            newton.trouble = trouble  # that of the step, not the one at x
             return None
         solution = newton.solve(functools.partial(newton.field, then), base, h, k)
         if solution is not None:

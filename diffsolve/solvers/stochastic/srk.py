@@ -1,7 +1,7 @@
 """Stochastic Runge-Kutta methods of strong order 1.5: SRA for additive, SRI for diagonal noise.
 
-The formulas of a family stand once. What differs is where its rows go: into buffers, for speed,
-where nothing is recorded; into fresh tensors where autograd or a ``torch.func`` transform looks on.
+The formulas of a family are written once, and its rows go to one of two places: to buffers, for
+speed, where nothing is recorded; to fresh tensors for autograd and ``torch.func``.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def diagonal_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
     J3 = torch.add(H, W, alpha=0.5, out=J3)
     J4 = torch.mul(square.mul_(1 / (6 * size)).sub_(0.5), W, out=J4)
     start = _evaluate(field, rows, t, h, u, J3)
-    rows.weigh_noise((rows.kept(W, J1), J2, J3, J4))
+    rows.weigh_noise((rows.stored(W, J1), J2, J3, J4))
     return _finish(field, rows, t, h, u, start)
 
 
@@ -201,7 +201,7 @@ def additive_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
         W, H = flat_noise(field, W), flat_noise(field, H)
         J2 = torch.add(H, W, alpha=0.5, out=J2)
         start = _evaluate(field, rows, t, h, u, J2)
-        rows.weigh_noise((rows.kept(W, J1), J2))
+        rows.weigh_noise((rows.stored(W, J1), J2))
     else:
         J2 = torch.add(H, W, alpha=0.5)
         start = _evaluate(field, rows, t, h, u, J2)
@@ -212,7 +212,7 @@ def additive_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
 
 
 def W_and_H(increment: Increment) -> tuple[Tensor, Tensor]:
-    """``W`` and ``H``, which the path was asked for."""
+    """``W`` and ``H`` of an increment that has both."""
     W, H = increment
     assert H is not None
     return W, H
@@ -293,14 +293,14 @@ class _Rows:
         self.noise: Sequence[Any] = [None] * len(program.beta)
 
     def put(self, row: int, value: Tensor) -> Tensor:
-        """Keep a row; it is returned as it is kept."""
+        """Keep a row, and return it from where it is kept."""
         raise NotImplementedError
 
     def put_product(self, row: int, a: Tensor, b: Tensor) -> None:
         raise NotImplementedError
 
-    def kept(self, w: Tensor, out: Tensor | None) -> Tensor:
-        """``w``, in ``out`` where that is a place for it."""
+    def stored(self, w: Tensor, out: Tensor | None) -> Tensor:
+        """``w``, copied to ``out`` where there is one."""
         raise NotImplementedError
 
     def state(self, i: int, u: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ class _Recorded(_Rows):
         by_h = scaled(self.by_h, h)
         self.weights = self.plain + scaled(self.by_root, sqrt_abs(h)) + by_h
         self.rows: list[Any] = [None] * by_h.shape[1]
-        # a row of a matrix of diffusion stays blank: what products need of it has rows of its own
+        # stands for a diffusion that is a matrix: products with it have rows of their own
         self.blank = torch.zeros(field.structure.size, dtype=field.dtype, device=field.device)
 
     def put(self, row: int, value: Tensor) -> Tensor:
@@ -334,7 +334,7 @@ class _Recorded(_Rows):
     def put_product(self, row: int, a: Tensor, b: Tensor) -> None:
         self.rows[row] = a * b
 
-    def kept(self, w: Tensor, out: Tensor | None) -> Tensor:
+    def stored(self, w: Tensor, out: Tensor | None) -> Tensor:
         return w
 
     def columns(self, n: int) -> Tensor:
@@ -382,7 +382,7 @@ class _Buffered(_Rows):
     def put_product(self, row: int, a: Tensor, b: Tensor) -> None:
         torch.mul(a, b, out=self.rows[row])
 
-    def kept(self, w: Tensor, out: Tensor | None) -> Tensor:
+    def stored(self, w: Tensor, out: Tensor | None) -> Tensor:
         return w if out is None else out.copy_(w)
 
     def state(self, i: int, u: Tensor) -> Tensor:

@@ -15,15 +15,15 @@ from diffsolve.problems.sde_field import Increment
 from diffsolve.solvers.stochastic.noise.base import Noise
 from diffsolve.solvers.stochastic.noise.philox import READS, STEPS, counter_of
 
-#: Times that are closer than this many units in the last place are one, by rounding ...
+#: Two times are one, by rounding, if they are closer than this many units in the last place ...
 _ULPS = 4
-_PART = 3 / 8  # ... and closer than this part of the step that ends there
-_SHORTEST = 2  # units in the last place: below, both ends are one time
-_LANDING = 8  # in those units, by how much a step to the end of a span may miss it
+_PART = 3 / 8  # ... and than this part of the step that ends there
+_SHORTEST = 2  # the ends of a shorter interval, in units in the last place, are one time
+_LANDING = 8  # units in the last place by which a step to the end of a span may miss it
 _AHEAD = {"cpu": 1 << 15}  # numbers drawn ahead at most: what a processor's cache holds
 _AHEAD_ELSEWHERE = 1 << 22  # where a draw costs a hundred launches
 _ROWS_AHEAD = 256
-#: Bytes of divided intervals that are kept rather than drawn again: new memory is slower than that.
+#: Bytes of divided intervals that are kept, because drawing them again costs more than memory.
 _REMEMBERED = 1 << 22
 
 
@@ -116,7 +116,7 @@ class BrownianPath(Noise):
         self._forget()
 
     def _forget(self) -> None:
-        """Begin with nothing drawn ahead, and nothing kept."""
+        """Start with nothing drawn ahead and nothing kept."""
         size = max(1, self.rows * self.m)
         self._first = 0  # serial of the first row that was drawn ahead
         self._ahead: Sequence[Tensor] = ()
@@ -243,7 +243,7 @@ class BrownianPath(Noise):
     def _find(self, time: float, length: float = 0.0, reading: bool = False) -> int:
         """Index of a time among the known points, of which it becomes one.
 
-        It is an end of a step of this length, negative where that goes backward; or it is read.
+        It is an end of a step of ``length``, negative backward in time; or ``at`` reads it.
         """
         times = self.times
         i = bisect_left(times, time)
@@ -277,7 +277,7 @@ class BrownianPath(Noise):
         return i
 
     def _rounding(self, time: float, length: float) -> float:
-        """How far a known point may be that is this time.
+        """Distance up to which a known point counts as this time.
 
         Solves add up their times from the start, and those of a replay from where that begins.
         """
@@ -327,10 +327,7 @@ class BrownianPath(Noise):
         self._first = first
 
     def _half(self, piece: int) -> tuple[Tensor, int]:
-        """A half of an interval that was divided: a tensor whose row of this number is ``W``.
-
-        The next row is ``H``.
-        """
+        """The tensor with a half of a divided interval, and the row of ``W``; the next is ``H``."""
         k = ~piece // 2
         halves = self._halves.get(k)
         if halves is None:
