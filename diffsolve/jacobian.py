@@ -1,4 +1,4 @@
-"""What is known of the Jacobian of a problem's right-hand side."""
+"""Public functions about the Jacobian of a problem: its sparsity, and a check of ``jac``."""
 
 from __future__ import annotations
 

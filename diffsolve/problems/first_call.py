@@ -60,7 +60,7 @@ def call_first(
     u0: Tensor,
     differentiate: bool,
 ) -> FirstCall:
-    """Evaluate ``f`` at ``(t, u0)`` and look on.
+    """Evaluate ``f`` at ``(t, u0)`` under a probe.
 
     Raises
     ------
@@ -178,7 +178,7 @@ def _can_call(f: Callable[..., Any], count: int) -> bool:
     f = unwrapped(f)
     f = f.f if isinstance(f, Autocasting) else f
     try:
-        # the call of a module takes anything, and hands it on
+        # the call of a module takes any arguments and passes them to forward
         inspect.signature(f.forward if isinstance(f, torch.nn.Module) else f).bind(*[None] * count)
     except TypeError:
         return False

@@ -22,6 +22,7 @@ from diffsolve.problems.first_call import call_first, learn_from
 from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.structure import (
+    Number,
     StateStructure,
     advice_for,
     detached,
@@ -73,7 +74,7 @@ class NoisePath(Protocol):
 
 
 class GivenNoise(NamedTuple):
-    """Noise of a step, or of many steps that are run at once: each entry has them in front.
+    """Noise of a step, or of a batch of steps, which is then the first axis of each entry.
 
     Attributes
     ----------
@@ -133,7 +134,7 @@ class SDEField(VectorField):
         self.ng = 0
         self.path = None
         self.span = 1.0
-        #: What takes the place of the path's noise while steps are run at once.
+        #: Replaces the path's noise while a batch of steps runs.
         self.given: GivenNoise | None = None
         self._g_shapes: list[Any] = []
         self._g_buffer: Callable[[], Tensor | None] = no_buffer
@@ -151,7 +152,7 @@ class SDEField(VectorField):
 
     # -- what a step asks for ------------------------------------------------------------------
 
-    def both_ends(self, t: Any, h: Any) -> Sequence[Tensor]:
+    def both_ends(self, t: Number, h: Number) -> Sequence[Tensor]:
         """``t`` and ``t + h`` as ``f`` and ``g`` see them, on the step's side of jumps."""
         return self.times(t, h, _ENDS)
 
@@ -220,10 +221,10 @@ class SDEField(VectorField):
     def noise_of(
         self, steps: Sequence[tuple[float, float]], times: Sequence[Sequence[float]]
     ) -> tuple[Tensor, ...]:
-        """The ``GivenNoise`` of steps ``(t, h)`` that are to be run at once.
+        """The entries of a ``GivenNoise`` for a batch of steps ``(t, h)``.
 
-        ``times`` holds those that their interpolants are read at, as many for each; it is empty
-        where there are none.
+        ``times`` holds the times at which each step's interpolant is read, equally many for each
+        step. It is empty where there are none.
         """
         W, H = zip(*(self.increment(t, h) for t, h in steps), strict=True)
         if times:

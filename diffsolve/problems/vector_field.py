@@ -22,7 +22,7 @@ from diffsolve.problems.capture import Substitute, reachable_tensors
 from diffsolve.problems.first_call import call_first, learn_from, unwrapped
 from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.ode import ODEProblem
-from diffsolve.problems.structure import StateStructure, detached
+from diffsolve.problems.structure import Number, StateStructure, detached
 from diffsolve.problems.workspace import Workspace
 
 _START = np.zeros(1)
@@ -220,7 +220,7 @@ class VectorField:
         times = torch.from_numpy(values.astype(self._numpy_time, copy=False))
         return (times if self._on_cpu else times.to(self.device)).unbind()
 
-    def time(self, t: Any) -> Tensor:
+    def time(self, t: Number) -> Tensor:
         """``t`` as ``f`` sees it."""
         return torch.as_tensor(t, dtype=self.structure.time_dtype, device=self.device)
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.controllers import Controller, PIController
 
@@ -98,7 +99,7 @@ class Step:
     stiffness_later: Callable[[], float] | None = None
 
 
-def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
+def summands(state: tuple[Tensor, ...], h: Number) -> tuple[Tensor, Tensor]:
     """Largest entries of what a step adds up: of ``u``, and of ``h`` times the derivatives.
 
     Where the state holds no derivatives, the second is taken to be as large as the first.
@@ -173,15 +174,15 @@ class Algorithm(ABC):
 
     @abstractmethod
     def init(
-        self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
+        self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """State of the method at ``(t, u)``; ``du`` is ``f(t, u)`` where the caller has it."""
 
     @abstractmethod
-    def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: VectorField, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         """Attempt a step; ``t`` and ``h`` are floats, or 0-d tensors to differentiate by them."""
 
-    def interpolation_error(self, field: VectorField, h: Any, step: Step) -> Tensor | None:
+    def interpolation_error(self, field: VectorField, h: Number, step: Step) -> Tensor | None:
         """Estimate ``(N,)`` of the error between the ends of a step; None: ``error`` sees it."""
         return None
 

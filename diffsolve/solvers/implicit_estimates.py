@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, Trouble
 from diffsolve.solvers.continuous_extension import Interpolant
@@ -52,7 +53,9 @@ def radius_off_tape(
         return spectral_radius(older.product, u)
 
 
-def radius_on_tape(field: VectorField, t: Any, h: Any, state: RKState, push: Push | None) -> Tensor:
+def radius_on_tape(
+    field: VectorField, t: Number, h: Number, state: RKState, push: Push | None
+) -> Tensor:
     """The same, differentiable; ``push`` from ``push_forward`` where there is one."""
     pushed = push_forward(field, t, h, state.u, state.du) if push is None else push
     return spectral_radius(lambda v: pushed(v, 0.0), state.u)

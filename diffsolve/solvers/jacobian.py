@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from diffsolve.problems.capture import nodes_of
 from diffsolve.problems.plain_norms import PlainNorms, refuse_opaque_norms
 from diffsolve.problems.probe import may_be_read, was_read
-from diffsolve.problems.structure import as_float, under_transform
+from diffsolve.problems.structure import Number, as_float, under_transform
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.agreement import same_gradients, uneven
 from diffsolve.solvers.given_jacobian import given_jacobian
@@ -34,7 +34,7 @@ _MOST_AT_ONCE = 4_000_000  # entries of the products that are computed in one ba
 
 
 def linearise(
-    field: VectorField, t: Any, h: Any, u: Tensor, slope: bool = False, exact: bool = False
+    field: VectorField, t: Number, h: Number, u: Tensor, slope: bool = False, exact: bool = False
 ) -> Linearisation:
     """``df/du``, and ``df/dt``, at the start of a step.
 
@@ -168,8 +168,9 @@ class Differentiator:
     def notice(self, time: Tensor, by_time: Tensor | None) -> None:
         """Note whether autograd sees less than all of what ``f`` does with its time.
 
-        It may be read as a number, and a function of it may be differentiable once only: PyTorch
-        leaves out both where another path leads on. The graph is looked at once a solve.
+        ``f`` may read the time as a number, or use a function of it that is differentiable once
+        only. PyTorch leaves out both where another path through the graph remains. This examines
+        the graph once a solve.
         """
         if self.moves_unseen is None and by_time is not None:
             self.moves_unseen = any(node.name() == _ONCE for node in nodes_of([by_time]))
@@ -330,7 +331,7 @@ Push = Callable[[Tensor | None, float], Tensor]
 
 
 def push_forward(
-    field: VectorField, t: Any, h: Any, u: Tensor, anchor: Tensor | None = None
+    field: VectorField, t: Number, h: Number, u: Tensor, anchor: Tensor | None = None
 ) -> Push:
     """Directional derivatives of ``f`` at the start of a step, on the tape where ``u`` is.
 

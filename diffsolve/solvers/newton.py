@@ -160,7 +160,7 @@ class Newton:
             First guess.
         at
             That time, where the iteration may insist: it starts again, with a matrix at
-            each of its states, if the one at hand does not lead to the solution.
+            each of its states, if the present one does not lead to the solution.
 
         Returns
         -------
@@ -175,7 +175,7 @@ class Newton:
     def _iterate(
         self, f: Callable[[Tensor], Tensor], base: Tensor, h: float, k: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """Iterate with the matrix at hand."""
+        """Iterate with the present matrix."""
         step, g = h * self.gamma, torch.add(base, k, alpha=h * self.gamma)
         before, theta, eta, change = 0.0, 0.0, 1.0, k
         slowest = self.slowest

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.problems.structure import detached
+from diffsolve.problems.structure import Number, detached
 from diffsolve.problems.vector_field import VectorField
 
 #: Directions of the complex plane in a table of sizes (``explicit_rk/stability.py``).
@@ -98,7 +98,7 @@ class StableSteps:
         """Look at the Jacobian before the next step: the right-hand side may have jumped."""
         self._age = self._wait
 
-    def update(self, t: Any, direction: float, u: Tensor, du: Tensor, size: Any) -> None:
+    def update(self, t: Number, direction: float, u: Tensor, du: Tensor, size: Any) -> None:
         """Look at the Jacobian at ``(t, u)``, where a step of ``size`` asks for that."""
         wanted = float(detached(size))
         near = wanted > NEAR * self.limit
@@ -106,7 +106,7 @@ class StableSteps:
             self._look_until_agreed(t, direction, u, du, wanted)
 
     def refuses(
-        self, t: Any, direction: float, u: Tensor, du: Tensor, size: Any, stiffness: Any
+        self, t: Number, direction: float, u: Tensor, du: Tensor, size: Any, stiffness: Any
     ) -> bool:
         """Whether a step to ``(t, u)`` turns out to be too long for the Jacobian there.
 
@@ -130,7 +130,7 @@ class StableSteps:
         return max(float(detached(stiffness)), self.rate if limits else 0.0)
 
     def _look_until_agreed(
-        self, t: Any, direction: float, u: Tensor, du: Tensor, wanted: float
+        self, t: Number, direction: float, u: Tensor, du: Tensor, wanted: float
     ) -> None:
         near, agreed = wanted > NEAR * self.limit, False
         for _ in range(MOST_LOOKS):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.continuous_extension import Interpolant
 
@@ -35,7 +36,7 @@ class RKInterpolant:
     __slots__ = ("complete", "dense", "field", "h", "k", "outlives_step", "t", "u")
 
     def __init__(
-        self, field: VectorField, t: Any, h: Any, u: Tensor, k: Tensor, dense: Interpolant
+        self, field: VectorField, t: Number, h: Number, u: Tensor, k: Tensor, dense: Interpolant
     ):
         self.field, self.t, self.h, self.u, self.k, self.dense = field, t, h, u, k, dense
         self.complete = not dense.c_extra
@@ -87,7 +88,7 @@ class RKInterpolant:
         self.complete = True
 
 
-def as_scale(field: VectorField, h: Any) -> Any:
+def as_scale(field: VectorField, h: Number) -> Any:
     """``h`` as a factor of states; a tensor must not raise their precision."""
     return h.to(field.dtype) if isinstance(h, Tensor) else h
 

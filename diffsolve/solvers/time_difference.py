@@ -45,7 +45,7 @@ class Stencil:
         self.far = -a / (b * (b - a)) if room else 0.0
 
     def slope(self, start: Any, middle: Any, end: Any) -> Any:
-        """The derivative of something from what it is at the three times."""
+        """The derivative of a quantity from its values at the three times."""
         return self.near * (middle - start) + self.far * (end - start)
 
 
@@ -57,7 +57,7 @@ def time_difference(field: Any, t: float, h: float, u: Tensor, y: Tensor) -> Ten
 
 
 def time_difference_on_tape(field: VectorField, t: float, h: float, u: Tensor) -> Tensor:
-    """The same, on the tape where ``u`` or the parameters of ``field`` are."""
+    """``df/dt`` by the same formula, on the tape where ``u`` or a parameter of ``field`` is."""
     return _TimeDifference.apply(field, Stencil(field, t, h), u, *field.params)  # type: ignore
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.explicit_rk.tableau import Stages
@@ -34,7 +35,9 @@ def take_step(
     return buffers.step(field, t, h, state, open_end)
 
 
-def _recorded_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RKState) -> Step:
+def _recorded_step(
+    field: VectorField, stages: Stages, t: Number, h: Number, state: RKState
+) -> Step:
     u, du = state
     scale = as_scale(field, h)
     a = constant(field, stages.a) * scale

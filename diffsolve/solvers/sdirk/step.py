@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.problems.structure import as_float
+from diffsolve.problems.structure import Number, as_float
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, Trouble
 from diffsolve.solvers.implicit_differentiation import linear_on_tape, stage_on_tape
@@ -123,7 +123,7 @@ def _solve_stages(
 
 
 def _right_hand_side(
-    field: VectorField, stages: SDIRKStages, t: Any, h: Any, i: int, time: Tensor
+    field: VectorField, stages: SDIRKStages, t: Number, h: Number, i: int, time: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """``f`` at the time of row ``i``; extrapolated in time where that is out of bounds."""
     weights, c = stages.inside[i], float(stages.c[i])
@@ -141,8 +141,8 @@ def _right_hand_side(
 def _recorded_step(
     field: VectorField,
     stages: SDIRKStages,
-    t: Any,
-    h: Any,
+    t: Number,
+    h: Number,
     state: RKState,
     solved: tuple[Tensor, ...],
 ) -> Step:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
-from diffsolve.problems.structure import as_float
+from diffsolve.problems.structure import Number, as_float
 from diffsolve.solvers.algorithm import Step, Trouble
 from diffsolve.solvers.implicit_differentiation import linear_on_tape, stage_on_tape
 from diffsolve.solvers.implicit_estimates import radius_off_tape
@@ -53,7 +53,7 @@ class DriftImplicit(StochasticMethod):
     estimate_order = 0.5
     adaptive = True
     is_implicit = True
-    is_one_step = False  # steps with equations to solve are not run at once
+    is_one_step = False  # no batches of steps: each solves equations
 
     def step(
         self,
@@ -105,7 +105,9 @@ class DriftImplicit(StochasticMethod):
             solved=(k,),
         )
 
-    def _recorded_step(self, field: SDEField, t: Any, h: Any, u: Tensor, known: Tensor) -> Step:
+    def _recorded_step(
+        self, field: SDEField, t: Number, h: Number, u: Tensor, known: Tensor
+    ) -> Step:
         now, then = field.both_ends(t, h)
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
@@ -139,7 +141,7 @@ class DriftImplicit(StochasticMethod):
     def noise(
         self,
         field: SDEField,
-        h: Any,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         G: Tensor,
@@ -180,7 +182,7 @@ class ImplicitEM(DriftImplicit):
     def noise(
         self,
         field: SDEField,
-        h: Any,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         G: Tensor,
@@ -221,7 +223,7 @@ class ImplicitRKMil(InterpretationMethod, DriftImplicit):
     def noise(
         self,
         field: SDEField,
-        h: Any,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         G: Tensor,
@@ -261,7 +263,7 @@ def _solved_afresh(
     return None
 
 
-def _failed(field: SDEField, t: Any, h: Any, u: Tensor, G: Tensor, trouble: Trouble) -> Step:
+def _failed(field: SDEField, t: Number, h: Number, u: Tensor, G: Tensor, trouble: Trouble) -> Step:
     dense = PathInterpolant(field, t, h, u, u, G)
     return Step((u,), None, None, dense, converged=False, trouble=trouble)
 

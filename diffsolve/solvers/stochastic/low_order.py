@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
@@ -41,7 +42,7 @@ class EM(StochasticMethod):
     adaptive = False
     estimates_stiffness = False
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         (u,) = state
         now = field.after(t, h)
         G = field.diffusion(now, u)
@@ -68,7 +69,7 @@ class EulerHeun(StochasticMethod):
     weak_order = 1.0
     adaptive = False
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         return _heun(field, t, h, state[0], estimate=False)
 
 
@@ -112,7 +113,7 @@ class LambaEM(EM):
     adaptive = True
     estimates_stiffness = True
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         (u,) = state
         now, then = field.both_ends(t, h)
         W = field.increment(t, h).W
@@ -144,11 +145,11 @@ class LambaEulerHeun(EulerHeun):
 
     adaptive = True
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         return _heun(field, t, h, state[0], estimate=True)
 
 
-def _heun(field: SDEField, t: Any, h: Any, u: Tensor, estimate: bool) -> Step:
+def _heun(field: SDEField, t: Number, h: Number, u: Tensor, estimate: bool) -> Step:
     now, then = field.both_ends(t, h)
     W = field.increment(t, h).W
     f, G = field(now, u), field.diffusion(now, u)
@@ -166,7 +167,7 @@ def _heun(field: SDEField, t: Any, h: Any, u: Tensor, estimate: bool) -> Step:
 
 
 def neglected_noise(
-    field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor
+    field: SDEField, then: Tensor, h: Number, u: Tensor, G: Tensor, W: Tensor
 ) -> Tensor:
     """What noise contributes that an Euler step leaves out: ``(N,)``.
 
@@ -181,11 +182,11 @@ def neglected_noise(
     return _row_norms(field.diffusion(then, beside) - G, h)
 
 
-def _row_norms(dG: Tensor, h: Any) -> Tensor:
+def _row_norms(dG: Tensor, h: Number) -> Tensor:
     return scaled(torch.linalg.vector_norm(dG, dim=-1).reshape(-1), 0.5**0.5 * sqrt_abs(h))
 
 
-def _half(df: Tensor, h: Any) -> Tensor:
+def _half(df: Tensor, h: Number) -> Tensor:
     return scaled(df, 0.5 * h)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.controllers import Controller, PIController
@@ -72,7 +73,7 @@ class StochasticMethod(Algorithm):
         return self.strong_order if self.estimate_order is None else self.estimate_order
 
     def init(
-        self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
+        self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         return (u,)
 
@@ -85,23 +86,23 @@ def scaled(x: Tensor, a: Any) -> Tensor:
     return x * (a.to(x.dtype) if isinstance(a, Tensor) else a)
 
 
-def add_scaled(u: Tensor, f: Tensor, h: Any) -> Tensor:
+def add_scaled(u: Tensor, f: Tensor, h: Number) -> Tensor:
     """``u + h f``, for a number or a 0-d tensor ``h``."""
     return u + scaled(f, h) if isinstance(h, Tensor) else torch.add(u, f, alpha=h)
 
 
-def sqrt_abs(h: Any, dtype: torch.dtype = torch.float64) -> Any:
+def sqrt_abs(h: Number, dtype: torch.dtype = torch.float64) -> Any:
     """``sqrt(|h|)``, for a number or a 0-d tensor ``h``, then in this dtype."""
     return h.abs().sqrt().to(dtype) if isinstance(h, Tensor) else math.sqrt(abs(h))
 
 
-def magnitude_of(h: Any, dtype: torch.dtype) -> Any:
+def magnitude_of(h: Number, dtype: torch.dtype) -> Any:
     """``|h|``, for a number or a 0-d tensor ``h``, then in this dtype."""
     return h.abs().to(dtype) if isinstance(h, Tensor) else abs(h)
 
 
 def time_change_of_noise(
-    field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor
+    field: SDEField, then: Tensor, h: Number, u: Tensor, G: Tensor, W: Tensor
 ) -> Tensor:
     """What noise that changes with time adds to a step which knows ``G = g(t, u)``: ``(N,)``.
 
@@ -182,11 +183,11 @@ class PathInterpolant:
 
     __slots__ = ("G", "field", "h", "t", "u", "u_new")
 
-    def __init__(self, field: SDEField, t: Any, h: Any, u: Tensor, u_new: Tensor, G: Tensor):
+    def __init__(self, field: SDEField, t: Number, h: Number, u: Tensor, u_new: Tensor, G: Tensor):
         self.field, self.t, self.h, self.u, self.u_new, self.G = field, t, h, u, u_new, G
 
     def __call__(self, theta: Tensor, derivative: int = 0) -> Tensor:
-        given = self.field.given is not None  # noise at these fractions, for steps run at once
+        given = self.field.given is not None  # a batch of steps brings the noise at these fractions
         times = () if given else (self.t + theta * self.h).tolist()
         return self.at(times, theta, derivative)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.stage_rows import RKState
@@ -86,10 +87,10 @@ class Milstein(InterpretationMethod):
     adaptive = True
     carries_derivative = True
 
-    def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
+    def init(self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None) -> RKState:
         return RKState(u, field(field.time(t), u) if du is None else du)
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         u, du = state
         now, then = field.both_ends(t, h)
         G = field.diffusion(now, u)
@@ -114,8 +115,8 @@ class Milstein(InterpretationMethod):
     def correction(
         self,
         field: SDEField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         K: Tensor,
@@ -172,8 +173,8 @@ class RKMil(Milstein):
     def correction(
         self,
         field: SDEField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         K: Tensor,
@@ -213,8 +214,8 @@ class RKMilCommute(Milstein):
     def correction(
         self,
         field: SDEField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         K: Tensor,
@@ -265,7 +266,7 @@ class RKMilGeneral(Milstein):
 
     noise_types = ANY_NOISE
     needs_levy_area = True
-    is_one_step = False  # it asks for more of a path than steps that are run at once are given
+    is_one_step = False  # a batch of steps brings no noise between the ends of its steps
 
     def __init__(self, interpretation: str = "ito", time_scale: float | None = None):
         super().__init__(interpretation)
@@ -284,8 +285,8 @@ class RKMilGeneral(Milstein):
     def correction(
         self,
         field: SDEField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         K: Tensor,
@@ -307,7 +308,7 @@ class RKMilGeneral(Milstein):
 
 
 def ito_correction(
-    field: SDEField, at: Tensor, h: Any, base: Tensor, G: Tensor, W: Tensor
+    field: SDEField, at: Tensor, h: Number, base: Tensor, G: Tensor, W: Tensor
 ) -> Tensor:
     """``g' g (W^2 - |h|) / 2`` of diagonal or scalar noise, by a difference: ``(N,)``.
 
@@ -327,14 +328,14 @@ def stratonovich_correction(
     return field.product(change, 0.5 * W)
 
 
-def _symmetric_part(W: Tensor, h: Any) -> Tensor:
+def _symmetric_part(W: Tensor, h: Number) -> Tensor:
     """``(I_(j,k) + I_(k,j)) / 2`` of Ito integrals: ``(R, m, m)``."""
     unit = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
     return 0.5 * (W[..., :, None] * W[..., None, :] - unit * magnitude_of(h, W.dtype))
 
 
 def _double_integrals(
-    field: SDEField, now: Tensor, h: Any, u: Tensor, G: Tensor, integrals: Tensor
+    field: SDEField, now: Tensor, h: Number, u: Tensor, G: Tensor, integrals: Tensor
 ) -> Tensor:
     """``sum of g_k' g_j I_(j,k)`` by differences along each column of ``g``: ``(N,)``.
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.stochastic.method import (
@@ -58,13 +59,13 @@ class ReversibleHeun(StochasticMethod):
     is_one_step = False  # v does not follow from u
 
     def init(
-        self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
+        self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None
     ) -> ReversibleState:
         assert isinstance(field, SDEField)
         now = field.time(t)
         return ReversibleState(u, u, field(now, u) if du is None else du, field.diffusion(now, u))
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         u, v, f, G = state
         _, then = field.both_ends(t, h)
         W = field.increment(t, h).W
@@ -77,7 +78,7 @@ class ReversibleHeun(StochasticMethod):
         return Step(ReversibleState(new, v_new, f_new, G_new), error, (change, v_new - v), dense)
 
     def inverse(
-        self, field: SDEField, t: Any, h: Any, state: tuple[Tensor, ...]
+        self, field: SDEField, t: Number, h: Number, state: tuple[Tensor, ...]
     ) -> ReversibleState:
         """State at the start of a step, from that at its end.
 
@@ -100,7 +101,7 @@ class ReversibleHeun(StochasticMethod):
 def _trapezoidal(
     field: SDEField,
     u: Tensor,
-    h: Any,
+    h: Number,
     f: Tensor,
     f_new: Tensor,
     G: Tensor,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import Increment, SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.stage_rows import constant
 from diffsolve.solvers.stochastic import tableaus
@@ -26,10 +27,10 @@ from diffsolve.solvers.stochastic.method import (
     sqrt_abs,
 )
 from diffsolve.solvers.stochastic.tableau import Program, SRATableau, SRITableau
-from diffsolve.solvers.tableau_method import Named, OfTableau
+from diffsolve.solvers.tableau_method import NamedMethod, TableauAlgorithm
 
 
-class _SRK(OfTableau, StochasticMethod):
+class _SRK(TableauAlgorithm, StochasticMethod):
     """Base of both families: a tableau and what follows from it."""
 
     strong_order = 1.5
@@ -64,7 +65,7 @@ class SRA(_SRK):
     weak_order = 2.0
     tableau_type = SRATableau
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         return additive_step(field, self.tableau.program, t, h, state[0])
 
 
@@ -101,11 +102,11 @@ class SRI(_SRK):
     weak_order = 1.5
     tableau_type = SRITableau
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         return diagonal_step(field, self.tableau.program, t, h, state[0])
 
 
-class SRA1(Named, SRA):
+class SRA1(NamedMethod, SRA):
     """Rößler's SRA1: two evaluations of ``f`` and of ``g`` a step.
 
     References
@@ -116,7 +117,7 @@ class SRA1(Named, SRA):
     coefficients = tableaus.SRA1
 
 
-class SOSRA(Named, SRA):
+class SOSRA(NamedMethod, SRA):
     """Stability-optimised method for additive noise: three evaluations of ``f`` and ``g`` a step.
 
     References
@@ -127,7 +128,7 @@ class SOSRA(Named, SRA):
     coefficients = tableaus.SOSRA
 
 
-class SRIW1(Named, SRI):
+class SRIW1(NamedMethod, SRI):
     """Rößler's SRIW1: two evaluations of ``f`` and four of ``g`` a step.
 
     References
@@ -138,7 +139,7 @@ class SRIW1(Named, SRI):
     coefficients = tableaus.SRIW1
 
 
-class SOSRI(Named, SRI):
+class SOSRI(NamedMethod, SRI):
     """Stability-optimised method for diagonal noise: four evaluations of ``f`` and ``g`` a step.
 
     Two of its evaluations of ``f`` are outside of the step, at ``t - 0.042 h`` and ``t + 3.75 h``,
@@ -160,7 +161,7 @@ for _method in (SOSRI(), SRIW1(), SOSRA(), SRA1()):
 # -- the steps ---------------------------------------------------------------------------------
 
 
-def diagonal_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) -> Step:
+def diagonal_step(field: SDEField, program: Program, t: Number, h: Number, u: Tensor) -> Step:
     """Attempt a step with diagonal or scalar noise; on the tape when autograd records.
 
     Parameters
@@ -184,7 +185,7 @@ def diagonal_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
     return _finish(field, rows, t, h, u, start)
 
 
-def additive_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) -> Step:
+def additive_step(field: SDEField, program: Program, t: Number, h: Number, u: Tensor) -> Step:
     """Attempt a step with additive noise; on the tape when autograd records.
 
     Parameters
@@ -223,7 +224,7 @@ def flat_noise(field: SDEField, w: Tensor) -> Tensor:
     return (w if field.is_diagonal else w.expand(field.rows, field.d)).reshape(-1)
 
 
-def _evaluate(field: SDEField, rows: _Rows, t: Any, h: Any, u: Tensor, J: Tensor) -> Tensor:
+def _evaluate(field: SDEField, rows: _Rows, t: Number, h: Number, u: Tensor, J: Tensor) -> Tensor:
     """Fill the rows of the stages, and return the diffusion nearest to the start.
 
     ``J`` is ``I_(1,0) / h``: flat where products with ``g`` go entry by entry, else ``(R, m)``.
@@ -258,7 +259,7 @@ def _combined(matrices: list[tuple[int, Tensor]], beta: np.ndarray) -> Tensor:
     return total
 
 
-def _finish(field: SDEField, rows: _Rows, t: Any, h: Any, u: Tensor, start: Tensor) -> Step:
+def _finish(field: SDEField, rows: _Rows, t: Number, h: Number, u: Tensor, start: Tensor) -> Step:
     new, error = rows.results(u)
     stiffness = None
     if len(rows.drifts) > 1:
@@ -319,7 +320,7 @@ class _Rows:
 class _Recorded(_Rows):
     """Fresh tensors, for steps that are recorded."""
 
-    def __init__(self, field: SDEField, program: Program, h: Any):
+    def __init__(self, field: SDEField, program: Program, h: Number):
         super().__init__(field, program)
         by_h = scaled(self.by_h, h)
         self.weights = self.plain + scaled(self.by_root, sqrt_abs(h)) + by_h

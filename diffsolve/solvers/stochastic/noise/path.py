@@ -48,7 +48,7 @@ class Division(NamedTuple):
 
 
 class BrownianPath(Noise):
-    """Brownian motions that are drawn where they are asked for, and remembered.
+    """Brownian motions that are drawn when they are asked for, and remembered.
 
     The path is known at points. An interval beyond the last or before the first of them is drawn
     afresh; a time between two of them divides their interval, by a Brownian bridge of ``W`` and
@@ -189,7 +189,7 @@ class BrownianPath(Noise):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """As in ``Noise``: it knows what is known of this path, and goes on alone."""
+        """As in ``Noise``: a copy that knows the same points, and then goes its own way."""
         copy = type(self)(
             self.seed,
             self.rows,
