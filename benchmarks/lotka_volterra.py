@@ -146,9 +146,9 @@ def main() -> None:
         rival = better(times, [name for name in times if name.startswith("odeint")])
         rows += [[work, name, value] for name, value in times.items()]
         for name, side, limit in (("same tolerance", same, None), ("equal error", equal, LEAST)):
-            found = ratio(times[rival], times[side])
-            note = f"{found.spread}; against {rival}"
-            bars.append(Bar(f"Lotka-Volterra, {work}, {name}", found.value, limit, note=note))
+            speedup = ratio(times[rival], times[side])
+            note = f"{speedup.spread}; against {rival}"
+            bars.append(Bar(f"Lotka-Volterra, {work}, {name}", speedup.value, limit, note=note))
     print("\nmilliseconds of CPU time, medians")
     print(table(("work", "side", "ms"), rows, left=(0, 1)))
     finish(bars, args.json)

@@ -76,8 +76,8 @@ def bar(
     if not names:
         return []
     rival = better(times, names)
-    found = ratio(times[rival], next(iter(times.values())))
-    return [Bar(f"{work}, {rivals}", found.value, limit, note=f"{found.spread}; {rival}")]
+    speedup = ratio(times[rival], next(iter(times.values())))
+    return [Bar(f"{work}, {rivals}", speedup.value, limit, note=f"{speedup.spread}; {rival}")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -130,18 +130,19 @@ def long_bars(rounds: int) -> list[Bar]:
 
     chosen = [*OURS, "diffrax Tsit5", "diffrax Dopri8", "heyoka"]
     sides = {name: at for name, at in all_sides(case).items() if name in chosen}
-    found = curves(case, sides, LONG, rounds)
+    points_of = curves(case, sides, LONG, rounds)
     levels = [errors["diffsolve Tsit5"], *(10.0**e for e in range(-5, -10, -1))]
     rows = [
         [name, *(f"{1e6 * seconds_at(points, error):.0f}" for error in levels)]
-        for name, points in found.items()
+        for name, points in points_of.items()
     ]
     print(f"\n{work}: microseconds at an error of")
     print(table(("side", *(f"{error:.0e}" for error in levels)), rows), flush=True)
     bars = bar(work, times, "diffrax Tsit5", 4)
-    if "heyoka" in found:
+    if "heyoka" in points_of:
         first, *others = [
-            fastest(found, OURS, error) / fastest(found, ["heyoka"], error) for error in levels
+            fastest(points_of, OURS, error) / fastest(points_of, ["heyoka"], error)
+            for error in levels
         ]
         note = f"at an error of {levels[0]:.0e}, that of Tsit5 at 1e-8; at 1e-5 to 1e-9: "
         note += ", ".join(f"{x:.2f}" for x in others)
@@ -160,9 +161,9 @@ def equal_error_bars(case: Case, name: str, exponent: int, rounds: int) -> list[
     heyoka chooses its order by the tolerance, so the fastest of our methods is held against it.
     """
     exponents = {**EXPONENTS, **dict.fromkeys(OURS, range(-2, -12, -1)), name: [exponent]}
-    found = curves(case, all_sides(case), exponents, rounds)
-    (own,) = found.pop(name)
-    times = {side: seconds_at(points, own.error) for side, points in found.items()}
+    points_of = curves(case, all_sides(case), exponents, rounds)
+    (own,) = points_of.pop(name)
+    times = {side: seconds_at(points, own.error) for side, points in points_of.items()}
     kernel = python_share(ours(case, OURS[name])(10.0**exponent))[1]
     print(f"\n{case.name}: microseconds at an error of {own.error:.1e}")
     rows = [[f"{name}, 1e{exponent}", f"{1e6 * own.seconds:.1f}", ""]]

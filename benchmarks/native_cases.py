@@ -67,8 +67,8 @@ class Case:
     def error(self, u: Any) -> float:
         """Largest error, relative to the largest value of the component; infinite where NaN."""
         size = np.abs(self.exact).max(0)
-        found = float((np.abs(np.asarray(u) - self.exact) / size).max())
-        return found if np.isfinite(found) else np.inf
+        error = float((np.abs(np.asarray(u) - self.exact) / size).max())
+        return error if np.isfinite(error) else np.inf
 
 
 def lotka_volterra_equations(u: Any, p: Any) -> list:

@@ -424,10 +424,10 @@ def versions() -> str:
     """Of the peers beyond those that `timing.machine` names."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = []
+    installed_versions = []
     for name in ("numba", "llvmlite", "jax", "diffrax", "heyoka", "casadi"):
         try:
-            found.append(f"{name} {version(name)}")
+            installed_versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            found.append(f"no {name}")
-    return ", ".join(found)
+            installed_versions.append(f"no {name}")
+    return ", ".join(installed_versions)

@@ -82,8 +82,8 @@ def curves(
                 times[key] = once
             if once.median > DEAREST:
                 break
-    found = timed({str(key): run for key, run in runs.items()}, rounds, least, warmup=0)
-    times |= {key: found[str(key)] for key in runs}
+    timings = timed({str(key): run for key, run in runs.items()}, rounds, least, warmup=0)
+    times |= {key: timings[str(key)] for key in runs}
     return {
         name: [
             Point(10.0**exponent, errors[name, exponent], times[name, exponent].median)
@@ -99,14 +99,14 @@ def seconds_at(points: Sequence[Point], error: float) -> float:
     return at_error(points, error, lambda point: point.seconds)
 
 
-def fastest(found: Mapping[str, Sequence[Point]], names: Iterable[str], error: float) -> float:
+def fastest(points_of: Mapping[str, Sequence[Point]], names: Iterable[str], error: float) -> float:
     """The least time at an error, of the sides that reach it; NaN where none does."""
-    times = [seconds_at(found[name], error) for name in names]
+    times = [seconds_at(points_of[name], error) for name in names]
     return min((x for x in times if not math.isnan(x)), default=math.nan)
 
 
-def draw(ax: Axes, title: str, found: Mapping[str, Sequence[Point]]) -> None:
-    for name, points in found.items():
+def draw(ax: Axes, title: str, points_of: Mapping[str, Sequence[Point]]) -> None:
+    for name, points in points_of.items():
         style = {"marker": "o"} if name in OURS else {"marker": "x", "ls": "--"}
         style["color"] = COLORS[name]
         x, y = [point.seconds for point in points], [point.error for point in points]
@@ -118,16 +118,16 @@ def in_microseconds(seconds: float) -> str:
     return "-" if math.isnan(seconds) else f"{1e6 * seconds:.3g}"
 
 
-def over_ours(case: Case, found: Mapping[str, Sequence[Point]]) -> list[Bar]:
+def over_ours(case: Case, points_of: Mapping[str, Sequence[Point]]) -> list[Bar]:
     """Times of heyoka, and of the fastest other peer, over the fastest of ours at equal error."""
     bars = []
-    others = [name for name in found if name not in OURS and name != "heyoka"]
+    others = [name for name in points_of if name not in OURS and name != "heyoka"]
     for label, names in {"heyoka": ["heyoka"], "the fastest other peer": others}.items():
         ratios = {}
         for exponent in range(-3, -12, -1):
             error = 10.0**exponent
-            peer = fastest(found, [name for name in names if name in found], error)
-            ratio = peer / fastest(found, OURS, error)
+            peer = fastest(points_of, [name for name in names if name in points_of], error)
+            ratio = peer / fastest(points_of, OURS, error)
             if not math.isnan(ratio):
                 ratios[exponent] = ratio
         if ratios:
@@ -149,13 +149,13 @@ def main() -> None:
     bars: list[Bar] = []
     for problem, ax in zip(PROBLEMS, axes.flat, strict=True):
         case = library_case(problem)
-        found = curves(case, all_sides(case), EXPONENTS, args.rounds)
-        draw(ax, case.name, found)
-        bars += over_ours(case, found)
+        points_of = curves(case, all_sides(case), EXPONENTS, args.rounds)
+        draw(ax, case.name, points_of)
+        bars += over_ours(case, points_of)
         errors = [10.0**exponent for exponent in (-3, -5, -7, -9, -11)]
         rows = [
             [name, *(in_microseconds(seconds_at(points, error)) for error in errors)]
-            for name, points in found.items()
+            for name, points in points_of.items()
         ]
         print(f"\n{case.name}: microseconds at an error of")
         print(table(("side", *(f"{error:.0e}" for error in errors)), rows), flush=True)

@@ -60,12 +60,12 @@ def main() -> int:
         for name in names:
             print(f"\n=== {name} ===", flush=True)
             start = time.perf_counter()
-            found = run(name, Path(folder) / f"{name}.json")
+            results = run(name, Path(folder) / f"{name}.json")
             print(f"({time.perf_counter() - start:.0f} s)", flush=True)
-            if found is None:
+            if results is None:
                 failed.append(name)
             else:
-                bars += found
+                bars += results
 
     print(f"\n=== summary, after {time.perf_counter() - begin:.0f} s ===")
     one_thread()

@@ -91,11 +91,11 @@ def fixed_bars(
     bars = []
     for name, limit in LIMITS.items():
         for k, rival in enumerate(NOISES) if name in times else ():
-            found = ratio(times[rival], times[name])
+            speedup = ratio(times[rival], times[name])
             if k == 0:
-                bars.append(Bar(f"{work}, {name}", found.value, limit, note=found.spread))
+                bars.append(Bar(f"{work}, {name}", speedup.value, limit, note=speedup.spread))
             else:
-                bars.append(Bar(f"  over {rival}", found.value, note=found.spread))
+                bars.append(Bar(f"  over {rival}", speedup.value, note=speedup.spread))
     return bars
 
 
@@ -135,37 +135,37 @@ def curves(
             if once.best > DEAREST:
                 break
     times = in_turn(runs, rounds, least=0.02, warmup=0)
-    found: dict[str, list[Point]] = {name: [] for name in sides}
+    points_of: dict[str, list[Point]] = {name: [] for name in sides}
     for key, (name, tolerance, error) in errors.items():
-        found[name].append(Point(tolerance, error, 0, times[key].median / seeds))
-    return found
+        points_of[name].append(Point(tolerance, error, 0, times[key].median / seeds))
+    return points_of
 
 
-def levels(found: Mapping[str, list[Point]]) -> list[float]:
+def levels(points_of: Mapping[str, list[Point]]) -> list[float]:
     """Three errors within what all sides reached, evenly spaced in their logarithms."""
-    low = max(min(p.error for p in points) for points in found.values())
-    high = min(max(p.error for p in points) for points in found.values())
+    low = max(min(p.error for p in points) for points in points_of.values())
+    high = min(max(p.error for p in points) for points in points_of.values())
     return [high * (low / high) ** share for share in (0.25, 0.5, 0.75)]
 
 
 def adaptive_bars(case: Case, paths: int, engines: Mapping[str, str], rounds: int, ax: Axes):
-    found = curves(case, paths, engines, rounds)
+    points_of = curves(case, paths, engines, rounds)
     rows = [
         [name, f"{p.tolerance:.1e}", f"{p.error:.2e}", f"{1e3 * p.seconds:.2f}"]
-        for name, points in found.items()
+        for name, points in points_of.items()
         for p in points
     ]
     title = f"{case.name}, {paths} paths"
     print(f"\n{title}, adaptive")
     print(table(("side", "tolerance", "strong error", "milliseconds"), rows), flush=True)
-    for name, points in found.items():
+    for name, points in points_of.items():
         ax.loglog([p.seconds for p in points], [p.error for p in points], "o-", ms=4, label=name)
     ax.set(title=title, xlabel="seconds", ylabel="strong error")
 
     speeds: dict[str, list[tuple[float, str]]] = {name: [] for name in engines}
-    for error in levels(found):
+    for error in levels(points_of):
         seconds = {
-            name: at_error(points, error, lambda p: p.seconds) for name, points in found.items()
+            name: at_error(points, error, lambda p: p.seconds) for name, points in points_of.items()
         }
         theirs = seconds["torchsde"]
         for name in engines:

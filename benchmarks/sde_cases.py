@@ -118,8 +118,8 @@ def our_gradient(case: Case, paths: int, steps: int, engine: str) -> End:
     p = case.parameters().requires_grad_()
     prob = SDEProblem(case.f, case.g, case.u0(paths), (0.0, 1.0), p)
     sol = solve(prob, EM(), engine=engine, seed=1, save_everystep=False, dt=1 / steps)
-    (found,) = torch.autograd.grad(sol.u[-1].mean(), p)
-    return End(found, lambda: sol.noise.increment(0.0, 1.0).W)
+    (gradient,) = torch.autograd.grad(sol.u[-1].mean(), p)
+    return End(gradient, lambda: sol.noise.increment(0.0, 1.0).W)
 
 
 def our_adaptive(case: Case, paths: int, engine: str) -> Callable[[float, int], End]:
@@ -189,8 +189,8 @@ def their_gradient(case: Case, paths: int, steps: int, noise: str) -> End:
     bm = _noise(paths, **NOISES[noise](steps))
     p = case.parameters().requires_grad_()
     u = torchsde.sdeint(Equation(case, p), case.u0(paths), TIMES, bm, "euler", dt=1 / steps)
-    (found,) = torch.autograd.grad(u[-1].mean(), p)
-    return End(found, lambda: bm(0.0, 1.0))
+    (gradient,) = torch.autograd.grad(u[-1].mean(), p)
+    return End(gradient, lambda: bm(0.0, 1.0))
 
 
 def their_adaptive(case: Case, paths: int) -> Callable[[float, int], End]:
@@ -213,11 +213,11 @@ def their_adaptive(case: Case, paths: int) -> Callable[[float, int], End]:
     return run
 
 
-def gradient_error(case: Case, found: End, paths: int) -> float:
+def gradient_error(case: Case, computed: End, paths: int) -> float:
     """Relative distance from the gradient of the exact solution along the same noise."""
     p = case.parameters().requires_grad_()
-    (exact,) = torch.autograd.grad(case.exact(case.u0(paths), found.W(), p).mean(), p)
-    return ((found.u - exact).norm() / exact.norm()).item()
+    (exact,) = torch.autograd.grad(case.exact(case.u0(paths), computed.W(), p).mean(), p)
+    return ((computed.u - exact).norm() / exact.norm()).item()
 
 
 def strong_error(case: Case, run: Callable[[int], End], seeds: int) -> float:

@@ -208,8 +208,7 @@ def main() -> None:
     header = ("iteration", "side", "steps", "rejected", "nf", "nf backward", "of gradient")
     print(table(header, work, left=(1,)))
     print("\nmilliseconds of CPU time, medians")
-    header = ("iteration", "work", "side", "ms", "times faster")
-    print(table(header, shown, left=(1, 2)))
+    print(table(("iteration", "work", "side", "ms", "times faster"), shown, left=(1, 2)))
 
     finish(bars_of(forwards, steps), args.json)
 

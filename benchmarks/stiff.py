@@ -78,7 +78,7 @@ def present_peers(
 def forward_bars(rounds: int) -> list[Bar]:
     case, work = rober_saved(), "ROBER, forward"
     sides = {**own_sides(our_states, case), **present_peers(PEERS, case)}
-    runs, errors = usable(case, sides, lambda found: case.error(found[0]), 1e-2)  # type: ignore[index]
+    runs, errors = usable(case, sides, lambda solved: case.error(solved[0]), 1e-2)  # type: ignore[index]
     times = timed(runs, rounds, least=0.05)
     microseconds(work, times, errors)
     times = best_first(times)
@@ -111,8 +111,8 @@ def exact_gradient(case: StiffCase) -> Array:
 def gradient_times(case: StiffCase, work: str, rounds: int, skip: str) -> dict[str, Times]:
     exact = exact_gradient(case)
 
-    def error(found: object) -> float:
-        off = np.abs(np.asarray(found) * case.p - exact).max() / np.abs(exact).max()
+    def error(gradient: object) -> float:
+        off = np.abs(np.asarray(gradient) * case.p - exact).max() / np.abs(exact).max()
         return float(off) if np.isfinite(off) else math.inf
 
     sides = {**own_sides(our_gradient, case), **present_peers(GRADIENTS, case, skip)}
@@ -152,8 +152,8 @@ def count_bars(_: int) -> list[Bar]:
     for title, case in (("ROBER", rober_saved()), ("HIRES", stiff_cases()["HIRES"])):
         theirs = 1.0  # at the least
         if installed("diffrax"):
-            found = diffrax_states(case)(*case.limits(RTOL))()[1]()
-            steps, attempts = found["num_accepted_steps"], found["num_steps"]
+            counts = diffrax_states(case)(*case.limits(RTOL))()[1]()
+            steps, attempts = counts["num_accepted_steps"], counts["num_steps"]
             theirs = attempts / steps
             rows.append([f"diffrax Kvaerno5, {title}", steps, attempts, theirs, theirs])
         for method in ("Kvaerno5", "KenCarp4"):

@@ -69,10 +69,10 @@ def main() -> None:
     solved = {name: run() for name, run in sides.items()}
     times = timed(sides, args.rounds, least=0.0, warmup=0)
     rows = []
-    for name, found in solved.items():
-        ours = isinstance(found, Solution)
-        u = found.u.numpy()[:, chosen] if ours else found
-        counts = counts_of(found) if ours else {}
+    for name, solution in solved.items():
+        ours = isinstance(solution, Solution)
+        u = solution.u.numpy()[:, chosen] if ours else solution
+        counts = counts_of(solution) if ours else {}
         work = [str(counts.get(x, "")) for x in ("naccept", "nreject", "nf", "njac", "nlu")]
         rows.append([name, str(times[name]), f"{error(u):.1e}", *work])
     header = ("side", "milliseconds", "error", "steps", "rejected", "nf", "njac", "nlu")

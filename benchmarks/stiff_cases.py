@@ -72,8 +72,8 @@ class StiffCase(Case):
 
     def error(self, u: Any) -> float:
         """Largest error, relative to the sizes; infinite where NaN."""
-        found = float((np.abs(np.asarray(u) - self.exact) / self.size).max())
-        return found if np.isfinite(found) else np.inf
+        error = float((np.abs(np.asarray(u) - self.exact) / self.size).max())
+        return error if np.isfinite(error) else np.inf
 
     def limits(self, rtol: float) -> tuple[float, float]:
         return rtol, rtol * self.share

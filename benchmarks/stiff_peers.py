@@ -312,9 +312,9 @@ def diffrax_states(case: StiffCase) -> At:
 
     @jax.jit
     def compiled(p: Any, rtol: Any, atol: Any) -> Any:
-        found = solution(p, rtol, atol)
+        result = solution(p, rtol, atol)
         names = ("num_steps", "num_accepted_steps", "num_rejected_steps")
-        return found.ys, {name: found.stats[name] for name in names}
+        return result.ys, {name: result.stats[name] for name in names}
 
     def at(rtol: float, atol: float) -> Run:
         limits = jax.numpy.asarray(rtol), jax.numpy.asarray(atol)

@@ -79,10 +79,10 @@ def curves(
             if error < FINEST or once.median > DEAREST:
                 break
     times |= timed(runs, rounds, least, warmup=0)
-    found: dict[str, list[Point]] = {name: [] for name in sides}
+    points_of: dict[str, list[Point]] = {name: [] for name in sides}
     for key, (name, rtol, error) in errors.items():
-        found[name].append(Point(rtol, error, times[key].median))
-    return found
+        points_of[name].append(Point(rtol, error, times[key].median))
+    return points_of
 
 
 def cost(points: Sequence[Point], error: float) -> float:
@@ -96,10 +96,10 @@ def cost(points: Sequence[Point], error: float) -> float:
 
 
 def cheapest(
-    found: Mapping[str, Sequence[Point]], names: Iterable[str], error: float
+    points_of: Mapping[str, Sequence[Point]], names: Iterable[str], error: float
 ) -> tuple[float, str]:
     """The least time at an error, and whose it is; infinite where no side reaches it."""
-    costs = {name: cost(found[name], error) for name in names}
+    costs = {name: cost(points_of[name], error) for name in names}
     reached = {name: x for name, x in costs.items() if not math.isnan(x)}
     if not reached:
         return math.inf, "no side"
@@ -107,20 +107,20 @@ def cheapest(
     return reached[name], name
 
 
-def draw(ax: Axes, title: str, found: Mapping[str, Sequence[Point]]) -> None:
-    for name, points in found.items():
+def draw(ax: Axes, title: str, points_of: Mapping[str, Sequence[Point]]) -> None:
+    for name, points in points_of.items():
         style = {"marker": "o"} if name in OURS else {"marker": "x", "ls": "--"}
         x, y = [point.seconds for point in points], [point.error for point in points]
         ax.loglog(x, y, ms=4, lw=1, label=name, color=COLORS[name], **style)
     ax.set(xlabel="seconds", ylabel="largest relative error", title=title, ylim=(1e-10, 1))
 
 
-def over_ours(title: str, found: Mapping[str, Sequence[Point]]) -> list[Bar]:
+def over_ours(title: str, points_of: Mapping[str, Sequence[Point]]) -> list[Bar]:
     """Times of the fastest peer over the fastest of ours, one bar an error."""
     bars = []
     for error in LEVELS:
-        own, method = cheapest(found, [name for name in found if name in OURS], error)
-        peer, rival = cheapest(found, [name for name in found if name not in OURS], error)
+        own, method = cheapest(points_of, [name for name in points_of if name in OURS], error)
+        peer, rival = cheapest(points_of, [name for name in points_of if name not in OURS], error)
         note = f"{rival}, {1e6 * peer:.0f} us, over {method}, {1e6 * own:.0f} us"
         bars.append(Bar(f"{title} at {error:.0e}: best peer", peer / own, 1, note=note))
     return bars
@@ -139,12 +139,12 @@ def main() -> None:
     bars: list[Bar] = []
     for title, ax in zip(args.problems, axes.flat, strict=False):
         case = stiff_cases()[title]
-        found = curves(case, all_sides(case), args.rounds)
-        draw(ax, title, found)
-        bars += over_ours(title, found)
+        points_of = curves(case, all_sides(case), args.rounds)
+        draw(ax, title, points_of)
+        bars += over_ours(title, points_of)
         rows = [
             [name, *(in_microseconds(cost(points, error)) for error in LEVELS)]
-            for name, points in found.items()
+            for name, points in points_of.items()
         ]
         print(f"\n{title}: microseconds at an error of")
         print(table(("side", *(f"{error:.0e}" for error in LEVELS)), rows), flush=True)

@@ -77,7 +77,7 @@ def scipys(
     def rhs(t: float, u: NDArray[np.float64]) -> NDArray[np.float64]:
         return f(t, torch.from_numpy(u), p).numpy()
 
-    found: Any = solve_ivp(
+    result: Any = solve_ivp(
         rhs,
         (reference.t[0], reference.t[-1]),
         made.u0.numpy(),
@@ -86,16 +86,16 @@ def scipys(
         rtol=tolerance,
         atol=tolerance,
     )
-    return found.y.T, found.nfev
+    return result.y.T, result.nfev
 
 
 def curves(problem: LibraryProblem, rounds: int) -> dict[str, list[Point]]:
     """Every method at its tolerances."""
     reference = problem.reference()
     size = np.abs(reference.u).max(0)
-    found: dict[str, list[Point]] = {}
+    points_of: dict[str, list[Point]] = {}
     for name, (alg, exponents) in METHODS.items():
-        points = found[name] = []
+        points = points_of[name] = []
         for exponent in exponents:
             tolerance = 10.0**exponent
 
@@ -112,7 +112,7 @@ def curves(problem: LibraryProblem, rounds: int) -> dict[str, list[Point]]:
             error = float((np.abs(u - reference.u) / size).max())
             times = in_turn({name: run}, rounds, least=0.0, warmup=0)
             points.append(Point(tolerance, error, nf, times[name].best))
-    return found
+    return points_of
 
 
 def at_error(points: Sequence[Point], error: float, value: Callable[[Point], float]) -> float:
@@ -124,9 +124,9 @@ def at_error(points: Sequence[Point], error: float, value: Callable[[Point], flo
     return math.nan
 
 
-def draw(problem: LibraryProblem, found: dict[str, list[Point]]) -> None:
+def draw(problem: LibraryProblem, points_of: dict[str, list[Point]]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for name, points in found.items():
+    for name, points in points_of.items():
         style = {"ls": "--", "marker": "x"} if METHODS[name][0] is None else {"marker": "o"}
         errors = [point.error for point in points]
         for ax, work in zip(axes, ("nf", "seconds"), strict=True):
@@ -142,11 +142,11 @@ def draw(problem: LibraryProblem, found: dict[str, list[Point]]) -> None:
 
 
 def median_ratio(
-    found: Sequence[dict[str, list[Point]]], a: str, b: str, value: Callable[[Point], float]
+    all_points: Sequence[dict[str, list[Point]]], a: str, b: str, value: Callable[[Point], float]
 ) -> tuple[float, float, float]:
     """``value`` of ``a`` over that of ``b`` at equal error: median, least and greatest."""
     ratios = []
-    for curve in found:
+    for curve in all_points:
         for exponent in range(-3, -12, -1):
             x, y = (at_error(curve[name], 10.0**exponent, value) for name in (a, b))
             if not math.isnan(x / y):
@@ -162,13 +162,13 @@ def main() -> None:
 
     everything = []
     for problem in PROBLEMS:
-        found = curves(problem, args.rounds)
-        everything.append(found)
-        draw(problem, found)
+        points_of = curves(problem, args.rounds)
+        everything.append(points_of)
+        draw(problem, points_of)
         print(f"\n{problem.name}: nf and milliseconds at an error of")
         errors = [10.0**e for e in (-3, -5, -7, -9, -11)]
         rows = []
-        for name, points in found.items():
+        for name, points in points_of.items():
             cells = []
             for error in errors:
                 nf = at_error(points, error, lambda x: x.nf)

@@ -1,4 +1,4 @@
-"""What is known of the Jacobian of a problem's right-hand side."""
+"""Public functions about the Jacobian of a problem: its sparsity, and a check of ``jac``."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def jacobian_sparsity(prob: ODEProblem) -> Tensor:
     structure = StateStructure.of(prob.u0)
     u0, t0 = structure.ravel(prob.u0).detach(), float(prob.tspan[0])
     try:
-        found = trace(prob.f, structure, prob.p, t0, u0, _MOST_OPERATIONS)
+        graph = trace(prob.f, structure, prob.p, t0, u0, _MOST_OPERATIONS)
     except Declined as reason:
         raise ValueError(f"the sparsity of f cannot be found: {reason}") from None
-    entries = sorted(sparsity(found.outputs, found.u))
+    entries = sorted(sparsity(graph.outputs, graph.u))
     indices = torch.tensor(entries, dtype=torch.long, device="cpu").reshape(-1, 2).T
     values = torch.ones(len(entries), dtype=torch.bool, device="cpu")
     size = (structure.size, structure.size)
@@ -122,17 +122,17 @@ def check_jacobian(
 def _states(field: VectorField, u0: Any, u: Any) -> list[Tensor]:
     ravel = field.structure.ravel
     if u is not None:
-        several = isinstance(u, (list, tuple)) and field.structure.is_tensor
-        return [ravel(x).detach() for x in (u if several else [u])]
+        are_states = isinstance(u, (list, tuple)) and field.structure.is_tensor
+        return [ravel(x).detach() for x in (u if are_states else [u])]
     start = ravel(u0).detach()
     generator = torch.Generator("cpu").manual_seed(0)
-    found = [start]
+    states = [start]
     for _ in range(2):
         factors = torch.rand(len(start), generator=generator, dtype=torch.float64, device="cpu").to(
             start
         )
-        found.append(start * (0.9 + 0.2 * factors) + 1e-3 * factors)
-    return found
+        states.append(start * (0.9 + 0.2 * factors) + 1e-3 * factors)
+    return states
 
 
 def _compared(field: VectorField, time: Tensor, u: Tensor, rtol: float) -> float:

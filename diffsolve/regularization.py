@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffsolve.engines.plan import SolveContext
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.solution import Solution
 from diffsolve.solvers.initial_step import initial_step
@@ -211,7 +212,7 @@ def _local_step(
     at: tuple[float, Any] | None,
     generator: torch.Generator | None,
 ) -> tuple[Estimates, float]:
-    context: Any = sol._context
+    context: SolveContext = sol._context
     field, alg, settings = context.field, context.alg, context.settings
     if at is not None:
         t, u = float(at[0]), field.structure.ravel(at[1])

@@ -149,12 +149,12 @@ class Solution:
         tolerances, with another method, or backward. None for an ODE.
     """
 
-    _t: Any = field(repr=False)  # an array where nobody has asked yet
+    _t: Any = field(repr=False)  # an array until somebody asks for it
     u: Any
     retcode: ReturnCode
     stats: Stats
     message: str = ""
-    _steps: Any = field(default=None, repr=False)  # or what makes them when they are asked for
+    _steps: Any = field(default=None, repr=False)  # or a function that makes them
     noise: Any = field(default=None, repr=False)
     _interpolate: Callable[[Any, int], Any] | None = field(default=None, repr=False)
     _context: Any = field(default=None, repr=False)  # how it was solved, for local regularizers

@@ -87,12 +87,12 @@ class SaveTimes:
         times = np.array(values.detach().tolist(), dtype=np.float64)
         times[0], times[-1] = (snapped(float(t), (t0, t1), eps) for t in (times[0], times[-1]))
         _check_order(times, t0, t1)
-        found = cls(times, given)
+        saves = cls(times, given)
         if plain:
             if len(_recent) > 10:
                 _recent.clear()
-            _recent[t0, t1] = values.detach().clone(), found
-        return found
+            _recent[t0, t1] = values.detach().clone(), saves
+        return saves
 
     def differentiable(self, span: tuple[Any, Any]) -> bool:
         """Whether a gradient by a time is wanted."""
@@ -124,9 +124,9 @@ class SaveTimes:
         return values + ends * (end - end.detach())
 
     def inside(self, times: Tensor, span: tuple[Any, Any]) -> Tensor:
-        """``times`` without the gradients that flow through the steps where those are on the tape.
+        """``times`` without gradients that already flow through the steps on the tape.
 
-        The ends of the span, and every accepted step, then move with the steps.
+        Those are the gradients by the ends of the span and by the ends of accepted steps.
         """
         if self.array is None or not times.requires_grad:
             return times.detach()

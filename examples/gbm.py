@@ -97,11 +97,11 @@ def fixed_steps(prob: SDEProblem, noise: Any) -> list[Convergence]:
 
 def adaptive(prob: SDEProblem, noise: Any) -> list[Convergence]:
     """The adaptive methods at every tolerance."""
-    found = []
+    convergences = []
     for alg in ADAPTIVE:
         options = [{"rtol": tol, "atol": tol} for tol in TOLERANCES[alg.name]]
-        found.append(measure(prob, alg, noise, options))
-    return found
+        convergences.append(measure(prob, alg, noise, options))
+    return convergences
 
 
 def gradients(prob: SDEProblem, noise: Any) -> tuple[Tensor, Tensor]:
@@ -114,24 +114,24 @@ def gradients(prob: SDEProblem, noise: Any) -> tuple[Tensor, Tensor]:
     return solver, closed
 
 
-def print_fixed(found: list[Convergence]) -> None:
+def print_fixed(convergences: list[Convergence]) -> None:
     """A line a method: its errors, the slope and the order that it should be near."""
     print(f"{'':<10}" + "".join(f"{f'{n} steps':>12}" for n in STEPS) + f"{'slope':>9}{'order':>7}")
-    for c in found:
+    for c in convergences:
         errors = "".join(f"{x:>12.2e}" for x in c.error.tolist())
         print(f"{c.name:<10}{errors}{c.slope:>9.2f}{c.order:>7g}")
 
 
-def print_adaptive(found: list[Convergence]) -> None:
+def print_adaptive(convergences: list[Convergence]) -> None:
     """Tolerances, steps and errors of each adaptive method."""
-    for c in found:
+    for c in convergences:
         cells = zip(TOLERANCES[c.name], (1 / c.h).tolist(), c.error.tolist(), strict=True)
         print(f"{c.name:<10}slope {c.slope:.2f}, order {c.order:g}")
         for tol, steps, error in cells:
             print(f"{'':<10}tolerance {tol:<8g}{steps:>6.0f} steps{error:>12.2e}")
 
 
-def draw(path: Path, prob: SDEProblem, noise: Any, found: list[Convergence]) -> None:
+def draw(path: Path, prob: SDEProblem, noise: Any, convergences: list[Convergence]) -> None:
     """Some paths with their closed form, and the strong-order plot."""
     import matplotlib.pyplot as plt
     from demo_figures import BLUE, GREEN, GREY, ORANGE, STYLE
@@ -155,7 +155,7 @@ def draw(path: Path, prob: SDEProblem, noise: Any, found: list[Convergence]) -> 
         paths.set(title="Three paths", xlabel="t", ylabel="u")
         paths.legend()
         colors = {"EM": ORANGE, "RKMil": GREEN, "SRIW1": purple, "SOSRI": BLUE, "LambaEM": red}
-        for k, c in enumerate(found):
+        for k, c in enumerate(convergences):
             fixed = k < len(FIXED)
             style = "o-" if fixed else "s--"
             label = f"{c.name}{'' if fixed else ', adaptive'}: {c.slope:.2f}"

@@ -330,17 +330,17 @@ def main() -> None:
     last = bounds[-100:]
     print(f"Evidence lower bound after {iterations} iterations: {sum(last) / len(last):.1f}")
 
-    found = judge(model, data)
+    scores = judge(model, data)
     period, decay = oscillation(A)
     print("\nDistance from the path without noise, root mean square")
-    print(f"  measurements                    {found.measurements:.3f}")
-    print(f"  mean of the latent SDE          {found.posterior:.3f}")
-    print(f"  best, knows the true equation   {found.best:.3f}")
-    print(f"It is within the posterior's 95 % at {found.covered:.0%} of the times.")
+    print(f"  measurements                    {scores.measurements:.3f}")
+    print(f"  mean of the latent SDE          {scores.posterior:.3f}")
+    print(f"  best, knows the true equation   {scores.best:.3f}")
+    print(f"It is within the posterior's 95 % at {scores.covered:.0%} of the times.")
     print("\nThe prior's equation    learned    true")
-    print(f"  period                {found.period:>7.2f}{period:>8.2f}")
-    print(f"  decay                 {found.decay:>7.2f}{decay:>8.2f}")
-    success = found.posterior <= 0.5 * found.measurements
+    print(f"  period                {scores.period:>7.2f}{period:>8.2f}")
+    print(f"  decay                 {scores.decay:>7.2f}{decay:>8.2f}")
+    success = scores.posterior <= 0.5 * scores.measurements
     print(f"\nAt most half of the distance of the measurements: {'yes' if success else 'NO'}")
 
     path = args.output / "latent_sde.png"

@@ -158,7 +158,7 @@ class Gradient:
 
 def compare_gradients(ends: Sequence[float]) -> dict[str, list[Gradient]]:
     """For each sensealg, its gradients over the intervals up to each of ``ends``."""
-    found: dict[str, list[Gradient]] = {}
+    gradients: dict[str, list[Gradient]] = {}
     for end in ends:
         exact = gradient(DiscreteAdjoint(), end, rtol=1e-11)
         for sensealg in (DiscreteAdjoint(), InterpolatingAdjoint(), BacksolveAdjoint()):
@@ -169,8 +169,8 @@ def compare_gradients(ends: Sequence[float]) -> dict[str, list[Gradient]]:
                     result = Gradient(off.item(), "warns" if caught else "")
                 except SolveError:
                     result = Gradient(math.nan, "fails")
-            found.setdefault(type(sensealg).__name__, []).append(result)
-    return found
+            gradients.setdefault(type(sensealg).__name__, []).append(result)
+    return gradients
 
 
 def name_of(sensealg: Sensealg) -> str:

@@ -235,9 +235,9 @@ def draw(path: Path, data: Data, runs: dict[str, list[dict[str, Any]]]) -> None:
                 linewidth=1,
                 label="data",
             )
-            for name, found in runs.items():
+            for name, results in runs.items():
                 with torch.no_grad():
-                    u = found[0]["model"].solve(starts(2_000), seed=4_000_000).u[..., i]
+                    u = results[0]["model"].solve(starts(2_000), seed=4_000_000).u[..., i]
                 mean, deviation = u.mean(1), u.std(1)
                 ax.plot(data.t, mean, color=colors[name], linewidth=1.2, label=name)
                 ax.fill_between(
@@ -250,8 +250,8 @@ def draw(path: Path, data: Data, runs: dict[str, list[dict[str, Any]]]) -> None:
                 )
             ax.set(title=f"$u_{i + 1}$: mean and standard deviation", xlabel="t")
         axes[0].legend()
-        for name, found in runs.items():
-            axes[2].plot(found[0]["history"].forward_nf, color=colors[name], label=name)
+        for name, results in runs.items():
+            axes[2].plot(results[0]["history"].forward_nf, color=colors[name], label=name)
         axes[2].set(title="Cost of a forward solve", xlabel="iteration")
         axes[2].set_ylabel("evaluations of the drift")
         axes[2].set_ylim(bottom=0)

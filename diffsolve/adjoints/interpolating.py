@@ -81,7 +81,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         if self.checkpoints is None:
             log = integrate_with_torch(context, u0, dense=True)
             assert log.dense is not None
-            tensors, restore = log.dense.parts()
+            tensors, restore = log.dense.flatten()
             if not context.dense:
                 log.dense = None
             return log, tensors, restore

@@ -45,7 +45,7 @@ from diffsolve.solvers.algorithm import Algorithm, Step
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.norms import rms
 from diffsolve.solvers.stochastic.low_order import EulerHeun, LambaEulerHeun
-from diffsolve.solvers.stochastic.method import StochasticMethod, root
+from diffsolve.solvers.stochastic.method import StochasticMethod, sqrt_abs
 from diffsolve.solvers.stochastic.noise.base import Noise
 
 REVERSE_METHODS = (EulerHeun, LambaEulerHeun)
@@ -323,7 +323,7 @@ class ReverseHeun(Algorithm):
             forward: SDEField = field.field
             if forward.m > 1 and not forward.is_diagonal:
                 # independent noise shows the Levy areas that are left out, as in LambaEulerHeun
-                apart = root(h) * 0.5**0.5 * field.path.extra(t, t + h, 1)[0]
+                apart = sqrt_abs(h) * 0.5**0.5 * field.path.extra(t, t + h, 1)[0]
                 areas = field.moves(then, t + h, 0.0, apart, K) - field.moves(now, t, 0.0, apart, z)
                 error = torch.hypot(error, areas)
         nothing: Any = None  # no value inside of a reverse step is ever read

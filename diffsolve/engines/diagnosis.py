@@ -118,13 +118,17 @@ class Failure:
         return math.nan if self.estimates is None else as_float(getattr(self.estimates, name))
 
 
+def _always(x: Failure) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Diagnosis:
-    """A text for failures with one of ``codes`` (empty: any) that fulfil ``condition``."""
+    """A text for failures with one of ``codes`` (empty: any) for which ``when`` is true."""
 
     codes: tuple[ReturnCode, ...]
-    condition: Callable[[Failure], object]
     text: str | Callable[[Failure], str]
+    when: Callable[[Failure], object] = _always
 
 
 def explain(failure: Failure) -> str:
@@ -147,13 +151,9 @@ def explain(failure: Failure) -> str:
 
 
 def _first_text(table: Sequence[Diagnosis], x: Failure) -> str:
-    fits = (d for d in table if (not d.codes or x.code in d.codes) and d.condition(x))
+    fits = (d for d in table if (not d.codes or x.code in d.codes) and d.when(x))
     text = next(fits).text
     return text if isinstance(text, str) else text(x)
-
-
-def _always(x: Failure) -> bool:
-    return True
 
 
 # -- what happened -------------------------------------------------------------------------------
@@ -171,25 +171,21 @@ _UNSTABLE = (ReturnCode.UNSTABLE,)
 
 EVENTS = (
     Diagnosis(
-        _MAX_ITERS,
-        _always,
-        lambda x: f"{x.settings.maxiters} steps were not enough: {x.alg.name} stopped",
+        _MAX_ITERS, lambda x: f"{x.settings.maxiters} steps were not enough: {x.alg.name} stopped"
     ),
-    Diagnosis(
-        _TOO_SMALL, _always, lambda x: f"{x.alg.name} needs a smaller step than {_limit_of_step(x)}"
-    ),
+    Diagnosis(_TOO_SMALL, lambda x: f"{x.alg.name} needs a smaller step than {_limit_of_step(x)}"),
     Diagnosis(
         _NEWTON,
-        lambda x: x.trouble is Trouble.SINGULAR,
         lambda x: f"the matrix I - h gamma J of {x.alg.name} is singular",
+        when=lambda x: x.trouble is Trouble.SINGULAR,
     ),
-    Diagnosis(_NEWTON, _always, lambda x: f"Newton's iteration of {x.alg.name} did not converge"),
+    Diagnosis(_NEWTON, lambda x: f"Newton's iteration of {x.alg.name} did not converge"),
     Diagnosis(
         (),
-        lambda x: x.trouble is Trouble.JACOBIAN,
         lambda x: f"the Jacobian that {x.alg.name} needs holds NaN or Inf",
+        when=lambda x: x.trouble is Trouble.JACOBIAN,
     ),
-    Diagnosis((), _always, lambda x: f"{x.alg.name} met NaN or Inf"),
+    Diagnosis((), lambda x: f"{x.alg.name} met NaN or Inf"),
 )
 
 
@@ -255,51 +251,50 @@ def _left_its_range(x: Failure) -> str:
 
 CAUSES = (
     # whatever it was that overflowed first
-    Diagnosis(_TOO_SMALL + _NEWTON + _UNSTABLE, lambda x: not x.largest < _HUGE, _BLOWS_UP),
-    Diagnosis(_MAX_ITERS, lambda x: not x.settings.adaptive, _too_many_fixed_steps),
+    Diagnosis(_TOO_SMALL + _NEWTON + _UNSTABLE, _BLOWS_UP, when=lambda x: not x.largest < _HUGE),
+    Diagnosis(_MAX_ITERS, _too_many_fixed_steps, when=lambda x: not x.settings.adaptive),
     Diagnosis(
         _MAX_ITERS,
-        lambda x: x.has_many_rejections and x.finding,
         lambda x: f"{x.rejected:,} steps were rejected, and {_finding_in_words(x)}",
+        when=lambda x: x.has_many_rejections and x.finding,
     ),
     Diagnosis(
         _MAX_ITERS,
-        lambda x: x.stability_limits,
         "the stiffness estimate says that stability, not accuracy, limits the step; "
         "try a looser tolerance or a stiff method",
+        when=lambda x: x.stability_limits,
     ),
-    Diagnosis(_MAX_ITERS, _always, _long_span),
-    Diagnosis(_TOO_SMALL, lambda x: x.largest > _LARGE, _BLOWS_UP),
+    Diagnosis(_MAX_ITERS, _long_span),
+    Diagnosis(_TOO_SMALL, _BLOWS_UP, when=lambda x: x.largest > _LARGE),
     Diagnosis(
         _NEWTON,
-        lambda x: x.trouble is Trouble.SINGULAR,
         "f, or its Jacobian, is too large there for the precision; try float64",
+        when=lambda x: x.trouble is Trouble.SINGULAR,
     ),
-    Diagnosis(_TOO_SMALL + _NEWTON, lambda x: x.finding, _finding_in_words),
+    Diagnosis(_TOO_SMALL + _NEWTON, _finding_in_words, when=lambda x: x.finding),
     Diagnosis(
         _TOO_SMALL,
-        _always,
         "f may jump or be singular there, or the tolerance is below rounding; list jumps "
         "in tstops, loosen rtol and atol, or use float64",
     ),
-    Diagnosis(_NEWTON, _always, _jump_or_kink),
+    Diagnosis(_NEWTON, _jump_or_kink),
     Diagnosis(
         _UNSTABLE,
-        lambda x: x.nan_inputs,
         lambda x: (
             f"NaN in {', '.join(x.nan_inputs[:5])}, which f uses; check f and where that comes from"
         ),
+        when=lambda x: x.nan_inputs,
     ),
     Diagnosis(
         _UNSTABLE,
-        lambda x: x.trouble is Trouble.JACOBIAN,
         "a derivative of f does not exist there (that of a root or a norm at zero, say), "
         "though f does",
+        when=lambda x: x.trouble is Trouble.JACOBIAN,
     ),
     Diagnosis(
         _UNSTABLE,
-        lambda x: x.finding is not None and x.finding.kind == "nan",
         lambda x: f"{_finding_in_words(x)}, or pass a smaller dt or dtmax",
+        when=lambda x: x.finding is not None and x.finding.kind == "nan",
     ),
-    Diagnosis((), _always, _left_its_range),
+    Diagnosis((), _left_its_range),
 )

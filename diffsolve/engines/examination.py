@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 from diffsolve.problems.structure import StateStructure
 from diffsolve.problems.vector_field import VectorField
 
-_REACH, _FARTHEST = 8, 1_000  # step sizes that are looked through
-_LEAST_ULPS = 4_096  # of t and u
+_REACH, _FARTHEST = 8, 1_000  # step sizes that the search covers, usually and at most
+_LEAST_ULPS = 4_096  # units of rounding of t and u that it covers at least
 _PARTS = 16
 _HALVINGS = 40
-_LEFT_OF_A_JUMP = 0.25  # of the difference at first; that of a smooth function goes to zero
+_LEFT_OF_A_JUMP = 0.25  # of the first difference; that of a smooth function goes to zero
 _LEAST_JUMP = 1e-3  # in units of f
 _DEPTH = 3
 _MOST_ITEMS = 100
@@ -76,7 +76,7 @@ def _examine(field: VectorField, t: float, u: Tensor, h: float) -> Finding | Non
     line = _Line(field, t, u)
     if not _is_finite(line.slope):
         return Finding("nan", t, False, _first_bad(field.structure, line.slope))
-    # far enough for t and for u to tell, but still near
+    # so far that rounding of t and u does not matter, but still near
     moves = torch.finfo(u.dtype).eps * _size(u)
     slope = _size(line.slope)
     least = _LEAST_ULPS * moves / slope if slope > 0 else 0.0
@@ -99,18 +99,18 @@ def _border_of_nan(line: _Line, low: float, high: float) -> Finding:
 
 
 def _jump(line: _Line, sizes: list[float], values: list[Tensor]) -> Finding | None:
-    """A place between these where ``f`` differs on both sides, however near they are."""
+    """A jump of ``f`` between these points: its sides differ, however near they are."""
     largest = max(_size(x) for x in values)
     steps = [_size(b - a) for a, b in itertools.pairwise(values)]
     i = max(range(len(steps)), key=steps.__getitem__)
     low, high, of_low, of_high = sizes[i], sizes[i + 1], values[i], values[i + 1]
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        found = line(middle)
-        if _size(found - of_low) > _size(of_high - found):
-            high, of_high = middle, found
+        value = line(middle)
+        if _size(value - of_low) > _size(of_high - value):
+            high, of_high = middle, value
         else:
-            low, of_low = middle, found
+            low, of_low = middle, value
     left = _size(of_high - of_low)
     if not left > max(_LEFT_OF_A_JUMP * steps[i], _LEAST_JUMP * largest):
         return None
@@ -170,13 +170,13 @@ def hardest_row(field: VectorField, t: float, u: Tensor, h: float, scale: Tensor
 
 def inputs_with_nan(field: VectorField) -> list[str]:
     """Names of the tensors with NaN among the parameters, and among what ``f`` captures."""
-    found = []
+    tensors = []
     for path, leaf in pytree.tree_flatten_with_path(field.p)[0]:
-        found += [(f"p{pytree.keystr(path)}", leaf)] if isinstance(leaf, Tensor) else []
+        tensors += [(f"p{pytree.keystr(path)}", leaf)] if isinstance(leaf, Tensor) else []
     functions = [field.f, *([field.g] if hasattr(field, "g") else [])]  # type: ignore[attr-defined]
     for f in functions:
-        found += _tensors(f, "", _DEPTH, set())
-    bad = [name for name, x in found if _can_be_nan(x) and bool(x.detach().isnan().any())]
+        tensors += _tensors(f, "", _DEPTH, set())
+    bad = [name for name, x in tensors if _can_be_nan(x) and bool(x.detach().isnan().any())]
     return list(dict.fromkeys(bad))
 
 

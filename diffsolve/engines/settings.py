@@ -1,4 +1,4 @@
-"""How to integrate: what an engine is told besides the problem and the method."""
+"""How to integrate: tolerances, limits and options besides the problem and the method."""
 
 from __future__ import annotations
 

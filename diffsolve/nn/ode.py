@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from diffsolve.adjoints.sensealg import Sensealg
-from diffsolve.nn.options import as_it_came, check_options, lifted
+from diffsolve.nn.options import check_options, lifted, with_dtypes_of
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.solution import Solution
 from diffsolve.solve import solve
@@ -67,7 +67,7 @@ class NeuralODE(nn.Module):
     def forward(self, u0: Any) -> Any:
         """State at ``t1``, in the shape of ``u0``; ``(T, *state)`` where ``saveat`` was given.
 
-        What autocast made half precise is solved in float32, and given back as it came.
+        States that autocast made half precise are solved in float32. The result has their dtype.
 
         Raises
         ------
@@ -79,7 +79,7 @@ class NeuralODE(nn.Module):
         u = self.solve(u0, **options).u
         if not whole:
             u = u[-1] if isinstance(u, Tensor) else last(u)
-        return as_it_came(u, u0)
+        return with_dtypes_of(u, u0)
 
     def solve(self, u0: Any, **overrides: Any) -> Solution:
         """The whole solution, with its statistics and the estimates of its steps.
@@ -87,7 +87,7 @@ class NeuralODE(nn.Module):
         Parameters
         ----------
         u0
-            Initial state; what autocast made half precise is solved in float32.
+            Initial state. One that autocast made half precise is solved in float32.
         **overrides
             Options of ``solve`` that replace those of the layer; also ``tspan``, ``alg`` and
             ``sensealg``.

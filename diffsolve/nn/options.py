@@ -24,7 +24,7 @@ def _names() -> frozenset[str]:
 
 
 def check_options(layer: str, options: dict[str, Any]) -> None:
-    """Refuse what is no option of ``solve`` when the layer is made, not when it is called.
+    """Refuse names that are no options of ``solve``, when the layer is made.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def check_options(layer: str, options: dict[str, Any]) -> None:
 
 
 def lifted(u0: Any) -> Any:
-    """A state with what autocast made half precise in float32; anything else as it is.
+    """A state whose half-precision tensors, which autocast made, become float32.
 
     Under autocast the layer before hands over a lower precision than an error estimate can have.
     """
@@ -50,8 +50,8 @@ def _lifted(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _HALF and is_autocasting(x.device) else x
 
 
-def as_it_came(u: Any, u0: Any) -> Any:
-    """``u`` with the precisions of ``u0``."""
+def with_dtypes_of(u: Any, u0: Any) -> Any:
+    """``u`` with the dtypes of ``u0``."""
     if isinstance(u0, Tensor):
         return u if u.dtype is u0.dtype else u.to(u0.dtype)
     return pytree.tree_map(lambda x, given: x.to(given.dtype), u, u0)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from diffsolve.adjoints.sensealg import Sensealg
 from diffsolve.nn.ode import last
-from diffsolve.nn.options import as_it_came, check_options, lifted
+from diffsolve.nn.options import check_options, lifted, with_dtypes_of
 from diffsolve.nn.path_kl import PathKL, split
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.structure import detached
@@ -95,7 +95,7 @@ class NeuralSDE(nn.Module):
     def forward(self, u0: Any, *, seed: Any = None, logqp: bool = False) -> Any:
         """State at ``t1``, in the shape of ``u0``; ``(T, *state)`` where ``saveat`` was given.
 
-        What autocast made half precise is solved in float32, and given back as it came.
+        States that autocast made half precise are solved in float32. The result has their dtype.
 
         Parameters
         ----------
@@ -124,9 +124,9 @@ class NeuralSDE(nn.Module):
         u = self.solve(u0, logqp=logqp, **options).u
         u = u if whole else last(u)
         if not logqp:
-            return as_it_came(u, u0)
+            return with_dtypes_of(u, u0)
         states, divergence = self.split(u)
-        return as_it_came(states, u0), divergence
+        return with_dtypes_of(states, u0), divergence
 
     def solve(self, u0: Any, *, logqp: bool = False, **overrides: Any) -> Solution:
         """The whole solution, with its noise, its statistics and the estimates of its steps.

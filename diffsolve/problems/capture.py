@@ -76,23 +76,23 @@ def is_torchscript(x: Any) -> bool:
 
 def reached_objects(f: Any) -> list[Any]:
     """What ``reachable_tensors`` finds, and code that TorchScript compiled."""
-    found: dict[int, Any] = {}
-    _walk(f, found, set(), _DEPTH)
-    return list(found.values())
+    objects: dict[int, Any] = {}
+    _walk(f, objects, set(), _DEPTH)
+    return list(objects.values())
 
 
-def _walk(x: Any, found: dict[int, Any], seen: set[int], depth: int) -> None:
+def _walk(x: Any, objects: dict[int, Any], seen: set[int], depth: int) -> None:
     if depth < 0 or isinstance(x, _PLAIN) or id(x) in seen:
         return
     seen.add(id(x))
     if isinstance(x, Tensor):
         if x.requires_grad:
-            found[id(x)] = x
+            objects[id(x)] = x
         return
     if isinstance(x, _TORCHSCRIPT):
-        found[id(x)] = x
+        objects[id(x)] = x
     for child in _children(x):
-        _walk(child, found, seen, depth - 1)
+        _walk(child, objects, seen, depth - 1)
 
 
 def _children(x: Any) -> list[Any]:

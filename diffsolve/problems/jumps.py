@@ -39,7 +39,7 @@ def refuse_moving_jumps(
         If one of the functions jumps at such a time because of a comparison with a tensor that
         requires a gradient.
     """
-    # where the jump itself is zero at the one state, it is not at the other
+    # a jump may be of size zero at one state, but hardly at both
     states = [u0.detach(), 1.3 * u0.detach() + 0.7]
     for name, f in functions:
         for t in field.breaks:
@@ -67,8 +67,8 @@ def _run(
     """What ``f`` returns, flat, and the comparisons that a gradient would be wanted of."""
     state = field.structure.unravel(u.clone())
     with torch.enable_grad(), Probe(t, pytree.tree_leaves(state)) as probe:
-        found = f(t, state, *field._args)
-    flat = torch.cat([x.detach().reshape(-1) for x in pytree.tree_leaves(found)])
+        value = f(t, state, *field._args)
+    flat = torch.cat([x.detach().reshape(-1) for x in pytree.tree_leaves(value)])
     return flat, probe.switches
 
 

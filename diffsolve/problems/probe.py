@@ -39,7 +39,7 @@ _FROM_LISTS = {*_COPIES, "as_tensor", "asarray", "new"}
 # what a run may depend on without an operation of torch
 _READS = _NUMBERS | {"__bool__", "__index__", "is_nonzero", "equal", "allclose"}
 _HOOKS = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
-#: Functions of a step's shape: constant but for jumps, where their derivative is not.
+#: Piecewise constant functions, whose derivative misses what their jumps do.
 _STEPS = {
     "gt", "ge", "lt", "le", "eq", "ne", "isclose", "heaviside", "sign", "floor", "ceil", "round",
     "trunc", "floor_divide", "__floordiv__", "__rfloordiv__", "remainder", "fmod", "__mod__",
@@ -106,7 +106,7 @@ def _is_called_by_user() -> bool:
 
 
 def cut_by(func: Any, args: tuple, kwargs: dict[str, Any]) -> str:
-    """Where a call makes numbers of tensors that are differentiated, what it is called; or ``""``.
+    """How a call makes a number of a tensor that is differentiated, in words; or ``""``.
 
     Whole numbers and truths have no derivative, so that nothing is lost with them.
     """
@@ -139,7 +139,7 @@ def _spoken(name: str) -> str:
 
 
 def unhooked() -> AbstractContextManager[Any]:
-    """A block that only looks: what it saves does not reach the user's saved-tensor hooks.
+    """A block whose saved tensors do not reach the user's saved-tensor hooks.
 
     A checkpoint counts the tensors that are saved, and counts them again when it runs anew.
     """
@@ -260,7 +260,7 @@ class Probe(TorchFunctionMode):
             self.hook = ("the graph" if reads_graph else f"Tensor.{name}") + user_line()
 
     def _look_at_write(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note what is written behind autograd's back."""
+        """Note a write that autograd does not see."""
         owners = (args[0], getattr(args[0], "_base", None)) if args else ()
         is_raw = any(id(x) in self._raw for x in owners if x is not None)
         written = tensors_in((*args[1:], *kwargs.values()))
@@ -274,11 +274,11 @@ class Probe(TorchFunctionMode):
         if kwargs.get("create_graph") or any(args[4:5]) or not _is_called_by_user():
             return False
         try:
-            found = func(*args[:3], **{**kwargs, "retain_graph": True, "create_graph": True})
+            derivatives = func(*args[:3], **{**kwargs, "retain_graph": True, "create_graph": True})
         except Exception:  # the call itself tells
             return False
         # a leaf that was made on the way is detached in words
-        leaves = reached_leaves(list(tensors_in(found)))
+        leaves = reached_leaves(list(tensors_in(derivatives)))
         return any(key not in self._known for key in leaves)
 
 
@@ -304,7 +304,7 @@ class Watched:
 
 
 def may_be_read(time: Tensor) -> Tensor:
-    """A time for a Jacobian: what ``f`` reads of it as a number gets its derivative elsewhere."""
+    """Mark a time that ``f`` may read as a number: differences give the derivative by it."""
     time._may_be_read = True  # type: ignore[attr-defined]
     return time
 
@@ -336,8 +336,8 @@ class _Refusing(TorchFunctionMode):
         free = self._free
         if free is None:
             return False
-        found = [x for x in tensors_in(args) if x.requires_grad and x is not free]
-        nodes: list[Any] = [x.grad_fn for x in found]
+        others = [x for x in tensors_in(args) if x.requires_grad and x is not free]
+        nodes: list[Any] = [x.grad_fn for x in others]
         seen = {free.grad_fn, *nodes}
         for node in nodes:  # grows on the way
             if node is None or (hasattr(node, "variable") and node.variable is not free):

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.autocast import under_current_autocast
+from diffsolve.problems.first_call import call_first, learn_from
 from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.structure import (
+    Number,
     StateStructure,
     advice_for,
     detached,
     outside_transforms,
     under_transform,
 )
-from diffsolve.problems.vector_field import CHANGED, VectorField, no_buffer, root, unchanged
+from diffsolve.problems.vector_field import CHANGED, VectorField, base_tensor, no_buffer, unchanged
 
 _ENDS = np.array([0.0, 1.0])
 _SHAPES = {
@@ -59,7 +61,7 @@ class Increment(NamedTuple):
     H: Tensor | None = None
 
 
-class Path(Protocol):
+class NoisePath(Protocol):
     """A Brownian path, as fields ask for it: the same numbers whenever they are asked for."""
 
     def increment(self, s: float, t: float, /) -> Increment:
@@ -72,7 +74,7 @@ class Path(Protocol):
 
 
 class GivenNoise(NamedTuple):
-    """Noise of a step, or of many steps that are run at once: each entry has them in front.
+    """Noise of a step, or of a batch of steps, which is then the first axis of each entry.
 
     Attributes
     ----------
@@ -110,7 +112,7 @@ class SDEField(VectorField):
     """
 
     changed = re.sub(r"\bf\b", "f or g", CHANGED)
-    path: Path | None
+    path: NoisePath | None
 
     is_stochastic = True
 
@@ -133,7 +135,7 @@ class SDEField(VectorField):
         self.is_diagonal = False
         self.ng = 0
         self.span = 1.0
-        #: What takes the place of the path's noise while steps are run at once.
+        #: Replaces the path's noise while a batch of steps runs.
         self.given: GivenNoise | None = None
         self._g_shapes: list[Any] = []
         self._g_buffer: Callable[[], Tensor | None] = no_buffer
@@ -155,7 +157,7 @@ class SDEField(VectorField):
 
     # -- what a step asks for ------------------------------------------------------------------
 
-    def both_ends(self, t: Any, h: Any) -> Sequence[Tensor]:
+    def both_ends(self, t: Number, h: Number) -> Sequence[Tensor]:
         """``t`` and ``t + h`` as ``f`` and ``g`` see them, on the step's side of jumps."""
         return self.times(t, h, _ENDS)
 
@@ -164,14 +166,14 @@ class SDEField(VectorField):
         self.ng += 1
         if self._shape is None:
             return self._normalised(self.g(t, self.structure.unravel(u), *self._args))
-        found = self.g(t, u if self._is_flat else u.view(*self._view), *self._args)
-        if getattr(found, "shape", None) != self._g_shapes[0] or found.dtype is not self.dtype:
-            self._refuse_diffusion(found)
-        if root(found) is self._g_buffer():
-            found = found.clone()  # g fills one buffer again and again
+        G = self.g(t, u if self._is_flat else u.view(*self._view), *self._args)
+        if getattr(G, "shape", None) != self._g_shapes[0] or G.dtype is not self.dtype:
+            self._refuse_diffusion(G)
+        if base_tensor(G) is self._g_buffer():
+            G = G.clone()  # g fills one buffer again and again
         if self.is_diagonal:
-            return found if self._is_flat else found.reshape(-1)
-        return found.reshape(self.rows, self.d, self.m)
+            return G if self._is_flat else G.reshape(-1)
+        return G.reshape(self.rows, self.d, self.m)
 
     def product(self, G: Tensor, w: Tensor) -> Tensor:
         """Diffusion ``G`` applied to noise ``w`` ``(..., R, m)``: ``(..., N)``."""
@@ -216,18 +218,18 @@ class SDEField(VectorField):
             theta = torch.tensor(
                 [(x - t) / h for x in times], dtype=torch.float64, device="cpu"
             ).to(whole)
-            # what is drawn between known points depends on the order in which they are made known:
-            # that of the step, as in the compiled loop
+            # draws between known points depend on the order of the reads: take that of the step, as
+            # the compiled loop does
             self.path.at(sorted(times, reverse=h < 0), since=t)
             return self.path.at(times, since=t) - theta[:, None, None] * whole
 
     def noise_of(
         self, steps: Sequence[tuple[float, float]], times: Sequence[Sequence[float]]
     ) -> tuple[Tensor, ...]:
-        """The ``GivenNoise`` of steps ``(t, h)`` that are to be run at once.
+        """The entries of a ``GivenNoise`` for a batch of steps ``(t, h)``.
 
-        ``times`` holds those that their interpolants are read at, as many for each; it is empty
-        where there are none.
+        ``times`` holds the times at which each step's interpolant is read, equally many for each
+        step. It is empty where there are none.
         """
         W, H = zip(*(self.increment(t, h) for t, h in steps), strict=True)
         if times:
@@ -252,14 +254,14 @@ class SDEField(VectorField):
         du0 = super().discover(t0, u0, h_sign, differentiate)
         t = self.after(t0, h_sign)
         with torch.set_grad_enabled(differentiate):
-            found, probe, leaf = self._first_call(self.g, "g", t, u0, differentiate)
+            call = call_first(self, self.g, "g", t, u0, differentiate)
         self.ng += 1
-        self._g_shapes = self._shapes_of(found)
+        self._g_shapes = self._shapes_of(call.value)
         if self._shape is not None:
-            self._g_buffer = weakref.ref(root(found))
-        flat = self._normalised(found)
+            self._g_buffer = weakref.ref(base_tensor(call.value))
+        flat = self._normalised(call.value)
         if differentiate:
-            self.g = self._learn(self.g, "g", probe, flat, None if u0.requires_grad else leaf)
+            self.g = learn_from(self, call, flat, u0.requires_grad)
         if self.noise == "additive":
             self._refuse_state_dependence(t, u0.detach(), flat.detach().clone())
         return du0
@@ -267,20 +269,20 @@ class SDEField(VectorField):
     def refuse_moving_jumps(self, u0: Tensor, end: float) -> None:
         refuse_moving_jumps(self, [("f", self.f), ("g", self.g)], u0, end)
 
-    def _leaves_of(self, found: Any) -> list[Any]:
+    def _leaves_of(self, returned: Any) -> list[Any]:
         if self.structure.is_tensor:
-            return [found]
+            return [returned]
         try:
-            return self.structure.spec.flatten_up_to(found)
+            return self.structure.spec.flatten_up_to(returned)
         except ValueError as error:
             raise ValueError(
-                f"g({self._signature}) is wrong: it returned {type(found).__name__}, not in the "
+                f"g({self._signature}) is wrong: it returned {type(returned).__name__}, not in the "
                 f"structure of u: {error}"
             ) from error
 
-    def _shapes_of(self, found: Any) -> list[Any]:
+    def _shapes_of(self, returned: Any) -> list[Any]:
         """Shapes of the leaves of what ``g`` returned first; sets ``m`` and ``is_diagonal``."""
-        leaves = self._leaves_of(found)
+        leaves = self._leaves_of(returned)
         for leaf in leaves:
             why = self._describe(leaf)
             if why is not None:
@@ -295,7 +297,7 @@ class SDEField(VectorField):
         elif len(lengths) == 1 and self.noise != "diagonal":
             self.m = lengths.pop() or 0
         if self.m == 0 or (self.noise == "scalar" and self.m != 1):
-            self._refuse_diffusion(found)
+            self._refuse_diffusion(returned)
         return shapes
 
     def _describe(self, leaf: Any) -> str | None:
@@ -311,19 +313,19 @@ class SDEField(VectorField):
             return f"a tensor on {leaf.device}, the state is on {self.device}"
         return None
 
-    def _normalised(self, found: Any) -> Tensor:
-        leaves = self._leaves_of(found)
+    def _normalised(self, returned: Any) -> Tensor:
+        leaves = self._leaves_of(returned)
         if [getattr(x, "shape", None) for x in leaves] != self._g_shapes:
-            self._refuse_diffusion(found)
+            self._refuse_diffusion(returned)
         if self.is_diagonal:
-            flat = self.structure.ravel(found)
+            flat = self.structure.ravel(returned)
             return flat.clone() if len(leaves) == 1 and not self.structure.is_tensor else flat
         parts = [x.reshape(-1, self.m) for x in leaves]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.reshape(self.rows, self.d, self.m)
 
-    def _refuse_diffusion(self, found: Any) -> None:
-        leaves = self._leaves_of(found)
+    def _refuse_diffusion(self, returned: Any) -> None:
+        leaves = self._leaves_of(returned)
         why = next((x for x in map(self._describe, leaves) if x is not None), None)
         if why is None:
             shapes = [tuple(x.shape) for x in leaves]
@@ -340,7 +342,7 @@ class SDEField(VectorField):
         raise ValueError(f"g({self._signature}) is wrong: it returned {why}")
 
     def _refuse_state_dependence(self, t: Tensor, u: Tensor, known: Tensor) -> None:
-        # neither leaves a state where it is that the other does, and one changes every sign
+        # no state is a fixed point of both changes, and one of them flips every sign
         for factor, shift in ((1.5, 1.0), (-0.7320508, -0.3141593)):
             with torch.no_grad():
                 shifted = self.diffusion(t, factor * u + shift)
@@ -349,7 +351,7 @@ class SDEField(VectorField):
 
     # -- siblings ------------------------------------------------------------------------------
 
-    def along(self, path: Path) -> SDEField:
+    def along(self, path: NoisePath) -> SDEField:
         """This field on another path."""
         field = self._sibling(self.p, unchanged)
         field.params, field.path = self.params, path

@@ -31,12 +31,12 @@ _internals: Any = torch._C  # has no public way to ask for active transforms
 
 
 def under_transform() -> bool:
-    """Whether a ``torch.func`` transform is looking on."""
+    """Whether a ``torch.func`` transform is active."""
     return _internals._are_functorch_transforms_active()
 
 
 def outside_transforms() -> AbstractContextManager[Any]:
-    """A context in which no transform looks on, for what has nothing to do with the user's."""
+    """A context without the active transforms, for computations that are not the user's."""
     return temporarily_clear_interpreter_stack() if under_transform() else _NOTHING
 
 

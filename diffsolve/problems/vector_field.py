@@ -6,12 +6,10 @@ sees, and hands out a copy whose parameters are fresh leaves for vector-Jacobian
 
 from __future__ import annotations
 
-import inspect
 import math
 import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,17 +18,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from diffsolve.problems.autocast import Autocasting, under_current_autocast
-from diffsolve.problems.capture import (
-    Substitute,
-    is_torchscript,
-    reachable_tensors,
-    reached_leaves,
-    reached_objects,
-)
+from diffsolve.problems.capture import Substitute, reachable_tensors
+from diffsolve.problems.first_call import call_first, learn_from, unwrapped
 from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.ode import ODEProblem
-from diffsolve.problems.probe import CUT, STOPPED, Probe, Watched, has_module_hooks, unhooked
-from diffsolve.problems.structure import StateStructure, detached
+from diffsolve.problems.structure import Number, StateStructure, detached
 from diffsolve.problems.workspace import Workspace
 
 _START = np.zeros(1)
@@ -43,7 +35,7 @@ CHANGED = (
 
 
 def no_buffer() -> None:
-    """What a function returned at first, where there is no such tensor."""
+    """In the place of a weak reference, where there is no tensor to refer to."""
     return None
 
 
@@ -85,11 +77,10 @@ class VectorField:
     jac, jac_sparsity
         Jacobian and its pattern as the user gave them, or None.
     accuracy
-        Tolerance that iterations within a step are measured by, set by who takes the steps; None:
-        they go on to rounding.
+        Tolerance of the iterations within a step, set by the loop; None: they go on to rounding.
     retries
-        Whether a step whose equations could not be solved is tried again with half the size; if
-        not, iterations spare no effort.
+        Whether a step whose equations were not solved is tried again with half the size. If not,
+        Newton's iteration insists.
     largest_matrix
         Most unknowns that a dense Jacobian is made for. Default 5000: 200 MB, seconds to factor.
     differentiated_once
@@ -109,9 +100,9 @@ class VectorField:
         Relative rounding inside ``f`` where autocast lowers its precision, else zero.
     cut
         How ``f`` cuts a gradient off, in words; empty where it does not. Filled by ``discover``.
-    in_turn
-        Whether the reverse pass has to take steps one by one: ``f`` has hooks on gradients, or code
-        of TorchScript, which ``torch.vmap`` passes over. Filled by ``discover``.
+    reverse_in_turn
+        Whether the reverse pass must take steps one by one: ``f`` has hooks on gradients, or code
+        of TorchScript, which ``torch.vmap`` would skip. Filled by ``discover``.
     compares
         Whether ``f`` compares or rounds anything. Filled by ``discover``.
     """
@@ -119,12 +110,12 @@ class VectorField:
     #: Whether there is noise beside it, which a Brownian path drives; an ``SDEField`` has both.
     is_stochastic: ClassVar[bool] = False
     path: Any = None
-    #: Why a gradient is refused whose steps are not those of the solve.
+    #: Message where a step that is taken again differs from that of the solve.
     changed = CHANGED
-    #: How implicit methods linearise it, ``(t, h, u, slope)``, where not in the usual way.
+    #: Takes the place of the usual linearisation in implicit methods, ``(t, h, u, slope)``.
     linearise: Callable[..., Any] | None = None
 
-    # what most fields never change stands here, to be made once
+    # defaults are on the class, so that a new field need not set them
     nf = njac = nlu = nsolve = nnewton = 0
     jac: Callable[..., Any] | None = None
     jac_sparsity: Any = None
@@ -139,7 +130,7 @@ class VectorField:
     span_end = math.nan
     low_eps = 0.0
     cut = ""
-    in_turn = compares = False
+    reverse_in_turn = compares = False
 
     def __init__(self, f: Callable[..., Any], p: Any, structure: StateStructure):
         self.f = f
@@ -149,7 +140,7 @@ class VectorField:
         self.used: set[int] = set()
         self.workspace = Workspace()
         self.memo = SolveMemo()
-        inner = _unwrapped(f)
+        inner = unwrapped(f)
         if isinstance(inner, Autocasting):
             self.low_eps = torch.finfo(inner.dtype).eps
         self._shape = structure.shapes[0] if structure.is_tensor else None
@@ -159,7 +150,7 @@ class VectorField:
         self._is_flat = self._shape is not None and len(self._shape) == 1
         self._args = () if p is None else (p,)
         self._signature = "t, u" if p is None else "t, u, p"
-        # what f returned at first, if it lives on: f may fill and return it again
+        # refers to what f returned first: f may fill that tensor again, and return it again
         self._buffer: Callable[[], Tensor | None] = no_buffer
 
     @classmethod
@@ -171,11 +162,11 @@ class VectorField:
         return field
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies are made of: machine code is looked for anew."""
+        """The state for copies, which look for machine code anew."""
         return {**self.__dict__, "memo": SolveMemo()}
 
     def fresh(self) -> VectorField:
-        """The same for another solve, with nothing counted and nothing learnt yet."""
+        """This field for another solve: counts, parameters and workspace start empty."""
         field = object.__new__(type(self))
         field.__dict__ = self.__dict__.copy()
         field.params, field.used, field.workspace = [], set(), Workspace()
@@ -208,7 +199,7 @@ class VectorField:
         du = self.f(t, u if self._is_flat else u.view(*self._view), *self._args)
         if getattr(du, "shape", None) != self._shape or du.dtype is not self.dtype:
             self._refuse(du)
-        if root(du) is self._buffer():
+        if base_tensor(du) is self._buffer():
             du = du.clone()  # f fills one buffer again and again
         return du if self._is_flat else du.reshape(-1)
 
@@ -251,10 +242,10 @@ class VectorField:
         values = t + c * h
         if self.breaks:
             values = np.array(self._beside_breaks(values.tolist(), t, t + h))
-        found = torch.from_numpy(values.astype(self._numpy_time, copy=False))
-        return (found if self._on_cpu else found.to(self.device)).unbind()
+        times = torch.from_numpy(values.astype(self._numpy_time, copy=False))
+        return (times if self._on_cpu else times.to(self.device)).unbind()
 
-    def time(self, t: Any) -> Tensor:
+    def time(self, t: Number) -> Tensor:
         """``t`` as ``f`` sees it."""
         return torch.as_tensor(t, dtype=self.structure.time_dtype, device=self.device)
 
@@ -264,8 +255,8 @@ class VectorField:
             return self.time(t)
         return self.times(t, math.copysign(1.0, direction), _START)[0]
 
-    def leaves(self, t: float, h: float, c: float) -> bool:
-        """Whether ``t + c h`` is beyond a break, or the end of the span, that the step is not."""
+    def crosses_break(self, t: float, h: float, c: float) -> bool:
+        """Whether ``t + c h`` is beyond a break or the end of the span, and the step is not."""
         sign, ahead = math.copysign(1.0, h), c * abs(h)
         near = min(8 * math.ulp(max(abs(t), abs(t + h))), 0.125 * abs(c - 1) * abs(h))
         return any(near < sign * (b - t) < ahead - near for b in (*self.breaks, self.span_end))
@@ -316,115 +307,20 @@ class VectorField:
         """
         t = self.after(t0, h_sign)
         self.params, self.used, self.work, self.cut = [], set(), 0, ""
-        self.in_turn = self.compares = False
+        self.reverse_in_turn = self.compares = False
         with torch.set_grad_enabled(differentiate):
-            du, probe, leaf = self._first_call(self.f, "f", t, u0, differentiate)
+            call = call_first(self, self.f, "f", t, u0, differentiate)
         self.nf += 1
+        du = call.value
         mismatch = self.structure.describe_mismatch(du)
         if mismatch is not None:
             raise ValueError(f"f({self._signature}) is wrong: {mismatch}")
         flat = self.structure.ravel(du)
         if self._shape is not None:
-            self._buffer = weakref.ref(root(du))
+            self._buffer = weakref.ref(base_tensor(du))
         if differentiate:
-            self.f = self._learn(self.f, "f", probe, flat, None if u0.requires_grad else leaf)
+            self.f = learn_from(self, call, flat, u0.requires_grad)
         return flat.detach().clone()
-
-    def _first_call(
-        self, f: Callable[..., Any], name: str, t: Tensor, u0: Tensor, differentiate: bool
-    ) -> tuple[Any, Probe, Tensor]:
-        """What ``f`` returns at ``(t, u0)``, what was seen of it on the way, and the state.
-
-        The state is a copy, and requires a gradient if one is wanted by anything: later states
-        depend on whatever ``f`` does.
-        """
-        self._reached = reached_objects((f, self.p)) if differentiate else []
-        wanted = differentiate and (
-            u0.requires_grad or any(isinstance(x, Tensor) for x in self._reached)
-        )
-        leaf = u0.detach().clone()
-        if wanted:  # never under a transform, which allows no such leaf
-            leaf.requires_grad_()
-        # a leaf could not be changed in place, which is told in words below
-        state = self.structure.unravel(leaf.clone() if wanted else leaf)
-        leaves = pytree.tree_leaves(state)
-        versions = [_version(x) for x in leaves]
-        probe = Probe(t, leaves)
-        try:
-            with unhooked(), probe if differentiate else nullcontext():
-                found = f(t, state, *self._args)
-        except Exception as error:
-            if isinstance(error, TypeError) and not _can_call(f, 2 + len(self._args)):
-                raise TypeError(
-                    f"{name} must be callable as {name}({self._signature}): {error}"
-                    + self._how_to_call(f, name)
-                ) from error
-            error.add_note(f"raised while {name} was evaluated first, at t = {float(t):.8g}")
-            raise
-        if versions != [_version(x) for x in leaves]:
-            raise ValueError(
-                f"{name} changes the state u in place: compute what it returns from a copy of it"
-            )
-        return found, probe, leaf
-
-    def _how_to_call(self, f: Callable[..., Any], name: str) -> str:
-        """What to do with an ``f`` that takes other arguments than it is given."""
-        if _can_call(f, 1):
-            takes = f"lambda {self._signature}: {name}(u)"
-            return f"; where {name} is a function of the state alone, pass {takes}"
-        if not self._args:
-            return "; the problem has no p"
-        if _can_call(f, 2):
-            return f"; it takes no p: pass lambda t, u, p: {name}(t, u), or a problem without p"
-        return ""
-
-    def _learn(
-        self, f: Callable[..., Any], name: str, probe: Probe, flat: Tensor, unwanted: Tensor | None
-    ) -> Callable[..., Any]:
-        """Add what ``f`` depends on to ``params``, ``used``, ``work``, ``cut`` and ``in_turn``.
-
-        Parameters
-        ----------
-        probe, flat
-            What was seen of it, and what it returned.
-        unwanted
-            The state, where no gradient by it is wanted.
-
-        Returns
-        -------
-        Callable
-            ``f``, watched where its next run may do other things.
-        """
-        leaves = [x for x in pytree.tree_leaves(self.p) if isinstance(x, Tensor)]
-        # one that was computed from others counts where f was seen to use it
-        kept = [x for x in self._reached if isinstance(x, Tensor) and x.is_leaf]
-        found = [*self.params, *leaves, *probe.foreign, *kept]
-        unique = {id(x): x for x in found if x.requires_grad}
-        self.params = list(unique.values())
-        self.used |= {id(x) for x in probe.foreign}
-        self.work += probe.work
-        if probe.cut:
-            self.cut = self.cut or CUT.format(name=name, how=probe.cut)
-        stopped = probe.stopped
-        owner = flat if flat._base is None else flat._base
-        if type(owner) is torch.nn.Parameter and owner.is_leaf and id(owner) not in unique:
-            stopped = stopped or "returning a torch.nn.Parameter that it made"
-        if stopped:
-            self.cut = self.cut or STOPPED.format(name=name, how=stopped)
-        self.compares |= probe.compares
-        self.in_turn |= (
-            bool(probe.hook) or has_module_hooks([flat]) or any(map(is_torchscript, self._reached))
-        )
-        if unwanted is not None and not self.params:
-            return f
-        if self.cut:
-            raise RuntimeError(self.cut)
-        if probe.saw_no_grad and not reached_leaves([flat]).keys() - {id(unwanted)}:
-            raise RuntimeError(
-                f"gradients are wanted, but {name} switches them off: it runs under "
-                "torch.no_grad() or inference_mode. Remove that, or detach u0 and the parameters."
-            )
-        return Watched(f, name) if probe.reads else f
 
     def refuse_moving_jumps(self, u0: Tensor, end: float) -> None:
         """Refuse a gradient by the times where ``f`` jumps; see there."""
@@ -504,15 +400,8 @@ class VectorField:
         return field
 
 
-def unchanged(f: Any) -> Any:
+def unchanged(f: Callable[..., Any]) -> Callable[..., Any]:
     """``f``."""
-    return f
-
-
-def _unwrapped(f: Any) -> Any:
-    """The user's function, or what binds autocast to it."""
-    while isinstance(f, (Substitute, Watched)):
-        f = f.f
     return f
 
 
@@ -520,26 +409,9 @@ def _is_derived(x: Tensor) -> bool:
     return not x.is_leaf or bool(x._backward_hooks)
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version  # inference tensors do not count changes
-
-
-def root(x: Tensor) -> Tensor:
+def base_tensor(x: Tensor) -> Tensor:
     """The tensor whose memory ``x`` shows."""
     return x if x._base is None else x._base
-
-
-def _can_call(f: Callable[..., Any], count: int) -> bool:
-    f = _unwrapped(f)
-    f = f.f if isinstance(f, Autocasting) else f
-    try:
-        # the call of a module takes anything, and hands it on
-        inspect.signature(f.forward if isinstance(f, torch.nn.Module) else f).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:  # a builtin without a signature
-        return True
-    return True
 
 
 def _doubles(values: list[float]) -> Tensor:

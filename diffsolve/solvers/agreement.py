@@ -18,10 +18,10 @@ def uneven(x: Tensor) -> Tensor:
     return weights[: x.numel()].reshape(x.shape)
 
 
-def same_gradients(found: Sequence[Tensor | None], known: Sequence[Tensor | None]) -> bool:
+def same_gradients(computed: Sequence[Tensor | None], known: Sequence[Tensor | None]) -> bool:
     """Whether gradients are the same up to rounding; None is zero."""
     pairs: list[tuple[Tensor, Tensor]] = []
-    for a, b in zip(found, known, strict=True):
+    for a, b in zip(computed, known, strict=True):
         like = a if b is None else b
         if like is not None:
             zero = torch.zeros_like(like)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.controllers import Controller, PIController
 from diffsolve.solvers.kernels.family import Family
@@ -32,8 +33,8 @@ class StepInterpolant(Protocol):
         """A version that stays valid after the next step."""
         ...
 
-    def parts(self) -> tuple[tuple[Tensor, ...], Callable[..., StepInterpolant]]:
-        """Its tensors, and what makes a kept one of them again."""
+    def flatten(self) -> tuple[tuple[Tensor, ...], Callable[..., StepInterpolant]]:
+        """Its tensors, and a function that makes such a version of tensors like them."""
         ...
 
 
@@ -42,15 +43,15 @@ def read(
 ) -> Tensor:
     """Values ``(m, N)`` at ``times``, the fractions ``theta`` of a step.
 
-    An interpolant that has a method ``at`` is asked by the times too: a Brownian path is looked at
-    there, and ``t + theta h`` may be a time beside them.
+    An interpolant with a method ``at`` gets the times too: it reads a Brownian path, and
+    ``t + theta h`` may differ from a time by rounding.
     """
     at: Any = getattr(interpolant, "at", None)
     return interpolant(theta, derivative) if at is None else at(times, theta, derivative)
 
 
 class Trouble(Enum):
-    """Why the equations of a step have no solution that could be found."""
+    """Why the equations of a step were not solved."""
 
     DIVERGED = "Newton's iteration did not converge"
     SINGULAR = "the matrix of the step is singular"
@@ -69,21 +70,21 @@ class Step:
     error
         Local error estimate ``(N,)`` in units of the state, or None.
     stiffness
-        Estimate of the dominant eigenvalue's magnitude: a 0-d tensor, what computes it when asked,
-        or the pair (difference of two derivatives, difference of their states) whose ratio of norms
-        it is. None where the method has none.
+        Estimate of the dominant eigenvalue's magnitude. A 0-d tensor, or a function that computes
+        it. Or a pair, a difference of two derivatives and that of their states: the estimate is the
+        ratio of their norms. None where the method has none.
     interpolant
         Continuous extension, valid until the next step unless kept.
     error_low
         Second estimate that damps the first: with scaled norms ``e`` and ``e_low`` the step's
         error is ``e**2 / sqrt(e**2 + 0.01 e_low**2)`` (Hairer's 8(5,3) method).
     converged
-        False: the equations of the step could not be solved. The rest then has no meaning, and the
-        step is tried again with half the size.
+        False: the equations of the step were not solved. The other fields then have no meaning, and
+        the loop tries half the size.
     solved
-        Solutions of those equations that an iteration found, for ``step(..., solved=...)``.
+        Solutions of those equations, for ``step(..., solved=...)``.
     trouble
-        What went wrong.
+        Why they were not solved.
     stiffness_later
         Computes the stiffness of a step with an open end, which most solves never ask for.
     """
@@ -99,10 +100,10 @@ class Step:
     stiffness_later: Callable[[], float] | None = None
 
 
-def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
+def summands(state: tuple[Tensor, ...], h: Number) -> tuple[Tensor, Tensor]:
     """Largest entries of what a step adds up: of ``u``, and of ``h`` times the derivatives.
 
-    A method that keeps no derivatives takes steps by which ``u`` changes about as much as it is.
+    Where the state holds no derivatives, the second is taken to be as large as the first.
     """
     u, *derivatives = (x.detach().abs().amax() for x in state)
     return u, abs(h) * torch.stack(derivatives).amax() if derivatives else u
@@ -135,14 +136,14 @@ class Algorithm(ABC):
         from growing (``explicit_rk/stability.py``), and its evaluations in a step; None: nothing
         limits them.
     carries_derivative
-        Whether ``init`` wants the derivative at ``t``, so that callers may make it for several.
+        Whether the state holds the derivative at ``t``, which callers may pass to ``init``.
     family
         The family whose compiled steps are those of this class; None: there are none.
     is_implicit
         Whether a step solves equations: it then needs a Jacobian and a real state. Where an
-        iteration solves them, what it found is in ``Step.solved``; ``step`` then takes it as the
-        keyword ``solved`` and, under autograd, differentiates the equations there (the implicit
-        function theorem) instead of solving them.
+        iteration solves them, ``Step.solved`` holds the solutions. ``step`` takes these as the
+        keyword ``solved``; under autograd it differentiates the equations there (implicit function
+        theorem) and does not solve them again.
     """
 
     order: float
@@ -157,9 +158,9 @@ class Algorithm(ABC):
 
     @property
     def may_end_open(self) -> bool:
-        """Whether ``step(..., open_end=True)`` leaves out the derivative at the new point.
+        """Whether ``step(..., open_end=True)`` can leave out the derivative at the new point.
 
-        Nothing may read it: no error estimate, no value inside, no step that follows.
+        The caller promises that no error estimate, no value inside and no later step reads it.
         """
         return False
 
@@ -174,15 +175,15 @@ class Algorithm(ABC):
 
     @abstractmethod
     def init(
-        self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
+        self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """State of the method at ``(t, u)``; ``du`` is ``f(t, u)`` where the caller has it."""
 
     @abstractmethod
-    def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: VectorField, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         """Attempt a step; ``t`` and ``h`` are floats, or 0-d tensors to differentiate by them."""
 
-    def interpolation_error(self, field: VectorField, h: Any, step: Step) -> Tensor | None:
+    def interpolation_error(self, field: VectorField, h: Number, step: Step) -> Tensor | None:
         """Estimate ``(N,)`` of the error between the ends of a step; None: ``error`` sees it."""
         return None
 

@@ -73,9 +73,9 @@ class Interpolant:
         object.__setattr__(self, "bernstein", _by_bernstein(self.polynomial))
 
     def ending_at(self, b: Array) -> Interpolant:
-        """The same where its end is the solution with weights ``b``, but for rounding: without it.
+        """The same, ending exactly at the solution with weights ``b`` if it does but for rounding.
 
-        Coefficients that are rounded leave a gap between the steps, as large as they are.
+        Rounded coefficients would leave a gap of that size between the steps.
         """
         if self.error is not None and self.error.shape != b.shape:
             raise TableauError(
@@ -97,12 +97,12 @@ class Interpolant:
         d = self.bernstein.shape[1]
         m = max(d - derivative, 0)
         full = np.pad(self.bernstein, ((0, 0), (1, derivative)))
-        found = np.zeros((len(full), 1 + m))
+        out = np.zeros((len(full), 1 + m))
         for r in range(derivative + 1):  # Leibniz' rule
             for j in range(min(m, d - r) + 1):
                 factor = comb(derivative, r) * perm(j + r, r) * perm(d - j - r, derivative - r)
-                found[:, j] += (-1) ** (derivative - r) * factor * full[:, j + r]
-        return found
+                out[:, j] += (-1) ** (derivative - r) * factor * full[:, j + r]
+        return out
 
     def weights(self, theta: float | Array, derivative: int = 0) -> Array:
         """Weights of the stages at ``theta``, or their derivative with respect to ``theta``."""

@@ -27,8 +27,8 @@ class Controller(ABC):
     factor_min, factor_max
         Limits of the change of step size; default 0.2 and 10.
     steady
-        An accepted step whose factor is between 1 and this keeps its size, and so a method the
-        matrix that it factored; default 1.
+        An accepted step whose factor is between 1 and this keeps its size, so that an implicit
+        method can keep its factored matrix; default 1.
     """
 
     safety: float = 0.9

@@ -30,7 +30,7 @@ def stage_on_tape(
     Parameters
     ----------
     field, f
-        Right-hand side, and what it is at the time of the stage.
+        Right-hand side, and the same at the time of the stage, as a function of the state.
     base, step, gamma
         Of the equation; ``step`` is the step size as a factor of states.
     known
@@ -44,7 +44,7 @@ def stage_on_tape(
     Raises
     ------
     RuntimeError
-        If its matrix is singular, so that there is no derivative.
+        If its matrix is singular: the stage has no derivative.
     """
     k, lu = known.detach(), None
     for _ in range(1 if field.differentiated_once else 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
-from diffsolve.problems.structure import detached
+from diffsolve.problems.structure import as_float
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.norms import Tolerance
 
@@ -46,15 +47,15 @@ def initial_step(
     if isinstance(field, SDEField):
         return stochastic_step(field, t0, u0, f0, direction, order, tolerance, dtmax)
     magnitude = u0.abs()
-    d0 = _plain(tolerance.scaled_norm(u0, magnitude))
-    d1 = _plain(tolerance.scaled_norm(f0, magnitude))
+    d0 = _as_number(tolerance.scaled_norm(u0, magnitude))
+    d1 = _as_number(tolerance.scaled_norm(f0, magnitude))
     if not d1 < math.inf:  # NaN too
         return math.nan
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * (d0 / d1)
     h0 = min(h0, dtmax)
     (t,) = field.times(t0, direction * h0, _ONE)
     f1 = field(t, torch.add(u0, f0 * (direction * h0)))
-    d2 = _plain(tolerance.scaled_norm(f1 - f0, magnitude)) / h0
+    d2 = _as_number(tolerance.scaled_norm(f1 - f0, magnitude)) / h0
     largest = max(d1, d2)
     if not largest < math.inf:
         return h0 * 1e-3
@@ -120,6 +121,21 @@ def stochastic_step(
         h = min(h, math.sqrt(_AIM * h0 / df))
     if dg > 0:
         h = min(h, (_AIM * math.sqrt(h0) / dg) ** (1 / (order + 0.5)))
+    return _limited_ahead(field, t0, u0, f0, G0, direction, dtmax, h, norm)
+
+
+def _limited_ahead(
+    field: SDEField,
+    t0: float,
+    u0: Tensor,
+    f0: Tensor,
+    G0: Tensor,
+    direction: float,
+    dtmax: float,
+    h: float,
+    norm: Callable[[Tensor], float],
+) -> float:
+    """``h``, or less where ``f`` and ``g`` change with time alone in the time of such a step."""
     for ahead in [x * dtmax for x in _AHEAD]:
         if h <= ahead:
             break
@@ -133,8 +149,8 @@ def stochastic_step(
     return h
 
 
-def _plain(x: Any) -> Any:
+def _as_number(x: Any) -> Any:
     """A float off the tape, a float64 tensor on it."""
     if isinstance(x, Tensor) and x.requires_grad:
         return x.to("cpu", torch.float64)
-    return float(detached(x))
+    return as_float(x)

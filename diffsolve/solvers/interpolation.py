@@ -35,20 +35,20 @@ class DenseOutput:
         self.steps.append(interpolant.keep())
         self.ends.append(self.direction * t_end)
 
-    def parts(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], DenseOutput]]:
-        """The tensors of its steps, and what makes the same of them again."""
+    def flatten(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], DenseOutput]]:
+        """The tensors of its steps, and a function that makes the same of such tensors."""
         direction, u0, ends = self.direction, self.u0, self.ends
-        parts = [step.parts() for step in self.steps]
-        makers = [(len(tensors), make) for tensors, make in parts]
+        flat = [step.flatten() for step in self.steps]
+        rebuilders = [(len(tensors), rebuild) for tensors, rebuild in flat]
 
-        def again(tensors: Sequence[Tensor]) -> DenseOutput:
+        def rebuilt(tensors: Sequence[Tensor]) -> DenseOutput:
             dense = DenseOutput(direction * ends[0], direction, u0)
             rest = iter(tensors)
-            dense.steps = [make(*islice(rest, count)) for count, make in makers]
+            dense.steps = [make(*islice(rest, count)) for count, make in rebuilders]
             dense.ends = ends
             return dense
 
-        return [x for tensors, _ in parts for x in tensors], again
+        return [x for tensors, _ in flat for x in tensors], rebuilt
 
     def locate(self, t: float) -> tuple[int, float]:
         """Index of the step that holds ``t`` (the earlier one at a joint), and theta in it.
@@ -79,11 +79,11 @@ class DenseOutput:
         located = [self.locate(t) for t in times]
         if not self.steps:  # an empty span: every time is t0
             return self.u0.expand_as(values) if not derivative else torch.zeros_like(values)
-        parts, order = [values[:0]], []
+        chunks, order = [values[:0]], []
         for index in sorted({i for i, _ in located}):
-            wanted = [j for j, (i, _) in enumerate(located) if i == index]
-            theta = torch.tensor([located[j][1] for j in wanted], dtype=torch.float64, device="cpu")
-            parts.append(read(self.steps[index], [times[j] for j in wanted], theta, derivative))
-            order += wanted
+            here = [j for j, (i, _) in enumerate(located) if i == index]
+            theta = torch.tensor([located[j][1] for j in here], dtype=torch.float64, device="cpu")
+            chunks.append(read(self.steps[index], [times[j] for j in here], theta, derivative))
+            order += here
         back = torch.tensor(order, dtype=torch.long, device=self.u0.device).argsort()
-        return torch.cat(parts)[back]
+        return torch.cat(chunks)[back]

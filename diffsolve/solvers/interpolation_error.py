@@ -16,9 +16,9 @@ import numpy as np
 from diffsolve.solvers.continuous_extension import Interpolant
 from diffsolve.solvers.order_conditions import Array, rooted_trees
 
-_STIFF = -1e6  # of the test equation, whose step has size 1
+_STIFF = -1e6  # eigenvalue of the test equation, for a step of size 1
 _SEEN = 1e-3  # errors of the test equation below this are rounding, or vanish with stiffness
-_LARGEST = 10.0  # sums of weights up to this, beside that of the solution
+_LARGEST = 10.0  # largest sum of weights, in units of that of the solution
 
 
 class TableauRows(Protocol):
@@ -89,9 +89,9 @@ def interpolation_error(form: ImplicitTableauRows, smoothed: bool) -> Array | No
     for order in range(dense.order, 0, -1):
         at_worst = _terms(form, order, weights[worst], float(theta[worst]))
         candidates = (_solved(at_worst, [*apart, *x], rows, error) for x in ([fast], []))
-        found = min((x for x in candidates if x is not None), key=_size, default=None)
-        if found is not None and _size(found) <= largest:
-            return found
+        estimate = min((x for x in candidates if x is not None), key=_size, default=None)
+        if estimate is not None and _size(estimate) <= largest:
+            return estimate
     return form.b_error * min(1.0, abs(error / own)) if abs(own) > _SEEN else None
 
 
@@ -115,8 +115,8 @@ def error_of_low_order(form: TableauRows, estimate_order: int) -> Array | None:
     middle = dense.weights(0.5)[: len(form.b_error)]
     known, further, errors = _terms(form, dense.order, middle, 0.5)
     free = _null_space(known)
-    found: Array = free.T @ np.linalg.lstsq(further @ free.T, errors, rcond=1e-10)[0]
-    return found if np.abs(further @ found).max() > _SEEN * np.abs(errors).max() else None
+    estimate: Array = free.T @ np.linalg.lstsq(further @ free.T, errors, rcond=1e-10)[0]
+    return estimate if np.abs(further @ estimate).max() > _SEEN * np.abs(errors).max() else None
 
 
 def _null_space(conditions: Array) -> Array:
@@ -142,7 +142,7 @@ def _smooth_rows(form: ImplicitTableauRows, power: int) -> Array:
 def _terms(
     form: TableauRows, order: int, weights: Array, theta: float
 ) -> tuple[Array, Array, Array]:
-    """Elementary weights up to ``order``; those of the next; what the interpolant has there."""
+    """Elementary weights up to ``order``, those of the next, and dense output's errors there."""
     phi, sizes = form.elementary_weights(order + 1), rooted_trees(order + 1)
     known = np.array([v for tree, v in phi.items() if sizes[tree][0] <= order])
     further = [(v, sizes[tree]) for tree, v in phi.items() if sizes[tree][0] > order]
@@ -161,12 +161,12 @@ def _solved(
     conditions = np.array([*known, *zero, rows])
     target = np.zeros(len(conditions))
     target[-1] = error
-    found: Array = np.linalg.lstsq(conditions, target, rcond=1e-10)[0].astype(np.float64)
-    if np.abs(conditions @ found - target).max() > 1e-2 * abs(error):
+    estimate: Array = np.linalg.lstsq(conditions, target, rcond=1e-10)[0].astype(np.float64)
+    if np.abs(conditions @ estimate - target).max() > 1e-2 * abs(error):
         return None
     free = _null_space(conditions)
     if len(free):
-        left = np.vstack([further, 1e-3 * np.eye(len(found))])  # and no larger than need be
-        lacks = np.concatenate([errors, np.zeros(len(found))]) - left @ found
-        found += free.T @ np.linalg.lstsq(left @ free.T, lacks, rcond=None)[0]
-    return found
+        left = np.vstack([further, 1e-3 * np.eye(len(estimate))])  # prefers small weights
+        lacks = np.concatenate([errors, np.zeros(len(estimate))]) - left @ estimate
+        estimate += free.T @ np.linalg.lstsq(left @ free.T, lacks, rcond=None)[0]
+    return estimate

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from diffsolve.problems.capture import nodes_of
 from diffsolve.problems.plain_norms import PlainNorms, refuse_opaque_norms
 from diffsolve.problems.probe import may_be_read, was_read
-from diffsolve.problems.structure import as_float, under_transform
+from diffsolve.problems.structure import Number, as_float, under_transform
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.agreement import same_gradients, uneven
 from diffsolve.solvers.given_jacobian import given_jacobian
@@ -29,12 +29,12 @@ from diffsolve.solvers.linear import Jacobian, Linearisation
 from diffsolve.solvers.time_difference import time_difference, time_difference_on_tape
 
 _START = np.zeros(1)
-_ONCE = "torch::autograd::Error"  # where something is differentiable once only
+_ONCE = "torch::autograd::Error"  # the node of a function that is differentiable once only
 _MOST_AT_ONCE = 4_000_000  # entries of the products that are computed in one batch
 
 
 def linearise(
-    field: VectorField, t: Any, h: Any, u: Tensor, slope: bool = False, exact: bool = False
+    field: VectorField, t: Number, h: Number, u: Tensor, slope: bool = False, exact: bool = False
 ) -> Linearisation:
     """``df/du``, and ``df/dt``, at the start of a step.
 
@@ -70,8 +70,8 @@ def differentiator(field: VectorField) -> Differentiator:
     return field.workspace.put(Differentiator(field)) if known is None else known
 
 
-class _Watch(TorchFunctionMode):
-    """Notes whether a tensor is used, be it by ``float(t)``."""
+class _UseOf(TorchFunctionMode):
+    """Notes whether a tensor is used in any way, also by ``float(t)``."""
 
     def __init__(self, tensor: Tensor):
         super().__init__()
@@ -90,7 +90,7 @@ class _NotDifferentiable(Exception):
 
 
 class Differentiator:
-    """Computes Jacobians of one field and remembers how that works.
+    """Computes Jacobians of one field, and keeps what it learnt of that.
 
     Attributes
     ----------
@@ -168,8 +168,9 @@ class Differentiator:
     def notice(self, time: Tensor, by_time: Tensor | None) -> None:
         """Note whether autograd sees less than all of what ``f`` does with its time.
 
-        It may be read as a number, and a function of it may be differentiable once only: PyTorch
-        leaves out both where another path leads on. The graph is looked at once a solve.
+        ``f`` may read the time as a number, or use a function of it that is differentiable once
+        only. PyTorch leaves out both where another path through the graph remains. This examines
+        the graph once a solve.
         """
         if self.moves_unseen is None and by_time is not None:
             self.moves_unseen = any(node.name() == _ONCE for node in nodes_of([by_time]))
@@ -246,7 +247,7 @@ class Differentiator:
         return rows if self._batched else None
 
     def _transformed(self, time: Tensor, u: Tensor, slope: bool, given: Tensor | None) -> Jacobian:
-        """The same in the way of ``torch.func``, whose transforms nest."""
+        """The same by ``torch.func``, whose transforms nest."""
         blocks = self._pulled(functools.partial(self.field, time), u) if given is None else given
         pushed = _nested_push(self.field, time, u, None, 1.0).detach() if slope else None
         return Jacobian(self.field, blocks, pushed)
@@ -262,15 +263,15 @@ class Differentiator:
         return blocks
 
     def _each_pulled(self, pull: Any, bars: Tensor) -> Tensor:
-        """What ``torch.vmap(pull)`` should be."""
+        """``pull`` of each row of ``bars``, by ``torch.vmap`` where that is right."""
         if self._batched:
             try:
                 (rows,) = torch.vmap(pull)(bars)
                 if not self._checked:
                     weights = uneven(bars[:, 0])
                     (alone,) = pull(weights @ bars)
-                    found, known = (weights @ rows).detach(), alone.detach()
-                    self._checked = self._batched = same_gradients([found], [known])
+                    together = (weights @ rows).detach()
+                    self._checked = self._batched = same_gradients([together], [alone.detach()])
             except RuntimeError:  # an operation of f that torch.vmap does not know
                 self._batched = False
             else:
@@ -308,16 +309,16 @@ class Differentiator:
     def _unseen_slope(self, t: float, h: float, u: Tensor, y: Tensor) -> Tensor | None:
         """``df/dt`` by a difference, where autograd saw no dependence on time; None: it has none.
 
-        That is found out once: an ``f`` that does not touch its time, and gives the same at the end
-        of the step, costs one evaluation a solve.
+        One evaluation a solve decides that: an ``f`` that does not touch its time, and gives the
+        same at the end of the step, does not depend on it.
         """
         with torch.no_grad():
             if self.moves_unseen is None:
                 (end,) = self.field.times(t, h, np.ones(1))
-                watch = _Watch(end)
-                with watch:
+                use = _UseOf(end)
+                with use:
                     later = self.field(end, u)
-                self.moves_unseen = watch.touched or not torch.equal(later, y)
+                self.moves_unseen = use.touched or not torch.equal(later, y)
             return time_difference(self.field, t, h, u, y) if self.moves_unseen else None
 
 
@@ -330,7 +331,7 @@ Push = Callable[[Tensor | None, float], Tensor]
 
 
 def push_forward(
-    field: VectorField, t: Any, h: Any, u: Tensor, anchor: Tensor | None = None
+    field: VectorField, t: Number, h: Number, u: Tensor, anchor: Tensor | None = None
 ) -> Push:
     """Directional derivatives of ``f`` at the start of a step, on the tape where ``u`` is.
 
@@ -341,8 +342,8 @@ def push_forward(
     field, t, h, u
         Right-hand side, and where.
     anchor
-        A tensor on the tape. What is made here hangs from it, so that a graph leads to no leaf
-        that nobody knows.
+        A tensor on the tape. The tensors made here depend on it, with derivative zero: so the
+        graph has no leaf of its own, which would look like an unknown input of ``f``.
 
     Returns
     -------
@@ -375,28 +376,47 @@ def push_forward(
     if recorded and not known.norms_checked:
         refuse_opaque_norms(y)
         known.norms_checked = True
-    moving = None
+    slope = None
     known.notice(time, pulled[1])
     if known.moves_unseen:
         pulled = pulled[0], None
-        moving = time_difference_on_tape(field, as_float(t), as_float(h), start)
+        slope = time_difference_on_tape(field, as_float(t), as_float(h), start)
+    return functools.partial(_push, pulled, w, (u, time), slope)
 
-    def push(v: Tensor | None, d: float) -> Tensor:
-        pairs = [
-            (p, x)
-            for p, x in zip(pulled, (v, torch.full_like(time, d) if d else None), strict=True)
-            if p is not None and x is not None and p.requires_grad
-        ]
-        pushed = None
-        if pairs:
-            outputs, tangents = zip(*pairs, strict=True)
-            (pushed,) = torch.autograd.grad(
-                outputs, w, tangents, create_graph=True, allow_unused=True
-            )
-        total = torch.zeros_like(u) if pushed is None else pushed
-        return total + d * moving if moving is not None and d else total
 
-    return push
+def _push(
+    pulled: tuple[Tensor | None, Tensor | None],
+    w: Tensor,
+    at: tuple[Tensor, Tensor],
+    slope: Tensor | None,
+    v: Tensor | None,
+    d: float,
+) -> Tensor:
+    """``J v + d df/dt``.
+
+    Parameters
+    ----------
+    pulled, w
+        ``J^T w`` and ``w . df/dt``, with a graph that is linear in ``w``.
+    at
+        State and time.
+    slope
+        ``df/dt``, where autograd does not see it.
+    v, d
+        The direction.
+    """
+    u, time = at
+    pairs = [
+        (p, x)
+        for p, x in zip(pulled, (v, torch.full_like(time, d) if d else None), strict=True)
+        if p is not None and x is not None and p.requires_grad
+    ]
+    pushed = None
+    if pairs:
+        outputs, tangents = zip(*pairs, strict=True)
+        (pushed,) = torch.autograd.grad(outputs, w, tangents, create_graph=True, allow_unused=True)
+    total = torch.zeros_like(u) if pushed is None else pushed
+    return total + d * slope if slope is not None and d else total
 
 
 def _refuse_endless(t: float, grad: Tensor) -> None:
@@ -410,7 +430,7 @@ def _refuse_endless(t: float, grad: Tensor) -> None:
 
 
 def _nested_push(field: VectorField, time: Tensor, u: Tensor, v: Tensor | None, d: float) -> Tensor:
-    """The same in the way of ``torch.func``."""
+    """The same by ``torch.func``."""
 
     def plain(s: Tensor, x: Tensor) -> Tensor:
         with PlainNorms():

@@ -14,7 +14,7 @@ from diffsolve.problems.structure import outside_transforms
 from diffsolve.problems.vector_field import VectorField
 
 _SMALL = 16  # unknowns up to which every entry of the matrix is computed
-_DIRECTIONS = 2  # of which one could lie such that coupled rows look independent
+_DIRECTIONS = 2  # random ones: along a single one, coupled rows might look independent
 
 
 class MatrixTooLarge(ValueError):
@@ -57,7 +57,7 @@ class Layout:
         off = (known - terms.sum(-1)).abs()
         sizes = terms.abs().sum(-1) + known.abs()
         largest = sizes.amax(-1, keepdim=True) if by_block else sizes.amax()
-        # NaN and Inf are found elsewhere, and show nothing of the structure
+        # other checks refuse NaN and Inf, which tell nothing about the structure
         return not bool((off > rtol * largest + atol).any())
 
 
@@ -79,11 +79,11 @@ class Dense(Layout):
         return products[None]
 
 
-class Rows(Layout):
+class IndependentRows(Layout):
     """Blocks of a state ``(..., d)`` whose rows ``f`` treats independently.
 
-    A product with the same vector in every row adds up what all rows say of a block. Products with
-    vectors that differ from row to row agree with that only where the other rows say nothing.
+    A product with the same vector in every row gives each row's block if rows are independent.
+    Products with vectors that differ from row to row agree with these blocks only in that case.
     """
 
     def __init__(self, field: VectorField):
@@ -154,8 +154,8 @@ def first_layout(field: VectorField, rows: bool = True) -> Layout:
     shape = structure.shapes[0]
     # the whole matrix of a small state costs no more than a check that its rows are independent,
     # and lower precision is too coarse for that check
-    several = structure.is_tensor and math.prod(shape[:-1]) > 1 and structure.size > _SMALL
-    return Rows(field) if rows and several and not field.low_eps else Dense(field)
+    is_batch = structure.is_tensor and math.prod(shape[:-1]) > 1 and structure.size > _SMALL
+    return IndependentRows(field) if rows and is_batch and not field.low_eps else Dense(field)
 
 
 def checked_pattern(pattern: Any, n: int) -> Tensor:
@@ -170,39 +170,39 @@ def checked_pattern(pattern: Any, n: int) -> Tensor:
     """
     if isinstance(pattern, Tensor) and pattern.layout is not torch.strided:
         stored = pattern.detach().to_sparse_coo().coalesce()
-        found = _of_entries(stored.indices(), stored.shape)
+        mask = _of_entries(stored.indices(), stored.shape)
     elif isinstance(pattern, Tensor):
-        found = pattern.detach() != 0
+        mask = pattern.detach() != 0
     elif hasattr(pattern, "tocoo"):  # one of SciPy's
         stored = pattern.tocoo()
         entries = torch.from_numpy(np.stack([stored.row, stored.col]).astype(np.int64))
-        found = _of_entries(entries, stored.shape)
+        mask = _of_entries(entries, stored.shape)
     else:
-        found = torch.as_tensor(np.asarray(pattern) != 0, device="cpu")
-    if found.shape != (n, n):
+        mask = torch.as_tensor(np.asarray(pattern) != 0, device="cpu")
+    if mask.shape != (n, n):
         raise ValueError(
-            f"jac_sparsity has shape {tuple(found.shape)}, expected {(n, n)}: a tensor, an array, "
+            f"jac_sparsity has shape {tuple(mask.shape)}, expected {(n, n)}: a tensor, an array, "
             "or a sparse matrix of torch or SciPy"
         )
-    return found.cpu()
+    return mask.cpu()
 
 
 def _of_entries(entries: Tensor, shape: Sequence[int]) -> Tensor:
     """A matrix of booleans that is true at entries ``(2, k)``."""
-    found = torch.zeros(*shape, dtype=torch.bool, device="cpu")
-    found[tuple(entries.cpu())] = True
-    return found
+    mask = torch.zeros(*shape, dtype=torch.bool, device="cpu")
+    mask[tuple(entries.cpu())] = True
+    return mask
 
 
 def random_directions(field: VectorField) -> Tensor:
     """Vectors ``(n, N)``, the same each time and from no generator that anyone else uses.
 
-    No two entries are equal, nor two sums of them: signs would be equal for two rows in every
-    second case, and in a state of few rows for all of them.
+    No two entries are equal, nor two sums of them. Random signs would be: for two rows in every
+    second case, and often for all rows of a small state.
     """
     generator = torch.Generator("cpu").manual_seed(4)
     shape = (_DIRECTIONS, field.structure.size)
-    with outside_transforms():  # they would take it for randomness of the user's
+    with outside_transforms():  # which treat random numbers as the user's
         values = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
     return (2 * values - 1).to(dtype=field.dtype, device=field.device)
 

@@ -1,14 +1,14 @@
 """Simplified Newton iterations for the stages of a step, with a matrix that is used again.
 
-What they decide is the reference for the native engine. The convergence test is that of Hairer,
-Wanner, Solving ODEs II (1996), section IV.8, but for the first increment, which counts as the error
-that it leaves: the rate of another stage says little of this one. When a Jacobian and a
-factorisation are made anew follows Hairer's code RADAU5 and OrdinaryDiffEq.jl.
+The native engine makes the same decisions. The convergence test is that of Hairer, Wanner, Solving
+ODEs II (1996), section IV.8, with one exception: the first increment counts as the error that it
+leaves, because the rate of another stage says little about this one. Hairer's code RADAU5 and
+OrdinaryDiffEq.jl give the rules for a new Jacobian and a new factorisation.
 
 Without a tolerance an iteration goes on to rounding, until increments are that small or fall no
 more (Hairer, McLachlan, Razakarivony, Achieving Brouwer's law with implicit Runge-Kutta methods,
-BIT 48 (2008) 231). A step that cannot be tried again with half the size insists: where the matrix
-is too far from a stage, each iteration takes the one at its own state.
+BIT 48 (2008) 231). A step that cannot be tried again with half the size insists: where the
+iteration fails with the matrix at hand, each further iteration makes a matrix at its own state.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SLOW = 0.2
 REUSE = 0.2
 #: Iterations with a matrix at each state, which may approach the solution slowly at first.
 _MOST_INSISTENT = 20
-#: Units of rounding of each component below which increments are rounding ...
+#: Increments below so many units of rounding of each component are rounding.
 _UNITS = 4.0
-#: ... and of the largest component, where increments fall no more.
+#: The same in units of the largest component, where increments get no smaller.
 _MOST_UNITS = 1e3
 
 
@@ -160,7 +160,7 @@ class Newton:
             First guess.
         at
             That time, where the iteration may insist: it starts again, with a matrix at
-            each of its states, if the one at hand does not lead to the solution.
+            each of its states, if the present one does not lead to the solution.
 
         Returns
         -------
@@ -175,7 +175,7 @@ class Newton:
     def _iterate(
         self, f: Callable[[Tensor], Tensor], base: Tensor, h: float, k: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """With the matrix at hand."""
+        """Iterate with the present matrix."""
         step, g = h * self.gamma, torch.add(base, k, alpha=h * self.gamma)
         before, theta, eta, change = 0.0, 0.0, 1.0, k
         slowest = self.slowest
@@ -205,11 +205,11 @@ class Newton:
     def _insist(
         self, f: Callable[[Tensor], Tensor], base: Tensor, h: float, k: Tensor, at: float
     ) -> tuple[Tensor, Tensor] | None:
-        """With a matrix at each state; the next step then makes its own."""
+        """Iterate with a new matrix at each state; the next step then makes its own."""
         step, g = h * self.gamma, torch.add(base, k, alpha=h * self.gamma)
         self._at, self.stale, before = None, True, math.inf
         for _ in range(_MOST_INSISTENT):
-            # looking back, since the stage belongs to the step before it
+            # minus h: the stage lies before this time, on that side of a jump
             jacobian = linearise(self.field, at, -h, g)
             if not jacobian.finite:
                 break
@@ -225,7 +225,7 @@ class Newton:
             left = size * theta / (1 - theta) if theta < 1 else math.inf
             if (size if before == math.inf else left) < self.kappa:
                 return k, g
-            # such an iteration falls fast until there is nothing but rounding left
+            # increments fall fast until only rounding is left
             if theta > 0.5 and self._is_rounding(change, step, k, g, math.sqrt(self._eps)):
                 return k, g
             before = size
@@ -243,7 +243,7 @@ class Newton:
         return change, k, torch.add(base, k, alpha=step)
 
     def _size(self, change: Tensor, step: float, k: Tensor, g: Tensor) -> float:
-        """Of an increment: in tolerances, or in units of rounding where there is none."""
+        """Size of an increment, in tolerances, or in units of rounding where there is none."""
         tolerance: Tolerance | None = self.field.accuracy
         if tolerance is None:
             unit = _UNITS * self._eps * torch.maximum(g.abs(), k.abs() * abs(step))
@@ -253,7 +253,7 @@ class Newton:
         )
 
     def _is_small(self, change: Tensor, step: float) -> bool:
-        """Whether the first increment is, beside the state at the start.
+        """Whether the first increment is small beside the state at the start.
 
         A bad guess may lie where tolerances are large; the next increment would show that.
         """
@@ -263,7 +263,7 @@ class Newton:
         return abs(step) * float(tolerance.scaled_norm(change, self._magnitude)) < self.kappa
 
     def _is_rounding(self, change: Tensor, step: float, k: Tensor, g: Tensor, units: float) -> bool:
-        """Whether an increment is small beside the largest component, where that is enough."""
+        """Whether an increment is small beside the largest component, if no step is retried."""
         if self.field.retries:
             return False
         largest = torch.maximum(g.abs().amax(), k.abs().amax() * abs(step))

@@ -80,13 +80,13 @@ class Tolerance:
 
 @lru_cache(maxsize=100)
 def _uniform(rtol: float, atol: float, dtype: torch.dtype, device: torch.device) -> Tolerance:
-    """The usual case, two numbers, for which nothing is made anew in each solve."""
+    """The usual case, two numbers: the tolerance is made once for many solves."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be zero or positive and finite, got {value!r}")
     if rtol == atol == 0:
         raise ValueError("rtol and atol must not both be zero")
-    # what is kept for other solves must not be wrapped by a transform, which ends
+    # a cached tensor outlives the transforms that are active now, and must not belong to one
     with outside_transforms():
         relative, absolute = (torch.tensor(x, dtype=dtype, device=device) for x in (rtol, atol))
     return Tolerance(relative, absolute)
@@ -175,11 +175,11 @@ def _measure(step: Step, u: Tensor, tolerance: Tolerance) -> Estimates:
     new = step.state[0]
     if step.error is None and step.stiffness is None and math.isfinite(float(new.sum())):
         return _NO_ESTIMATES
-    rows = [step.error] if step.error is not None else [new]  # a norm shows what is not finite
+    rows = [step.error] if step.error is not None else [new]  # its norm is finite if it is
     rows += step.stiffness if isinstance(step.stiffness, tuple) else step.state[1:]
     scaled: list[Tensor] = []
     if step.error is not None and len(step.state) == 1:
-        rows.append(new)  # an infinite one makes the scaled error zero, and no derivative shows it
+        rows.append(new)  # where it is infinite, the scaled error is zero and nothing else shows it
     if step.error is not None:
         scale = tolerance.scale(torch.maximum(u.abs(), new.abs()))
         scaled.append(step.error / scale)

@@ -92,7 +92,7 @@ def check_order(
             )
 
 
-def warn_if_blind(name: str, nodes: Array, single: Array, b_error: Array) -> None:
+def warn_if_blind(name: str, nodes: Array, single_child: Array, b_error: Array) -> None:
     """Warn where an error estimate is zero for a whole class of problems, whatever the step.
 
     Steps then grow without bound, and the solution is wrong at every tolerance.
@@ -109,10 +109,10 @@ def warn_if_blind(name: str, nodes: Array, single: Array, b_error: Array) -> Non
         Weights of the error estimate over the stages.
     """
     one = np.ones(len(nodes))
-    sums = single @ one
+    sums = single_child @ one
     linear = [one]
     for _ in nodes:
-        linear.append(single @ linear[-1])
+        linear.append(single_child @ linear[-1])
     by_time = [one, sums, *(nodes**k for k in range(2, len(nodes) + 2))]
     for phis, problems in ((by_time, "u' = g(t)"), (linear, "linear systems u' = A u")):
         if all(abs(b_error @ x) <= TOLERANCE * max(1.0, np.abs(b_error) @ np.abs(x)) for x in phis):
@@ -142,12 +142,12 @@ def elementary_weights(a: Array, order: int, beta: Array | None = None) -> dict[
     Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I (1993), section II.2;
     Hairer, Wanner, Solving Ordinary Differential Equations II (1996), section IV.7.
     """
-    single = a if beta is None else beta
+    single_child = a if beta is None else beta
     weights: dict[tuple, Array] = {}
     for tree in rooted_trees(order):
         phi = np.ones(len(a))
         for child in tree:
-            phi = phi * ((single if len(tree) == 1 else a) @ weights[child])
+            phi = phi * ((single_child if len(tree) == 1 else a) @ weights[child])
         weights[tree] = phi
     return weights
 
@@ -164,13 +164,13 @@ def rooted_trees(order: int) -> dict[tuple, tuple[int, float]]:
     sized: dict[int, list[tuple]] = {1: [()]}
     info: dict[tuple, tuple[int, float]] = {(): (1, 1.0)}
     for size in range(2, order + 1):
-        found = set()
+        trees = set()
         for part in range(1, size):
             # graft one branch of `part` nodes onto the root of a smaller tree
             for branch in sized[part]:
                 for rest in sized[size - part]:
-                    found.add(tuple(sorted((*rest, branch))))
-        sized[size] = sorted(found)
+                    trees.add(tuple(sorted((*rest, branch))))
+        sized[size] = sorted(trees)
         for tree in sized[size]:
             density = float(size)
             for child in tree:

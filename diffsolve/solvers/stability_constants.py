@@ -16,16 +16,16 @@ MOST_WAIT = 64
 MOST_LOOKS, AGREEMENT = 4, 0.05
 #: What is added of other directions to the one that is followed.
 MIXED = 1e-3
-#: Products with differences of two sizes that differ by more than this part are none.
+#: Where difference quotients of two lengths differ by more than this part, neither is a product.
 NONLINEAR = 0.5
 WIDER = 8.0
-#: A step whose estimate of the stiffness is so many times that of the limit is looked at again ...
+#: A step is checked again if its stiffness estimate is so many times that of the limit, ...
 FASTER = 1.2
-#: ... where the product with its size is more than this part of the interval of stability.
+#: ... and if that times its size is more than this part of the interval of stability.
 HALF = 0.5
-#: A limit is new up to this wait, and where steps near it end is looked at, too.
+#: A limit counts as new up to this wait. Steps near a new limit are checked at their end, too.
 NEW = 2
-#: A step so many times longer than that of the last look is looked at again, too.
+#: A step so many times longer than the one at the last look is checked again, too.
 GROWN = 5.0
 #: A step of more than so many times the limit at its end is refused.
 TOO_LONG = 1.05

@@ -1,4 +1,4 @@
-"""Steps that are stable also for what the solution does not show.
+"""Steps that are stable for every mode, also for those that the solution does not contain.
 
 The error estimate of an explicit method sees a mode of the solution once it has grown to the
 tolerance. Up to then steps may be too long for it, shorter ones make up for them, and the solution
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.problems.structure import detached
+from diffsolve.problems.structure import Number, detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.stability_constants import (
     AGREEMENT,
@@ -84,10 +84,10 @@ class StableSteps:
         self._age += 1
 
     def look_again(self) -> None:
-        """The right-hand side may have jumped."""
+        """Look at the Jacobian before the next step: the right-hand side may have jumped."""
         self._age = self._wait
 
-    def update(self, t: Any, direction: float, u: Tensor, du: Tensor, size: Any) -> None:
+    def update(self, t: Number, direction: float, u: Tensor, du: Tensor, size: Any) -> None:
         """Look at the Jacobian at ``(t, u)``, where a step of ``size`` asks for that."""
         wanted = float(detached(size))
         near = wanted > NEAR * self.limit
@@ -95,7 +95,7 @@ class StableSteps:
             self._look_until_agreed(t, direction, u, du, wanted)
 
     def refuses(
-        self, t: Any, direction: float, u: Tensor, du: Tensor, size: Any, stiffness: Any
+        self, t: Number, direction: float, u: Tensor, du: Tensor, size: Any, stiffness: Any
     ) -> bool:
         """Whether a step to ``(t, u)`` turns out to be too long for the Jacobian there.
 
@@ -110,7 +110,7 @@ class StableSteps:
             return False
         self._look_until_agreed(t, direction, u, du, taken)
         refused = taken > TOO_LONG * self.limit
-        self._age = self._wait if refused else -1  # where it ends the next one starts
+        self._age = self._wait if refused else -1  # the next step starts where this look was
         return refused
 
     def stiffness_of(self, size: Any, stiffness: Any) -> float:
@@ -119,7 +119,7 @@ class StableSteps:
         return max(float(detached(stiffness)), self.rate if limits else 0.0)
 
     def _look_until_agreed(
-        self, t: Any, direction: float, u: Tensor, du: Tensor, wanted: float
+        self, t: Number, direction: float, u: Tensor, du: Tensor, wanted: float
     ) -> None:
         near, agreed = wanted > NEAR * self.limit, False
         for _ in range(MOST_LOOKS):

@@ -1,7 +1,7 @@
 """What the steps of all Runge-Kutta-like families share: their state, and the rows of a step.
 
 Row 0 is the derivative at the start of a step, the last row the derivative at its end; a tableau
-says what is between them. Dense output is a polynomial over these rows.
+gives the rows between them. Dense output is a polynomial over these rows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.continuous_extension import Interpolant
 
@@ -32,33 +33,33 @@ class RKInterpolant:
     Extra stages are evaluated the first time a value is asked for.
     """
 
-    __slots__ = ("complete", "dense", "field", "h", "k", "kept", "t", "u")
+    __slots__ = ("complete", "dense", "field", "h", "k", "outlives_step", "t", "u")
 
     def __init__(
-        self, field: VectorField, t: Any, h: Any, u: Tensor, k: Tensor, dense: Interpolant
+        self, field: VectorField, t: Number, h: Number, u: Tensor, k: Tensor, dense: Interpolant
     ):
         self.field, self.t, self.h, self.u, self.k, self.dense = field, t, h, u, k, dense
         self.complete = not dense.c_extra
-        self.kept = False
+        self.outlives_step = False
 
     def keep(self) -> RKInterpolant:
-        (u, k), kept = self.parts()
-        return kept(u, k.clone())
+        (u, k), rebuild = self.flatten()
+        return rebuild(u, k.clone())
 
-    def parts(self) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], RKInterpolant]]:
+    def flatten(self) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor, Tensor], RKInterpolant]]:
         field, t, h, dense, complete = self.field, self.t, self.h, self.dense, self.complete
 
-        def kept(u: Tensor, k: Tensor) -> RKInterpolant:
+        def rebuild(u: Tensor, k: Tensor) -> RKInterpolant:
             made = RKInterpolant(field, t, h, u, k, dense)
-            made.complete, made.kept = complete, True
+            made.complete, made.outlives_step = complete, True
             return made
 
-        return (self.u, self.k), kept
+        return (self.u, self.k), rebuild
 
     def __call__(self, theta: Tensor, derivative: int = 0) -> Tensor:
         if not self.complete:
             self._add_stages()
-        # in double precision, and only the weights are rounded to that of the state
+        # in double precision: only the weights are rounded to the state's
         up, down, coefficients = _basis(self.field, self.dense, derivative, theta.device)
         theta = theta.to(torch.float64)[:, None]
         weights = ((theta**up * (1 - theta) ** down) @ coefficients).to(self.k)
@@ -71,7 +72,7 @@ class RKInterpolant:
 
     def _add_stages(self) -> None:
         k = list(self.k.unbind(0))
-        if self.kept:  # f may have been trained since
+        if self.outlives_step:  # f may have been trained since
             (start,) = self.field.times(self.t, self.h, _START)
             if not float(self.field.rounding_error(self.field(start, self.u), k[0])) <= 1:
                 raise RuntimeError(
@@ -87,7 +88,7 @@ class RKInterpolant:
         self.complete = True
 
 
-def as_scale(field: VectorField, h: Any) -> Any:
+def as_scale(field: VectorField, h: Number) -> Any:
     """``h`` as a factor of states; a tensor must not raise their precision."""
     return h.to(field.dtype) if isinstance(h, Tensor) else h
 

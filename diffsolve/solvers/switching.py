@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step
 from diffsolve.solvers.controllers import Controller
@@ -99,10 +100,10 @@ class AutoSwitch(Algorithm):
     is_implicit = True
 
     def __init__(self, nonstiff: Algorithm, stiff: Algorithm):
-        for part in (nonstiff, stiff):
-            if not isinstance(part, Algorithm):
-                hint = f"; write {part.__name__}()" if isinstance(part, type) else ""
-                raise TypeError(f"AutoSwitch needs two methods, got {part!r}{hint}")
+        for method in (nonstiff, stiff):
+            if not isinstance(method, Algorithm):
+                hint = f"; write {method.__name__}()" if isinstance(method, type) else ""
+                raise TypeError(f"AutoSwitch needs two methods, got {method!r}{hint}")
         size = nonstiff.tableau.stability_interval if isinstance(nonstiff, ExplicitRK) else None
         if size is None:
             raise ValueError(
@@ -130,11 +131,11 @@ class AutoSwitch(Algorithm):
         return type(self), self.nonstiff.key, self.stiff.key
 
     def init(
-        self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
+        self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         return self.nonstiff.init(field, t, u, du)
 
-    def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: VectorField, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         """A step of the nonstiff method: the loop, which sees the steps before, chooses."""
         return self.nonstiff.step(field, t, h, state)
 

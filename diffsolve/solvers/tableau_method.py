@@ -6,12 +6,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step
 from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
 
 
-class OfTableau(Algorithm):
+class TableauAlgorithm(Algorithm):
     """Base of the families' classes that are given by a tableau.
 
     Raises
@@ -39,7 +40,7 @@ class OfTableau(Algorithm):
         return f"{kind.__name__}({self.tableau.name if takes_any_tableau else ''})"
 
 
-class TableauMethod(OfTableau):
+class TableauMethod(TableauAlgorithm):
     """Base of the Runge-Kutta-like families, whose state is ``(u, du)``."""
 
     def __init__(self, tableau: Any):
@@ -51,17 +52,17 @@ class TableauMethod(OfTableau):
     def key(self) -> Any:
         return type(self), self.tableau
 
-    def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
+    def init(self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None) -> RKState:
         return RKState(u, field(field.time(t), u) if du is None else du)
 
-    def interpolation_error(self, field: VectorField, h: Any, step: Step) -> Tensor | None:
+    def interpolation_error(self, field: VectorField, h: Number, step: Step) -> Tensor | None:
         weights, dense = self.tableau.stages.b_dense, step.interpolant
         if weights is None or not isinstance(dense, RKInterpolant):
             return None
         return (constant(field, weights) * as_scale(field, h)) @ dense.k
 
 
-class Named(OfTableau):
+class NamedMethod(TableauAlgorithm):
     """Mixed into a family's class: the method of one tableau, ``coefficients``."""
 
     coefficients: ClassVar[Any]

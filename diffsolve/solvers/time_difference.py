@@ -45,7 +45,7 @@ class Stencil:
         self.far = -a / (b * (b - a)) if room else 0.0
 
     def slope(self, start: Any, middle: Any, end: Any) -> Any:
-        """The derivative of something from what it is at the three times."""
+        """The derivative of a quantity from its values at the three times."""
         return self.near * (middle - start) + self.far * (end - start)
 
 
@@ -57,7 +57,7 @@ def time_difference(field: Any, t: float, h: float, u: Tensor, y: Tensor) -> Ten
 
 
 def time_difference_on_tape(field: VectorField, t: float, h: float, u: Tensor) -> Tensor:
-    """The same, on the tape where ``u`` or the parameters of ``field`` are."""
+    """``df/dt`` by the same formula, on the tape where ``u`` or a parameter of ``field`` is."""
     return _TimeDifference.apply(field, Stencil(field, t, h), u, *field.params)  # type: ignore
 
 
@@ -92,5 +92,10 @@ class _TimeDifference(torch.autograd.Function):
                     for x, g in zip(inputs, grads, strict=True)
                 ]
             )
-        found = iter([ctx.stencil.slope(*three) for three in zip(*pulled, strict=True)])
-        return None, None, next(found), *(next(found) if p.requires_grad else None for p in params)
+        gradients = iter([ctx.stencil.slope(*three) for three in zip(*pulled, strict=True)])
+        return (
+            None,
+            None,
+            next(gradients),
+            *(next(gradients) if p.requires_grad else None for p in params),
+        )

@@ -224,7 +224,9 @@ class _Loop:
             self._consider_switching(step, before, size, estimates.stiffness)
         return None
 
-    def _decide(self, step: Step, size: Any, lands: bool, estimates: Estimates) -> tuple[bool, Any]:
+    def _decide(
+        self, step: Step, size: Number, lands: bool, estimates: Estimates
+    ) -> tuple[bool, Number]:
         """Whether to accept a step, and the factor of the next step's size."""
         settings, error, h = self.settings, estimates.error, self.h
         if self.on_tape:
@@ -249,7 +251,7 @@ class _Loop:
                 return False, self.stable.limit / size
         return accept, factor
 
-    def _error_within(self, step: Step, h: Any, lands: bool, error: Any) -> Any:
+    def _error_within(self, step: Step, h: Number, lands: bool, error: Number) -> Number:
         """The error of a step, or that of the values saved inside of it where it is larger."""
         end = self.stops[self.stop] if lands else self.t + h
         if not self.saved.next_is_before(as_float(end)):
@@ -278,7 +280,7 @@ class _Loop:
             return False
         return self.saved.only_end_is_left(self.stops[-1])
 
-    def _give_up(self, size: Any) -> None:
+    def _give_up(self, size: Number) -> None:
         """Reject a step whose equations were not solved: it has no error estimate."""
         self.result.nreject += 1
         self.rejections += 1
@@ -301,7 +303,9 @@ class _Loop:
         self._activate()
         self.size = self.size / FACTOR
 
-    def _consider_switching(self, step: Step, before: Tensor, size: Any, stiffness: Number) -> None:
+    def _consider_switching(
+        self, step: Step, before: Tensor, size: Number, stiffness: Number
+    ) -> None:
         assert self.switch is not None
         relative = relative_stiffness(step, before, self.settings.tolerance, stiffness)
         if self.stable is not None:

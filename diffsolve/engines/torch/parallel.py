@@ -79,7 +79,7 @@ class ParallelSweep:
             self.size <= _LARGEST_BLOCK
             and (2 * self.size + 2) * context.field.work <= _WORK_WORTH_A_CALL
             and not field.dtype.is_complex
-            and not context.field.in_turn
+            and not context.field.reverse_in_turn
             and not field.breaks  # one-sided times are decided step by step, on the host
             and self.alg.is_one_step
         )

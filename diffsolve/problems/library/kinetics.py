@@ -162,27 +162,27 @@ def hires(
     section IV.10. Springer.
     Mazzia, F. and Magherini, C. (2008). Test Set for Initial Value Problem Solvers, release 2.4.
     """
+    return ODEProblem(_phytochrome, tensor(u0, dtype, device), tspan, tensor(p, dtype, device))
 
-    def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
-        y1, y2, y3, y4, y5, y6, y7, y8 = u.unbind(-1)
-        k1, k2, k3, k4, k5, k6, binding, release, loss, supply = p.unbind(-1)
-        meet = binding * y6 * y8
-        bound = meet - (k2 + release + loss) * y7
-        return torch.stack(
-            (
-                k2 * y2 + k6 * y3 + supply - k1 * y1,
-                k1 * y1 - (k2 + k3) * y2,
-                k2 * y4 + k5 * y5 - (k6 + k1) * y3,
-                k3 * y2 + k1 * y3 - (k4 + k2) * y4,
-                k2 * (y6 + y7) - (k5 + k1) * y5,
-                k4 * y4 + k1 * y5 + release * y7 - k2 * y6 - meet,
-                bound,
-                -bound,
-            ),
-            -1,
-        )
 
-    return ODEProblem(f, tensor(u0, dtype, device), tspan, tensor(p, dtype, device))
+def _phytochrome(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    y1, y2, y3, y4, y5, y6, y7, y8 = u.unbind(-1)
+    k1, k2, k3, k4, k5, k6, binding, release, loss, supply = p.unbind(-1)
+    meet = binding * y6 * y8
+    bound = meet - (k2 + release + loss) * y7
+    return torch.stack(
+        (
+            k2 * y2 + k6 * y3 + supply - k1 * y1,
+            k1 * y1 - (k2 + k3) * y2,
+            k2 * y4 + k5 * y5 - (k6 + k1) * y3,
+            k3 * y2 + k1 * y3 - (k4 + k2) * y4,
+            k2 * (y6 + y7) - (k5 + k1) * y5,
+            k4 * y4 + k1 * y5 + release * y7 - k2 * y6 - meet,
+            bound,
+            -bound,
+        ),
+        -1,
+    )
 
 
 @library_problem("Enright, Hull and Lindberg (1975), BIT 15, 10-48, problem E5", stiff=True)

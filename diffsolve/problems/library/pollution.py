@@ -75,41 +75,41 @@ def pollu(
     Sci. Comput. 15, 1243-1259.
     Mazzia, F. and Magherini, C. (2008). Test Set for Initial Value Problem Solvers, release 2.4.
     """
+    return ODEProblem(_pollution, tensor(u0, dtype, device), tspan, tensor(p, dtype, device))
 
-    def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
-        no2, no, o3p, o3, ho2, oh, hcho, _, ald, meo2, c2o3, _, pan, ch3o, *rest = u.unbind(-1)
-        _, o1d, so2, _, no3, n2o5 = rest
-        k = p.unbind(-1)
-        r1, r2, r3, r4, r5 = k[0] * no2, k[1] * no * o3, k[2] * ho2 * no, k[3] * hcho, k[4] * hcho
-        r6, r7, r8, r9 = k[5] * hcho * oh, k[6] * ald, k[7] * ald * oh, k[8] * c2o3 * no
-        r10, r11, r12, r13 = k[9] * c2o3 * no2, k[10] * pan, k[11] * meo2 * no, k[12] * ch3o
-        r14, r15, r16, r17 = k[13] * no2 * oh, k[14] * o3p, k[15] * o3, k[16] * o3
-        r18, r19, r20, r21 = k[17] * o1d, k[18] * o1d, k[19] * so2 * oh, k[20] * no3
-        r22, r23, r24, r25 = k[21] * no3, k[22] * no2 * o3, k[23] * no3 * no2, k[24] * n2o5
-        return torch.stack(
-            (
-                r2 + r3 + r9 + r11 + r12 + r22 + r25 - r1 - r10 - r14 - r23 - r24,
-                r1 + r21 - r2 - r3 - r9 - r12,
-                r1 + r17 + r19 + r22 - r15,
-                r15 - r2 - r16 - r17 - r23,
-                2 * r4 + r6 + r7 + r13 + r20 - r3,
-                r3 + 2 * r18 - r6 - r8 - r14 - r20,
-                r13 - r4 - r5 - r6,
-                r4 + r5 + r6 + r7,
-                -r7 - r8,
-                r7 + r9 - r12,
-                r8 + r11 - r9 - r10,
-                r9,
-                r10 - r11,
-                r12 - r13,
-                r14,
-                r16 - r18 - r19,
-                -r20,
-                r20,
-                r23 + r25 - r21 - r22 - r24,
-                r24 - r25,
-            ),
-            -1,
-        )
 
-    return ODEProblem(f, tensor(u0, dtype, device), tspan, tensor(p, dtype, device))
+def _pollution(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
+    no2, no, o3p, o3, ho2, oh, hcho, _, ald, meo2, c2o3, _, pan, ch3o, *rest = u.unbind(-1)
+    _, o1d, so2, _, no3, n2o5 = rest
+    k = p.unbind(-1)
+    r1, r2, r3, r4, r5 = k[0] * no2, k[1] * no * o3, k[2] * ho2 * no, k[3] * hcho, k[4] * hcho
+    r6, r7, r8, r9 = k[5] * hcho * oh, k[6] * ald, k[7] * ald * oh, k[8] * c2o3 * no
+    r10, r11, r12, r13 = k[9] * c2o3 * no2, k[10] * pan, k[11] * meo2 * no, k[12] * ch3o
+    r14, r15, r16, r17 = k[13] * no2 * oh, k[14] * o3p, k[15] * o3, k[16] * o3
+    r18, r19, r20, r21 = k[17] * o1d, k[18] * o1d, k[19] * so2 * oh, k[20] * no3
+    r22, r23, r24, r25 = k[21] * no3, k[22] * no2 * o3, k[23] * no3 * no2, k[24] * n2o5
+    return torch.stack(
+        (
+            r2 + r3 + r9 + r11 + r12 + r22 + r25 - r1 - r10 - r14 - r23 - r24,
+            r1 + r21 - r2 - r3 - r9 - r12,
+            r1 + r17 + r19 + r22 - r15,
+            r15 - r2 - r16 - r17 - r23,
+            2 * r4 + r6 + r7 + r13 + r20 - r3,
+            r3 + 2 * r18 - r6 - r8 - r14 - r20,
+            r13 - r4 - r5 - r6,
+            r4 + r5 + r6 + r7,
+            -r7 - r8,
+            r7 + r9 - r12,
+            r8 + r11 - r9 - r10,
+            r9,
+            r10 - r11,
+            r12 - r13,
+            r14,
+            r16 - r18 - r19,
+            -r20,
+            r20,
+            r23 + r25 - r21 - r22 - r24,
+            r24 - r25,
+        ),
+        -1,
+    )

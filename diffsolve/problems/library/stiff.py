@@ -7,6 +7,7 @@ last one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -117,13 +118,20 @@ def brusselator_1d(
     Hairer, E. and Wanner, G. (1996). Solving Ordinary Differential Equations II, 2nd ed.,
     section IV.10. Springer.
     """
-    if u0 is None:
-        wave = [1 + math.sin(2 * math.pi * i / (n + 1)) for i in range(1, n + 1)]
-        u0 = (*wave, *([3.0] * n))
+    u0 = _wave(n) if u0 is None else u0
     if p is None:
         rows = [torch.as_tensor(x, dtype=dtype, device=device) for x in (a, b, alpha)]
         p = torch.stack(torch.broadcast_tensors(*(row.reshape(-1) for row in rows)))
-    walls = torch.tensor([[1.0], [3.0]], dtype=dtype, device=device)
+    f = _reaction_and_diffusion(n, torch.tensor([[1.0], [3.0]], dtype=dtype, device=device))
+    return ODEProblem(f, tensor(u0, dtype, device), tspan, tensor(p, dtype, device))
+
+
+def _wave(n: int) -> Values:
+    wave = [1 + math.sin(2 * math.pi * i / (n + 1)) for i in range(1, n + 1)]
+    return (*wave, *([3.0] * n))
+
+
+def _reaction_and_diffusion(n: int, walls: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     per_square = (n + 1) ** 2
 
     def f(t: Tensor, u: Tensor, p: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ def brusselator_1d(
         reaction = torch.stack((a + made - (b + 1) * x, b * x - made), -2)
         return (reaction + alpha.unsqueeze(-2) * curvature).flatten(-2)
 
-    return ODEProblem(f, tensor(u0, dtype, device), tspan, tensor(p, dtype, device))
+    return f
 
 
 def _modes(t: NDArray[np.float64], problem: ODEProblem) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.controllers import Controller, IController
@@ -15,7 +16,7 @@ from diffsolve.solvers.explicit_rk.stability import stable_sizes
 from diffsolve.solvers.explicit_rk.step import take_step
 from diffsolve.solvers.explicit_rk.tableau import Tableau
 from diffsolve.solvers.stage_rows import RKState
-from diffsolve.solvers.tableau_method import Named, TableauMethod
+from diffsolve.solvers.tableau_method import NamedMethod, TableauMethod
 
 
 class ExplicitRK(TableauMethod):
@@ -55,15 +56,15 @@ class ExplicitRK(TableauMethod):
     def step(
         self,
         field: VectorField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         state: tuple[Tensor, ...],
         open_end: bool = False,
     ) -> Step:
         return take_step(field, self.tableau.stages, t, h, RKState(*state), open_end)
 
 
-class _Named(Named, ExplicitRK):
+class _Named(NamedMethod, ExplicitRK):
     """An explicit method that is its class's tableau."""
 
 

@@ -10,9 +10,9 @@ from diffsolve.solvers.explicit_rk.tableau import Stages
 from diffsolve.solvers.order_conditions import Array
 from diffsolve.solvers.stable_steps import DIRECTIONS, GROWTHS
 
-#: What is left of a mode after a step whose error is not known: it vanishes soon.
+#: A step that shrinks a mode to this part is stable enough, whatever the true decay is.
 _LEFT = 0.9
-#: Part of the true decay that a step has to show: of a mode that only decays, and of others more.
+#: Part of the true decay that a step must reproduce of a mode that only decays; of others, more.
 _DECAY = 0.5
 #: Steps are shorter than those at the edge, since eigenvalues are found too small by some percent.
 #: The edge of the region of stability is steepest along the imaginary axis.
@@ -27,12 +27,12 @@ def stability_polynomial(stages: Stages) -> Array:
     ----------
     Hairer, Wanner, Solving ODEs II (1996), section IV.2: ``R(z) = 1 + sum_k z^k b^T A^(k-1) 1``.
     """
-    v, found = np.ones(stages.n), [1.0]
+    v, coefficients = np.ones(stages.n), [1.0]
     for _ in range(stages.n):
-        found.append(float(stages.a[-1] @ v))
+        coefficients.append(float(stages.a[-1] @ v))
         v = stages.a @ v
-    largest = max(i for i, x in enumerate(found) if abs(x) > 1e-14)
-    return np.array(found[: largest + 1])
+    largest = max(i for i, x in enumerate(coefficients) if abs(x) > 1e-14)
+    return np.array(coefficients[: largest + 1])
 
 
 @lru_cache(maxsize=100)
@@ -54,17 +54,17 @@ def stable_sizes(stages: Stages) -> Array:
     cosines = np.linspace(0.0, 1.0, DIRECTIONS)
     decay = 1 - (1 - _DECAY) * cosines[:, None]
     directions = (-cosines + 1j * np.sqrt(1 - cosines**2))[:, None]
-    found = np.full((len(GROWTHS), DIRECTIONS), np.nan)
+    sizes = np.full((len(GROWTHS), DIRECTIONS), np.nan)
     radii, most = _SHORT, 2.0 * stages.n**2  # no polynomial of that degree reaches so far
-    while np.isnan(found).any() and radii[0] < most:
+    while np.isnan(sizes).any() and radii[0] < most:
         z = directions * radii
         logarithm = np.log(np.abs(np.polyval(coefficients, z)) + 1e-300)
         for j, growth in enumerate(GROWTHS):
             allowed = np.maximum(np.log(_LEFT), decay * z.real + growth * radii)
             beyond = logarithm > allowed + 1e-14
             edge = radii[np.maximum(beyond.argmax(1) - 1, 0)]
-            new = beyond.any(1) & np.isnan(found[j])
-            found[j, new] = edge[new]
+            new = beyond.any(1) & np.isnan(sizes[j])
+            sizes[j, new] = edge[new]
         radii = radii[-1] + _SPACING * np.arange(400)
-    found = np.where(np.isnan(found), most, found)
-    return found / (_SAFETY_IMAGINARY + cosines * (_SAFETY_REAL - _SAFETY_IMAGINARY))
+    sizes = np.where(np.isnan(sizes), most, sizes)
+    return sizes / (_SAFETY_IMAGINARY + cosines * (_SAFETY_REAL - _SAFETY_IMAGINARY))

@@ -1,7 +1,7 @@
 """One step of an explicit Runge-Kutta method over torch tensors.
 
-The same formulas stand twice: written into reused buffers, for speed, where nothing is recorded;
-and as pure operations, where autograd or a ``torch.func`` transform looks on.
+The formulas are written twice: with reused buffers, for speed, where nothing is recorded; and as
+pure operations, for autograd and the transforms of ``torch.func``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.explicit_rk.tableau import Stages
@@ -24,7 +25,7 @@ def take_step(
 ) -> Step:
     """Attempt a step; on the tape when autograd records.
 
-    ``open_end``: without the derivative at the new point, which costs an evaluation; off the tape.
+    ``open_end``: leave out the derivative at the new point, and its evaluation; off the tape only.
     """
     if torch.is_grad_enabled():
         return _recorded_step(field, stages, t, h, state)
@@ -34,7 +35,9 @@ def take_step(
     return buffers.step(field, t, h, state, open_end)
 
 
-def _recorded_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RKState) -> Step:
+def _recorded_step(
+    field: VectorField, stages: Stages, t: Number, h: Number, state: RKState
+) -> Step:
     u, du = state
     scale = as_scale(field, h)
     a = constant(field, stages.a) * scale
@@ -119,7 +122,7 @@ class _StageBuffers:
                 write(times[i - 1], g, f_rows[i])
         last = rows[-1]
         if open_end:
-            last.zero_()  # weights of zero are to make nothing of it
+            last.zero_()  # its weights are zero, and zero times NaN would be NaN
         error = error_low = None
         if self.error_weights is not None:
             error = torch.mv(self.k_columns, self.error_weights)

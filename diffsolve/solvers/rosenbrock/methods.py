@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, pi_controller
 from diffsolve.solvers.controllers import Controller
@@ -14,7 +13,7 @@ from diffsolve.solvers.rosenbrock.native import FAMILY
 from diffsolve.solvers.rosenbrock.step import take_step
 from diffsolve.solvers.rosenbrock.tableau import RosenbrockTableau
 from diffsolve.solvers.stage_rows import RKState
-from diffsolve.solvers.tableau_method import Named, TableauMethod
+from diffsolve.solvers.tableau_method import NamedMethod, TableauMethod
 
 
 class Rosenbrock(TableauMethod):
@@ -45,14 +44,14 @@ class Rosenbrock(TableauMethod):
     family = FAMILY
     tableau_type = RosenbrockTableau
 
-    def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: VectorField, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         return take_step(field, self.tableau.stages, t, h, RKState(*state))
 
     def default_controller(self) -> Controller:
         return pi_controller(self.tableau.estimate_order)
 
 
-class _Named(Named, Rosenbrock):
+class _Named(NamedMethod, Rosenbrock):
     """A method that is its class's tableau."""
 
 

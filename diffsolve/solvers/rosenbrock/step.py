@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffsolve.problems.structure import as_float, detached
+from diffsolve.problems.structure import Number, as_float, detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, Trouble
 from diffsolve.solvers.implicit_differentiation import linear_on_tape
@@ -87,7 +87,7 @@ def _plain_step(
 
 
 def _recorded_step(
-    field: VectorField, stages: RosenbrockStages, t: Any, h: Any, state: RKState
+    field: VectorField, stages: RosenbrockStages, t: Number, h: Number, state: RKState
 ) -> Step:
     u, du = state
     jacobian = linearise(field, t, h, u, slope=True, exact=True)

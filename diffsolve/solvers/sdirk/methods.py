@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, pi_controller
 from diffsolve.solvers.controllers import Controller
@@ -14,7 +13,7 @@ from diffsolve.solvers.sdirk.native import FAMILY
 from diffsolve.solvers.sdirk.step import take_step
 from diffsolve.solvers.sdirk.tableau import SDIRKTableau
 from diffsolve.solvers.stage_rows import RKState
-from diffsolve.solvers.tableau_method import Named, TableauMethod
+from diffsolve.solvers.tableau_method import NamedMethod, TableauMethod
 
 
 class SDIRK(TableauMethod):
@@ -49,8 +48,8 @@ class SDIRK(TableauMethod):
     def step(
         self,
         field: VectorField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         state: tuple[Tensor, ...],
         solved: tuple[Tensor, ...] = (),
     ) -> Step:
@@ -61,7 +60,7 @@ class SDIRK(TableauMethod):
         return pi_controller(self.tableau.estimate_order, 1.2)
 
 
-class _Named(Named, SDIRK):
+class _Named(NamedMethod, SDIRK):
     """A method that is its class's tableau."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.problems.structure import as_float
+from diffsolve.problems.structure import Number, as_float
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, Trouble
 from diffsolve.solvers.implicit_differentiation import linear_on_tape, stage_on_tape
@@ -58,18 +58,18 @@ def _solved_step(
 ) -> Step:
     newton = newton_of(field, stages.gamma, stages)
     u = state.u
-    ready, found = newton.begin(t, h, u, stages.smoothed), None
+    ready, solution = newton.begin(t, h, u, stages.smoothed), None
     if ready:
         fresh = newton.is_here(t, u)
-        found = _solve_stages(field, stages, newton, t, h, state, fresh)
-        if found is None and not fresh:  # the Jacobian may be to blame
+        solution = _solve_stages(field, stages, newton, t, h, state, fresh)
+        if solution is None and not fresh:  # the Jacobian may be to blame
             ready = newton.renew(t, h, u)
-            found = _solve_stages(field, stages, newton, t, h, state, True) if ready else None
-    if found is not None and stages.smoothed and not newton.is_here(t, u):
-        found = found if newton.renew(t, h, u) else None  # the matrix was one of a stage
-    if found is None:
+            solution = _solve_stages(field, stages, newton, t, h, state, True) if ready else None
+    if solution is not None and stages.smoothed and not newton.is_here(t, u):
+        solution = solution if newton.renew(t, h, u) else None  # the matrix was one of a stage
+    if solution is None:
         return failed(field, state, newton.trouble)
-    rows, new = found
+    rows, new = solution
     newton.end()
     error = None
     if stages.b_error is not None:
@@ -98,7 +98,7 @@ def _solve_stages(
 ) -> tuple[Tensor, Tensor] | None:
     """Rows ``(n, N)`` and the new state; None where Newton's iteration failed.
 
-    ``fresh``: its matrix is that of the step, so that a step which cannot be smaller insists.
+    ``fresh``: whether the matrix is that of this step's start. Only then may the iteration insist.
     """
     u, du = state
     rows = torch.empty(stages.n, len(u), dtype=u.dtype, device=u.device)
@@ -113,21 +113,21 @@ def _solve_stages(
             guess = torch.mv(before, predictor[i, :i])
             at = t + min(float(stages.c[i]), 1.0) * h if insists else None
             f = _right_hand_side(field, stages, t, h, i, times[i])
-            found = newton.solve(f, g, h, guess, at)
-            if found is None:
+            solution = newton.solve(f, g, h, guess, at)
+            if solution is None:
                 return None
-            rows[i], g = found
+            rows[i], g = solution
         else:
             rows[i] = field(times[i], g)
     return rows, g
 
 
 def _right_hand_side(
-    field: VectorField, stages: SDIRKStages, t: Any, h: Any, i: int, time: Tensor
+    field: VectorField, stages: SDIRKStages, t: Number, h: Number, i: int, time: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """``f`` at the time of row ``i``; extrapolated in time where that is out of bounds."""
     weights, c = stages.inside[i], float(stages.c[i])
-    if c <= 1 or not field.leaves(as_float(t), as_float(h), c):
+    if c <= 1 or not field.crosses_break(as_float(t), as_float(h), c):
         return functools.partial(field, time)
     times = field.times(t, h, INSIDE)
 
@@ -141,8 +141,8 @@ def _right_hand_side(
 def _recorded_step(
     field: VectorField,
     stages: SDIRKStages,
-    t: Any,
-    h: Any,
+    t: Number,
+    h: Number,
     state: RKState,
     solved: tuple[Tensor, ...],
 ) -> Step:

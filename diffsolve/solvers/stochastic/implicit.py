@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
-from diffsolve.problems.structure import as_float
+from diffsolve.problems.structure import Number, as_float
 from diffsolve.solvers.algorithm import Step, Trouble
 from diffsolve.solvers.implicit_differentiation import linear_on_tape, stage_on_tape
 from diffsolve.solvers.implicit_estimates import radius_off_tape
@@ -22,16 +22,16 @@ from diffsolve.solvers.jacobian import Push, linearise, push_forward
 from diffsolve.solvers.newton import Newton, newton_of
 from diffsolve.solvers.spectral_radius import spectral_radius
 from diffsolve.solvers.stage_rows import as_scale
-from diffsolve.solvers.stochastic.low_order import left_out
+from diffsolve.solvers.stochastic.low_order import neglected_noise
 from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
-    by_time,
     register,
+    time_change_of_noise,
 )
 from diffsolve.solvers.stochastic.milstein import (
-    OfOneIntegral,
+    InterpretationMethod,
     ito_correction,
     stratonovich_correction,
 )
@@ -45,15 +45,15 @@ class DriftImplicit(StochasticMethod):
 
     The noise and its correction ``C`` are explicit. The error estimate adds the magnitudes of
     ``h/2 (f(t + h, u_new) - f(t, u))``, the difference of the drift from the trapezoidal rule, and
-    of what the noise of Euler-Maruyama's step leaves out. Both are seen as the step sees what is
-    added to it, through ``(I - h J)^{-1}`` with the Jacobian ``J`` of the drift at ``(t, u)``:
-    noise that stiff components damp within a step does not make it short.
+    of what the noise of Euler-Maruyama's step leaves out. Both are multiplied by ``(I - h J)^{-1}``
+    with the Jacobian ``J`` of the drift at ``(t, u)``, as the step does with all that is added to
+    it: noise that stiff components damp within a step does not make it short.
     """
 
     estimate_order = 0.5
     adaptive = True
     is_implicit = True
-    is_one_step = False  # steps with equations to solve are not run at once
+    is_one_step = False  # no batches of steps: each solves equations
 
     def step(
         self,
@@ -85,14 +85,14 @@ class DriftImplicit(StochasticMethod):
             return _failed(field, t, h, u, G, newton.trouble)
         jacobian, lu = newton.jacobian, newton.lu  # those of the estimates
         assert lu is not None
-        found = newton.solve(functools.partial(newton.field, then), base, h, f)
-        if found is None:
-            found = _solved_afresh(newton, t, h, then, base)
-        if found is None and not field.retries:
-            found = newton.solve(functools.partial(newton.field, then), base, h, f, at=t + h)
-        if found is None:
+        solution = newton.solve(functools.partial(newton.field, then), base, h, f)
+        if solution is None:
+            solution = _solved_afresh(newton, t, h, then, base)
+        if solution is None and not field.retries:
+            solution = newton.solve(functools.partial(newton.field, then), base, h, f, at=t + h)
+        if solution is None:
             return _failed(field, t, h, u, G, newton.trouble)
-        k, new = found
+        k, new = solution
         newton.end()
         error = lu.solve((k - f) * (0.5 * h)).abs()
         for part in parts:
@@ -105,7 +105,9 @@ class DriftImplicit(StochasticMethod):
             solved=(k,),
         )
 
-    def _recorded_step(self, field: SDEField, t: Any, h: Any, u: Tensor, known: Tensor) -> Step:
+    def _recorded_step(
+        self, field: SDEField, t: Number, h: Number, u: Tensor, known: Tensor
+    ) -> Step:
         now, then = field.both_ends(t, h)
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
@@ -132,14 +134,14 @@ class DriftImplicit(StochasticMethod):
         )
 
     def is_signed(self, field: SDEField) -> bool:
-        """Whether what ``noise`` says to be left out is no magnitude."""
+        """Whether the neglected parts that ``noise`` returns have signs, and are no magnitudes."""
         return field.is_diagonal or field.m == 1 or field.noise == "additive"
 
     @abstractmethod
     def noise(
         self,
         field: SDEField,
-        h: Any,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         G: Tensor,
@@ -180,16 +182,16 @@ class ImplicitEM(DriftImplicit):
     def noise(
         self,
         field: SDEField,
-        h: Any,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         G: Tensor,
         W: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return field.add_noise(u, G, W), (left_out(field, times[1], h, u, G, W),)
+        return field.add_noise(u, G, W), (neglected_noise(field, times[1], h, u, G, W),)
 
 
-class ImplicitRKMil(OfOneIntegral, DriftImplicit):
+class ImplicitRKMil(InterpretationMethod, DriftImplicit):
     """The Milstein method with the implicit Euler method for the drift, for diagonal noise.
 
     ``u_new = u + h f(t + h, u_new) + g(t, u) W + C`` with the correction ``C`` of ``RKMil``, for
@@ -221,7 +223,7 @@ class ImplicitRKMil(OfOneIntegral, DriftImplicit):
     def noise(
         self,
         field: SDEField,
-        h: Any,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         G: Tensor,
@@ -230,7 +232,7 @@ class ImplicitRKMil(OfOneIntegral, DriftImplicit):
         now, then = times
         if self.integral == "ito":
             correction = ito_correction(field, now, h, u, G, W)
-            parts = correction, by_time(field, then, h, u, G, W)
+            parts = correction, time_change_of_noise(field, then, h, u, G, W)
         else:
             correction = stratonovich_correction(field, then, u, G, W)
             parts = (correction,)
@@ -242,18 +244,18 @@ def _solved_afresh(
 ) -> tuple[Tensor, Tensor] | None:
     """A step's equation once more, with matrices of states that are nearer to its solution.
 
-    Noise may lead far from the start of the step, where the matrix was taken: here it is taken
-    behind the noise, and then at the states to which Newton's iteration leads from there.
+    Noise may lead far from the start of the step, where the matrix was made. Here the first matrix
+    is made at the state after the noise, the next ones at states that the iteration then reaches.
     """
     trouble = newton.trouble
     k, x = torch.zeros_like(base), base
     for _ in range(_MATRICES):
         if not newton.renew(t, h, x):
-            newton.trouble = trouble  # of the step; what there is at x belongs to its size
+            newton.trouble = trouble  # that of the step, not the one at x
             return None
-        found = newton.solve(functools.partial(newton.field, then), base, h, k)
-        if found is not None:
-            return found
+        solution = newton.solve(functools.partial(newton.field, then), base, h, k)
+        if solution is not None:
+            return solution
         assert newton.lu is not None
         k = k + newton.lu.solve(newton.field(then, x) - k)
         x = torch.add(base, k, alpha=h)
@@ -261,7 +263,7 @@ def _solved_afresh(
     return None
 
 
-def _failed(field: SDEField, t: Any, h: Any, u: Tensor, G: Tensor, trouble: Trouble) -> Step:
+def _failed(field: SDEField, t: Number, h: Number, u: Tensor, G: Tensor, trouble: Trouble) -> Step:
     dense = PathInterpolant(field, t, h, u, u, G)
     return Step((u,), None, None, dense, converged=False, trouble=trouble)
 

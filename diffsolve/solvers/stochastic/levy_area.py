@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
-from diffsolve.problems.structure import outside_transforms
+from diffsolve.problems.structure import Number, outside_transforms
 
 #: Pieces of a step at most. Steps that ask for more are shorter than ``time_scale / 49,152``, those
 #: of a solve that fails in the main; the error of their areas is ``h / sqrt(12 * 4096)``.
@@ -18,7 +17,7 @@ MOST_PIECES = 4096
 _ULPS = 64  # of the times: length of the shortest pieces
 
 
-def levy_area(field: SDEField, t: Any, h: Any, time_scale: float) -> Tensor:
+def levy_area(field: SDEField, t: Number, h: Number, time_scale: float) -> Tensor:
     """``(I_(j,k) - I_(k,j)) / 2`` over a step, ``(R, m, m)``, with ``j`` the inner integral.
 
     The step is cut into equal pieces. Of each the path tells ``W`` and ``H``, and
@@ -52,7 +51,7 @@ def levy_area(field: SDEField, t: Any, h: Any, time_scale: float) -> Tensor:
     return area_of_pieces(field, t, h, pieces_of(h, time_scale, most))
 
 
-def pieces_of(h: Any, time_scale: float, most: float = math.inf) -> int:
+def pieces_of(h: Number, time_scale: float, most: float = math.inf) -> int:
     """Number of pieces of a step, which can be cut into so many at most."""
     wanted = time_scale / (12 * abs(float(h)))
     return max(
@@ -66,7 +65,7 @@ def _finest(field: SDEField, t: float, h: float) -> float:
     return max(resolved, _ULPS * math.ulp(max(abs(t), abs(t + h))))
 
 
-def area_of_pieces(field: SDEField, t: Any, h: Any, pieces: int) -> Tensor:
+def area_of_pieces(field: SDEField, t: Number, h: Number, pieces: int) -> Tensor:
     """``levy_area`` with this number of pieces."""
     with outside_transforms():
         W, H = _cut(field, float(t), float(h), pieces)
@@ -86,11 +85,13 @@ def _cut(field: SDEField, t: float, h: float, pieces: int) -> tuple[Tensor, Tens
     path = field.path
     assert path is not None
     whole = path.increment(t, t + h)
-    found = [whole]
+    increments = [whole]
     if pieces > 1:
         ends = [t, *(t + h * (i / pieces) for i in range(1, pieces)), t + h]
         # a read: it changes nothing that later steps draw. Halves first, then quarters, ...: a path
         # that remembers how it was divided finds each piece in a few steps
         path.at([ends[i] for i in _halves_first(pieces)], since=t)
-        found = [path.increment(a, b) for a, b in pairwise(ends)]
-    return torch.stack([x.W for x in found]), torch.stack([x.H for x in found if x.H is not None])
+        increments = [path.increment(a, b) for a, b in pairwise(ends)]
+    return torch.stack([x.W for x in increments]), torch.stack(
+        [x.H for x in increments if x.H is not None]
+    )

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
-    by_time,
-    moved,
+    add_scaled,
     register,
-    root,
     scaled,
+    sqrt_abs,
+    time_change_of_noise,
 )
 from diffsolve.solvers.stochastic.milstein import ito_correction
 
@@ -41,11 +42,11 @@ class EM(StochasticMethod):
     adaptive = False
     estimates_stiffness = False
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         (u,) = state
         now = field.after(t, h)
         G = field.diffusion(now, u)
-        new = field.add_noise(moved(u, field(now, u), h), G, field.increment(t, h).W)
+        new = field.add_noise(add_scaled(u, field(now, u), h), G, field.increment(t, h).W)
         return Step((new,), None, None, PathInterpolant(field, t, h, u, new, G))
 
 
@@ -68,7 +69,7 @@ class EulerHeun(StochasticMethod):
     weak_order = 1.0
     adaptive = False
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         return _heun(field, t, h, state[0], estimate=False)
 
 
@@ -87,7 +88,8 @@ class LambaEM(EM):
     - general noise, where the ``I_(k,j)`` are not known from ``W``:
       ``sqrt(h/2) |g(t + h, u + G W) - G|``, row by row. Its mean square is that of the sum,
       ``h^2/2 sum |g_j' g_k|^2``, also where the symmetric part of it vanishes;
-    - additive noise: none of these is left out, but the change of ``g`` with time is (``by_time``).
+    - additive noise: none of these is left out, but the change of ``g`` with time is
+      (``time_change_of_noise``).
 
     The noise beside the step is evaluated at ``t + h``, so that its change with time is seen there,
     too. The estimate is the sum of both magnitudes, as in Rößler's methods. Strong order 1/2, weak
@@ -111,17 +113,17 @@ class LambaEM(EM):
     adaptive = True
     estimates_stiffness = True
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         (u,) = state
         now, then = field.both_ends(t, h)
         W = field.increment(t, h).W
         f, G = field(now, u), field.diffusion(now, u)
-        K = moved(u, f, h)
+        K = add_scaled(u, f, h)
         new = field.add_noise(K, G, W)
         end = new if field.noise == "additive" else K
         df = field(then, end) - f
         error = _half(df, h).abs()
-        error = error + left_out(field, then, h, u, G, W).abs()
+        error = error + neglected_noise(field, then, h, u, G, W).abs()
         return Step((new,), error, (df, end - u), PathInterpolant(field, t, h, u, new, G))
 
 
@@ -143,15 +145,15 @@ class LambaEulerHeun(EulerHeun):
 
     adaptive = True
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         return _heun(field, t, h, state[0], estimate=True)
 
 
-def _heun(field: SDEField, t: Any, h: Any, u: Tensor, estimate: bool) -> Step:
+def _heun(field: SDEField, t: Number, h: Number, u: Tensor, estimate: bool) -> Step:
     now, then = field.both_ends(t, h)
     W = field.increment(t, h).W
     f, G = field(now, u), field.diffusion(now, u)
-    K = field.add_noise(moved(u, f, h), G, W)
+    K = field.add_noise(add_scaled(u, f, h), G, W)
     df = field(then, K) - f
     dG = field.diffusion(then, K) - G
     of_drift, of_noise = _half(df, h), 0.5 * field.product(dG, W)
@@ -164,25 +166,27 @@ def _heun(field: SDEField, t: Any, h: Any, u: Tensor, estimate: bool) -> Step:
     return Step((new,), error, (df, K - u), PathInterpolant(field, t, h, u, new, G))
 
 
-def left_out(field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor) -> Tensor:
+def neglected_noise(
+    field: SDEField, then: Tensor, h: Number, u: Tensor, G: Tensor, W: Tensor
+) -> Tensor:
     """What noise contributes that an Euler step leaves out: ``(N,)``.
 
     That is the double Ito integrals (of general noise, where the increment does not tell them, the
     root mean square), and the change with time.
     """
     if field.noise == "additive":
-        return by_time(field, then, h, u, G, W)
+        return time_change_of_noise(field, then, h, u, G, W)
     if field.is_diagonal or field.m == 1:
         return ito_correction(field, then, h, u, G, W)
     beside = field.add_noise(u, G, W)
     return _row_norms(field.diffusion(then, beside) - G, h)
 
 
-def _row_norms(dG: Tensor, h: Any) -> Tensor:
-    return scaled(torch.linalg.vector_norm(dG, dim=-1).reshape(-1), 0.5**0.5 * root(h))
+def _row_norms(dG: Tensor, h: Number) -> Tensor:
+    return scaled(torch.linalg.vector_norm(dG, dim=-1).reshape(-1), 0.5**0.5 * sqrt_abs(h))
 
 
-def _half(df: Tensor, h: Any) -> Tensor:
+def _half(df: Tensor, h: Number) -> Tensor:
     return scaled(df, 0.5 * h)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.controllers import Controller, PIController
@@ -33,7 +34,7 @@ class StochasticMethod(Algorithm):
     A step asks its field for the increment of the Brownian path over ``(t, h)``
     (``SDEField.increment``), so it is still a pure function of ``(field, t, h, state)``. Its ``t``
     and ``h`` are floats, or 0-d tensors where many steps run at once under ``torch.vmap``:
-    ``moved``, ``scaled`` and ``root`` take both.
+    ``add_scaled``, ``scaled`` and ``sqrt_abs`` take both.
 
     Attributes
     ----------
@@ -72,7 +73,7 @@ class StochasticMethod(Algorithm):
         return self.strong_order if self.estimate_order is None else self.estimate_order
 
     def init(
-        self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
+        self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         return (u,)
 
@@ -85,22 +86,24 @@ def scaled(x: Tensor, a: Any) -> Tensor:
     return x * (a.to(x.dtype) if isinstance(a, Tensor) else a)
 
 
-def moved(u: Tensor, f: Tensor, h: Any) -> Tensor:
+def add_scaled(u: Tensor, f: Tensor, h: Number) -> Tensor:
     """``u + h f``, for a number or a 0-d tensor ``h``."""
     return u + scaled(f, h) if isinstance(h, Tensor) else torch.add(u, f, alpha=h)
 
 
-def root(h: Any, dtype: torch.dtype = torch.float64) -> Any:
+def sqrt_abs(h: Number, dtype: torch.dtype = torch.float64) -> Any:
     """``sqrt(|h|)``, for a number or a 0-d tensor ``h``, then in this dtype."""
     return h.abs().sqrt().to(dtype) if isinstance(h, Tensor) else math.sqrt(abs(h))
 
 
-def length(h: Any, dtype: torch.dtype) -> Any:
+def magnitude_of(h: Number, dtype: torch.dtype) -> Any:
     """``|h|``, for a number or a 0-d tensor ``h``, then in this dtype."""
     return h.abs().to(dtype) if isinstance(h, Tensor) else abs(h)
 
 
-def by_time(field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tensor) -> Tensor:
+def time_change_of_noise(
+    field: SDEField, then: Tensor, h: Number, u: Tensor, G: Tensor, W: Tensor
+) -> Tensor:
     """What noise that changes with time adds to a step which knows ``G = g(t, u)``: ``(N,)``.
 
     Where ``g`` changes evenly that is ``(g(t + h, u) - G) I_(0,1) / h``. The increment leaves the
@@ -108,7 +111,7 @@ def by_time(field: SDEField, then: Tensor, h: Any, u: Tensor, G: Tensor, W: Tens
     5.7): its root mean square stands for it, with the sign of ``W``. So it is zero only where ``g``
     is the same at both ends.
     """
-    size = torch.sqrt(0.25 * W * W + length(h, W.dtype) / 12)
+    size = torch.sqrt(0.25 * W * W + magnitude_of(h, W.dtype) / 12)
     return field.product(field.diffusion(then, u) - G, torch.copysign(size, W))
 
 
@@ -180,11 +183,11 @@ class PathInterpolant:
 
     __slots__ = ("G", "field", "h", "t", "u", "u_new")
 
-    def __init__(self, field: SDEField, t: Any, h: Any, u: Tensor, u_new: Tensor, G: Tensor):
+    def __init__(self, field: SDEField, t: Number, h: Number, u: Tensor, u_new: Tensor, G: Tensor):
         self.field, self.t, self.h, self.u, self.u_new, self.G = field, t, h, u, u_new, G
 
     def __call__(self, theta: Tensor, derivative: int = 0) -> Tensor:
-        given = self.field.given is not None  # noise at these fractions, for steps run at once
+        given = self.field.given is not None  # a batch of steps brings the noise at these fractions
         times = () if given else (self.t + theta * self.h).tolist()
         return self.at(times, theta, derivative)
 
@@ -203,12 +206,12 @@ class PathInterpolant:
     def keep(self) -> PathInterpolant:
         return self
 
-    def parts(
+    def flatten(
         self,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[..., PathInterpolant]]:
         field, t, h = self.field, self.t, self.h
 
-        def kept(u: Tensor, u_new: Tensor, G: Tensor) -> PathInterpolant:
+        def rebuild(u: Tensor, u_new: Tensor, G: Tensor) -> PathInterpolant:
             return PathInterpolant(field, t, h, u, u_new, G)
 
-        return (self.u, self.u_new, self.G), kept
+        return (self.u, self.u_new, self.G), rebuild

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.stage_rows import RKState
@@ -22,18 +23,18 @@ from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
-    by_time,
-    length,
-    moved,
+    add_scaled,
+    magnitude_of,
     register,
-    root,
     scaled,
+    sqrt_abs,
+    time_change_of_noise,
 )
 
 _INTEGRALS = ("ito", "stratonovich")
 
 
-class OfOneIntegral(StochasticMethod):
+class InterpretationMethod(StochasticMethod):
     """Base of methods that are made for either of the integrals.
 
     Parameters
@@ -60,14 +61,14 @@ class OfOneIntegral(StochasticMethod):
         return f"{self.name}({'' if self.integral == 'ito' else repr(self.integral)})"
 
 
-class Milstein(OfOneIntegral):
+class Milstein(InterpretationMethod):
     """Base of the explicit ones, whose state is ``(u, f(t, u))``.
 
     With the correction ``C`` of the method the step is ``u_new = u + h f + G W + C``, ``f`` and
     ``G`` at ``(t, u)``. The error estimate is that of Euler-Maruyama's step, which is embedded:
     ``h/2 |f(t + h, u_new) - f| + |C|``. The first part costs nothing: the next step begins with
     that derivative. Where ``C`` does not see that ``g`` changes with time, in Ito's sense and for
-    additive noise, ``by_time`` is added, which costs an evaluation of ``g``.
+    additive noise, ``time_change_of_noise`` is added, which costs an evaluation of ``g``.
 
     Parameters
     ----------
@@ -86,15 +87,15 @@ class Milstein(OfOneIntegral):
     adaptive = True
     carries_derivative = True
 
-    def init(self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None) -> RKState:
+    def init(self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None) -> RKState:
         return RKState(u, field(field.time(t), u) if du is None else du)
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         u, du = state
         now, then = field.both_ends(t, h)
         G = field.diffusion(now, u)
         W = field.increment(t, h).W
-        K = moved(u, du, h)
+        K = add_scaled(u, du, h)
         new = field.add_noise(K, G, W)
         correction = None
         if field.noise != "additive":
@@ -106,7 +107,7 @@ class Milstein(OfOneIntegral):
         if correction is not None:
             error = error + correction.abs()
         if correction is None or self.integral == "ito":
-            error = error + by_time(field, then, h, u, G, W).abs()
+            error = error + time_change_of_noise(field, then, h, u, G, W).abs()
         dense = PathInterpolant(field, t, h, u, new, G)
         return Step(RKState(new, du_new), error, (change, new - u), dense)
 
@@ -114,8 +115,8 @@ class Milstein(OfOneIntegral):
     def correction(
         self,
         field: SDEField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         K: Tensor,
@@ -172,8 +173,8 @@ class RKMil(Milstein):
     def correction(
         self,
         field: SDEField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         K: Tensor,
@@ -213,8 +214,8 @@ class RKMilCommute(Milstein):
     def correction(
         self,
         field: SDEField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         K: Tensor,
@@ -265,7 +266,7 @@ class RKMilGeneral(Milstein):
 
     noise_types = ANY_NOISE
     needs_levy_area = True
-    is_one_step = False  # it asks for more of a path than steps that are run at once are given
+    is_one_step = False  # a batch of steps brings no noise between the ends of its steps
 
     def __init__(self, interpretation: str = "ito", time_scale: float | None = None):
         super().__init__(interpretation)
@@ -284,8 +285,8 @@ class RKMilGeneral(Milstein):
     def correction(
         self,
         field: SDEField,
-        t: Any,
-        h: Any,
+        t: Number,
+        h: Number,
         times: tuple[Tensor, Tensor],
         u: Tensor,
         K: Tensor,
@@ -307,15 +308,15 @@ class RKMilGeneral(Milstein):
 
 
 def ito_correction(
-    field: SDEField, at: Tensor, h: Any, base: Tensor, G: Tensor, W: Tensor
+    field: SDEField, at: Tensor, h: Number, base: Tensor, G: Tensor, W: Tensor
 ) -> Tensor:
     """``g' g (W^2 - |h|) / 2`` of diagonal or scalar noise, by a difference: ``(N,)``.
 
     ``base`` is what the state is moved from, ``u`` or ``u + h f``; ``at`` is the time there.
     """
-    beside = moved(base, G.reshape(-1), root(h))
+    beside = add_scaled(base, G.reshape(-1), sqrt_abs(h))
     change = field.diffusion(at, beside) - G
-    size = root(h, W.dtype)
+    size = sqrt_abs(h, W.dtype)
     return field.product(change, 0.5 * (W * W / size - size))
 
 
@@ -327,24 +328,24 @@ def stratonovich_correction(
     return field.product(change, 0.5 * W)
 
 
-def _symmetric_part(W: Tensor, h: Any) -> Tensor:
+def _symmetric_part(W: Tensor, h: Number) -> Tensor:
     """``(I_(j,k) + I_(k,j)) / 2`` of Ito integrals: ``(R, m, m)``."""
     unit = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
-    return 0.5 * (W[..., :, None] * W[..., None, :] - unit * length(h, W.dtype))
+    return 0.5 * (W[..., :, None] * W[..., None, :] - unit * magnitude_of(h, W.dtype))
 
 
 def _double_integrals(
-    field: SDEField, now: Tensor, h: Any, u: Tensor, G: Tensor, integrals: Tensor
+    field: SDEField, now: Tensor, h: Number, u: Tensor, G: Tensor, integrals: Tensor
 ) -> Tensor:
     """``sum of g_k' g_j I_(j,k)`` by differences along each column of ``g``: ``(N,)``.
 
     The mean of the integrals is zero, so that of the error of the differences is, too.
     """
-    side = root(h)
-    weights = integrals / root(h, u.dtype)
+    side = sqrt_abs(h)
+    weights = integrals / sqrt_abs(h, u.dtype)
     total: Any = None
     for j in range(field.m):
-        beside = moved(u, G[:, :, j].reshape(-1), side)
+        beside = add_scaled(u, G[:, :, j].reshape(-1), side)
         term = field.product(field.diffusion(now, beside) - G, weights[:, j])
         total = term if total is None else total + term
     return total

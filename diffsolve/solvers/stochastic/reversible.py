@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
     StochasticMethod,
-    moved,
+    add_scaled,
     register,
     scaled,
 )
@@ -58,17 +59,17 @@ class ReversibleHeun(StochasticMethod):
     is_one_step = False  # v does not follow from u
 
     def init(
-        self, field: VectorField, t: Any, u: Tensor, du: Tensor | None = None
+        self, field: VectorField, t: Number, u: Tensor, du: Tensor | None = None
     ) -> ReversibleState:
         assert isinstance(field, SDEField)
         now = field.time(t)
         return ReversibleState(u, u, field(now, u) if du is None else du, field.diffusion(now, u))
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         u, v, f, G = state
         _, then = field.both_ends(t, h)
         W = field.increment(t, h).W
-        v_new = field.add_noise(moved(2 * u - v, f, h), G, W)
+        v_new = field.add_noise(add_scaled(2 * u - v, f, h), G, W)
         f_new, G_new = field(then, v_new), field.diffusion(then, v_new)
         new = _trapezoidal(field, u, h, f, f_new, G, G_new, W)
         change = f_new - f
@@ -77,7 +78,7 @@ class ReversibleHeun(StochasticMethod):
         return Step(ReversibleState(new, v_new, f_new, G_new), error, (change, v_new - v), dense)
 
     def inverse(
-        self, field: SDEField, t: Any, h: Any, state: tuple[Tensor, ...]
+        self, field: SDEField, t: Number, h: Number, state: tuple[Tensor, ...]
     ) -> ReversibleState:
         """State at the start of a step, from that at its end.
 
@@ -91,7 +92,7 @@ class ReversibleHeun(StochasticMethod):
         u_new, v_new, f_new, G_new = state
         now, _ = field.both_ends(t, h)
         W = field.increment(t, h).W
-        v = field.add_noise(moved(2 * u_new - v_new, f_new, -h), G_new, -W)
+        v = field.add_noise(add_scaled(2 * u_new - v_new, f_new, -h), G_new, -W)
         f, G = field(now, v), field.diffusion(now, v)
         u = _trapezoidal(field, u_new, -h, f, f_new, G, G_new, -W)
         return ReversibleState(u, v, f, G)
@@ -100,14 +101,14 @@ class ReversibleHeun(StochasticMethod):
 def _trapezoidal(
     field: SDEField,
     u: Tensor,
-    h: Any,
+    h: Number,
     f: Tensor,
     f_new: Tensor,
     G: Tensor,
     G_new: Tensor,
     W: Tensor,
 ) -> Tensor:
-    return field.add_noise(moved(u, f + f_new, 0.5 * h), G + G_new, 0.5 * W)
+    return field.add_noise(add_scaled(u, f + f_new, 0.5 * h), G + G_new, 0.5 * W)
 
 
 register(ReversibleHeun())

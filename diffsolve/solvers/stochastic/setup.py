@@ -20,7 +20,7 @@ from diffsolve.solvers.stochastic.noise.base import Noise, draw_seed, from_numpy
 from diffsolve.solvers.stochastic.noise.path import BrownianPath
 from diffsolve.solvers.stochastic.srk import SOSRA, SOSRI
 
-_MOST_EXPECTED = 1e9  # steps that a path is told of
+_MOST_EXPECTED = 1e9  # largest number of steps that a path is told to expect
 
 
 def stochastic_method(alg: Algorithm | None, prob: SDEProblem) -> StochasticMethod:

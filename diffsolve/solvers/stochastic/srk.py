@@ -1,7 +1,7 @@
 """Stochastic Runge-Kutta methods of strong order 1.5: SRA for additive, SRI for diagonal noise.
 
-The formulas of a family stand once. What differs is where its rows go: into buffers, for speed,
-where nothing is recorded; into fresh tensors where autograd or a ``torch.func`` transform looks on.
+The formulas of a family are written once, and its rows go to one of two places: to buffers, for
+speed, where nothing is recorded; to fresh tensors for autograd and ``torch.func``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import Increment, SDEField
+from diffsolve.problems.structure import Number
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.stage_rows import constant
 from diffsolve.solvers.stochastic import tableaus
@@ -22,14 +23,14 @@ from diffsolve.solvers.stochastic.method import (
     PathInterpolant,
     StochasticMethod,
     register,
-    root,
     scaled,
+    sqrt_abs,
 )
 from diffsolve.solvers.stochastic.tableau import Program, SRATableau, SRITableau
-from diffsolve.solvers.tableau_method import Named, OfTableau
+from diffsolve.solvers.tableau_method import NamedMethod, TableauAlgorithm
 
 
-class _SRK(OfTableau, StochasticMethod):
+class _SRK(TableauAlgorithm, StochasticMethod):
     """Base of both families: a tableau and what follows from it."""
 
     strong_order = 1.5
@@ -64,7 +65,7 @@ class SRA(_SRK):
     weak_order = 2.0
     tableau_type = SRATableau
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         return additive_step(field, self.tableau.program, t, h, state[0])
 
 
@@ -101,11 +102,11 @@ class SRI(_SRK):
     weak_order = 1.5
     tableau_type = SRITableau
 
-    def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+    def step(self, field: Any, t: Number, h: Number, state: tuple[Tensor, ...]) -> Step:
         return diagonal_step(field, self.tableau.program, t, h, state[0])
 
 
-class SRA1(Named, SRA):
+class SRA1(NamedMethod, SRA):
     """Rößler's SRA1: two evaluations of ``f`` and of ``g`` a step.
 
     References
@@ -116,7 +117,7 @@ class SRA1(Named, SRA):
     coefficients = tableaus.SRA1
 
 
-class SOSRA(Named, SRA):
+class SOSRA(NamedMethod, SRA):
     """Stability-optimised method for additive noise: three evaluations of ``f`` and ``g`` a step.
 
     References
@@ -127,7 +128,7 @@ class SOSRA(Named, SRA):
     coefficients = tableaus.SOSRA
 
 
-class SRIW1(Named, SRI):
+class SRIW1(NamedMethod, SRI):
     """Rößler's SRIW1: two evaluations of ``f`` and four of ``g`` a step.
 
     References
@@ -138,7 +139,7 @@ class SRIW1(Named, SRI):
     coefficients = tableaus.SRIW1
 
 
-class SOSRI(Named, SRI):
+class SOSRI(NamedMethod, SRI):
     """Stability-optimised method for diagonal noise: four evaluations of ``f`` and ``g`` a step.
 
     Two of its evaluations of ``f`` are outside of the step, at ``t - 0.042 h`` and ``t + 3.75 h``,
@@ -160,7 +161,7 @@ for _method in (SOSRI(), SRIW1(), SOSRA(), SRA1()):
 # -- the steps ---------------------------------------------------------------------------------
 
 
-def diagonal_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) -> Step:
+def diagonal_step(field: SDEField, program: Program, t: Number, h: Number, u: Tensor) -> Step:
     """Attempt a step with diagonal or scalar noise; on the tape when autograd records.
 
     Parameters
@@ -171,20 +172,20 @@ def diagonal_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
         Of an ``SRITableau``.
     """
     rows = _rows(field, program, h)
-    W, H = (flat_noise(field, x) for x in both(field.increment(t, h)))
+    W, H = (flat_noise(field, x) for x in W_and_H(field.increment(t, h)))
     J1, J2, J3, J4 = rows.noise
     # Hermite polynomials of W, whose variance is |h| backward in time, too
-    side = root(h, W.dtype)
+    side = sqrt_abs(h, W.dtype)
     size, square = side * side, W * W
     J2 = torch.sub(square * (0.5 / side), 0.5 * side, out=J2)
     J3 = torch.add(H, W, alpha=0.5, out=J3)
     J4 = torch.mul(square.mul_(1 / (6 * size)).sub_(0.5), W, out=J4)
     start = _evaluate(field, rows, t, h, u, J3)
-    rows.weigh_noise((rows.kept(W, J1), J2, J3, J4))
+    rows.weigh_noise((rows.stored(W, J1), J2, J3, J4))
     return _finish(field, rows, t, h, u, start)
 
 
-def additive_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) -> Step:
+def additive_step(field: SDEField, program: Program, t: Number, h: Number, u: Tensor) -> Step:
     """Attempt a step with additive noise; on the tape when autograd records.
 
     Parameters
@@ -195,13 +196,13 @@ def additive_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
         Of an ``SRATableau``.
     """
     rows = _rows(field, program, h)
-    W, H = both(field.increment(t, h))
+    W, H = W_and_H(field.increment(t, h))
     if field.is_diagonal or field.m == 1:
         J1, J2 = rows.noise
         W, H = flat_noise(field, W), flat_noise(field, H)
         J2 = torch.add(H, W, alpha=0.5, out=J2)
         start = _evaluate(field, rows, t, h, u, J2)
-        rows.weigh_noise((rows.kept(W, J1), J2))
+        rows.weigh_noise((rows.stored(W, J1), J2))
     else:
         J2 = torch.add(H, W, alpha=0.5)
         start = _evaluate(field, rows, t, h, u, J2)
@@ -211,8 +212,8 @@ def additive_step(field: SDEField, program: Program, t: Any, h: Any, u: Tensor) 
     return _finish(field, rows, t, h, u, start)
 
 
-def both(increment: Increment) -> tuple[Tensor, Tensor]:
-    """``W`` and ``H``, which the path was asked for."""
+def W_and_H(increment: Increment) -> tuple[Tensor, Tensor]:
+    """``W`` and ``H`` of an increment that has both."""
     W, H = increment
     assert H is not None
     return W, H
@@ -223,7 +224,7 @@ def flat_noise(field: SDEField, w: Tensor) -> Tensor:
     return (w if field.is_diagonal else w.expand(field.rows, field.d)).reshape(-1)
 
 
-def _evaluate(field: SDEField, rows: _Rows, t: Any, h: Any, u: Tensor, J: Tensor) -> Tensor:
+def _evaluate(field: SDEField, rows: _Rows, t: Number, h: Number, u: Tensor, J: Tensor) -> Tensor:
     """Fill the rows of the stages, and return the diffusion nearest to the start.
 
     ``J`` is ``I_(1,0) / h``: flat where products with ``g`` go entry by entry, else ``(R, m)``.
@@ -258,7 +259,7 @@ def _combined(matrices: list[tuple[int, Tensor]], beta: np.ndarray) -> Tensor:
     return total
 
 
-def _finish(field: SDEField, rows: _Rows, t: Any, h: Any, u: Tensor, start: Tensor) -> Step:
+def _finish(field: SDEField, rows: _Rows, t: Number, h: Number, u: Tensor, start: Tensor) -> Step:
     new, error = rows.results(u)
     stiffness = None
     if len(rows.drifts) > 1:
@@ -293,14 +294,14 @@ class _Rows:
         self.noise: Sequence[Any] = [None] * len(program.beta)
 
     def put(self, row: int, value: Tensor) -> Tensor:
-        """Keep a row; it is returned as it is kept."""
+        """Keep a row, and return it from where it is kept."""
         raise NotImplementedError
 
     def put_product(self, row: int, a: Tensor, b: Tensor) -> None:
         raise NotImplementedError
 
-    def kept(self, w: Tensor, out: Tensor | None) -> Tensor:
-        """``w``, in ``out`` where that is a place for it."""
+    def stored(self, w: Tensor, out: Tensor | None) -> Tensor:
+        """``w``, copied to ``out`` where there is one."""
         raise NotImplementedError
 
     def state(self, i: int, u: Tensor) -> Tensor:
@@ -319,12 +320,12 @@ class _Rows:
 class _Recorded(_Rows):
     """Fresh tensors, for steps that are recorded."""
 
-    def __init__(self, field: SDEField, program: Program, h: Any):
+    def __init__(self, field: SDEField, program: Program, h: Number):
         super().__init__(field, program)
         by_h = scaled(self.by_h, h)
-        self.weights = self.plain + scaled(self.by_root, root(h)) + by_h
+        self.weights = self.plain + scaled(self.by_root, sqrt_abs(h)) + by_h
         self.rows: list[Any] = [None] * by_h.shape[1]
-        # a row of a matrix of diffusion stays blank: what products need of it has rows of its own
+        # stands for a diffusion that is a matrix: products with it have rows of their own
         self.blank = torch.zeros(field.structure.size, dtype=field.dtype, device=field.device)
 
     def put(self, row: int, value: Tensor) -> Tensor:
@@ -334,7 +335,7 @@ class _Recorded(_Rows):
     def put_product(self, row: int, a: Tensor, b: Tensor) -> None:
         self.rows[row] = a * b
 
-    def kept(self, w: Tensor, out: Tensor | None) -> Tensor:
+    def stored(self, w: Tensor, out: Tensor | None) -> Tensor:
         return w
 
     def columns(self, n: int) -> Tensor:
@@ -372,7 +373,7 @@ class _Buffered(_Rows):
         self.of_new, self.of_error = self.weights[-2], (self.columns[:, :n], self.weights[-1, :n])
 
     def begin(self, h: float) -> None:
-        torch.add(self.plain, self.by_root, alpha=root(h), out=self.weights)
+        torch.add(self.plain, self.by_root, alpha=sqrt_abs(h), out=self.weights)
         self.weights.add_(self.by_h, alpha=h)
         self.drifts, self.matrices = [], []
 
@@ -382,7 +383,7 @@ class _Buffered(_Rows):
     def put_product(self, row: int, a: Tensor, b: Tensor) -> None:
         torch.mul(a, b, out=self.rows[row])
 
-    def kept(self, w: Tensor, out: Tensor | None) -> Tensor:
+    def stored(self, w: Tensor, out: Tensor | None) -> Tensor:
         return w if out is None else out.copy_(w)
 
     def state(self, i: int, u: Tensor) -> Tensor:

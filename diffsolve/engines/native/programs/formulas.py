@@ -249,7 +249,7 @@ def _ito_correction(step: Step, node: int, base: Nodes, G: Nodes) -> Nodes:
 
 
 def _by_time(step: Step, G: Nodes) -> Nodes | None:
-    """Magnitudes of ``method.py: by_time``; None where ``g`` does not read the time."""
+    """Magnitudes of ``time_change_of_noise``; None where ``g`` does not read the time."""
     if step.is_steady:
         step.spared += 1
         return None

@@ -86,7 +86,7 @@ class Noise(ABC):
         self.levy_area = levy_area
         self._draws = Draws(seed, rows, m, self.device)
 
-    # -- to be given by each -------------------------------------------------------------------
+    # -- what each source defines --------------------------------------------------------------
 
     @abstractmethod
     def increment(self, s: float, t: float) -> Increment:
@@ -110,7 +110,7 @@ class Noise(ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """The same paths as an object of its own, which never changes this one."""
+        """A copy with the same paths. Its reads and draws never change this object."""
 
     # -- shared --------------------------------------------------------------------------------
 
@@ -127,8 +127,8 @@ class Noise(ABC):
         alone: what approximations of Levy areas need beside the increment. Those of other times are
         independent, also where the steps overlap.
         """
-        found = self._draws(counter_of(EXTRA, s, t), count, False)[0]
-        return found.to(self.device, self.dtype)
+        normals = self._draws(counter_of(EXTRA, s, t), count, False)[0]
+        return normals.to(self.device, self.dtype)
 
     def check(self, rows: int, m: int, t0: float, t1: float) -> None:
         """Refuse a problem that this noise is not for.
@@ -149,7 +149,7 @@ class Noise(ABC):
         return Increment(zero, zero.clone() if self.levy_area else None)
 
     def _out(self, x: Tensor) -> Tensor:
-        """In the type and on the device that are wanted."""
+        """``x`` in the dtype and on the device of the noise."""
         return (
             x
             if x.dtype is self.dtype and x.device == self.device
@@ -169,4 +169,4 @@ class Noise(ABC):
 
     @abstractmethod
     def _span(self) -> str:
-        """The times that it knows, in words."""
+        """The times that it covers, in words."""

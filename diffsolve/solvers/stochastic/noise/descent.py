@@ -57,9 +57,9 @@ class Descent:
                 break
             node = self._halves(node)[self._side(node, s)]
         first, second = self._halves(node)
-        found = [*self._right_of(first, s, s_part), *self._left_of(second, t, t_part)]
-        _, W, area = found[0].sums
-        for part in found[1:]:
+        nodes = [*self._right_of(first, s, s_part), *self._left_of(second, t, t_part)]
+        _, W, area = nodes[0].sums
+        for part in nodes[1:]:
             length, w, own = part.sums
             W, area = W + w, area + own + length * W
         return W, area
@@ -81,29 +81,29 @@ class Descent:
     def _halves(self, node: Node, part: float = 0.5) -> tuple[Node, Node]:
         """The halves of a node; or both parts of a leaf."""
         left, right = part * node.length, (1 - part) * node.length
-        found = divide(node.W, node.H, self._normals(node.number), left, right)
+        divided = divide(node.W, node.H, self._normals(node.number), left, right)
         number, level = 2 * node.number, node.level + 1
-        return Node(number, level, left, *found[:2]), Node(number + 1, level, right, *found[2:])
+        return Node(number, level, left, *divided[:2]), Node(number + 1, level, right, *divided[2:])
 
     def _right_of(self, node: Node, leaf: int, part: float) -> list[Node]:
         """What lies right of a time in a node."""
-        found: list[Node] = []
+        nodes: list[Node] = []
         while node.level < self.depth and not self._is_start(node, leaf, part):
             halves, side = self._halves(node), self._side(node, leaf)
             if side == 0:
-                found.insert(0, halves[1])
+                nodes.insert(0, halves[1])
             node = halves[side]
-        return [self._halves(node, part)[1] if part else node, *found]
+        return [self._halves(node, part)[1] if part else node, *nodes]
 
     def _left_of(self, node: Node, leaf: int, part: float) -> list[Node]:
         """What lies left of a time in a node."""
-        found: list[Node] = []
+        nodes: list[Node] = []
         while node.level < self.depth and not self._is_end(node, leaf, part):
             halves, side = self._halves(node), self._side(node, leaf)
             if side == 1:
-                found.append(halves[0])
+                nodes.append(halves[0])
             node = halves[side]
-        return [*found, self._halves(node, part)[0] if part < 1 else node]
+        return [*nodes, self._halves(node, part)[0] if part < 1 else node]
 
     def _within(self, leaf: Node, s_part: float, t_part: float) -> tuple[Tensor, Tensor]:
         """Between two times of one leaf, where the path is the bridge of a single pair of normals.

@@ -130,7 +130,7 @@ class Draws:
 
     def _by_torch(self, counter: int, count: int, both: bool) -> Tensor:
         counters = torch.arange(counter, counter + count, device=self.device)[:, None, None]
-        found = normals(counters, self._component, self._path, self.seeds[:, None])
+        pair = normals(counters, self._component, self._path, self.seeds[:, None])
         if not both:
-            return found[0][None]
-        return torch.stack([found[0], found[1] * INV_SQRT_12])
+            return pair[0][None]
+        return torch.stack([pair[0], pair[1] * INV_SQRT_12])

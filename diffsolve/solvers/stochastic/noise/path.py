@@ -15,15 +15,15 @@ from diffsolve.problems.sde_field import Increment
 from diffsolve.solvers.stochastic.noise.base import Noise
 from diffsolve.solvers.stochastic.noise.philox import READS, STEPS, counter_of
 
-#: Times that are closer than this many units in the last place are one, by rounding ...
+#: Two times are one, by rounding, if they are closer than this many units in the last place ...
 _ULPS = 4
-_PART = 3 / 8  # ... and closer than this part of the step that ends there
-_SHORTEST = 2  # units in the last place: below, both ends are one time
-_LANDING = 8  # in those units, by how much a step to the end of a span may miss it
+_PART = 3 / 8  # ... and than this part of the step that ends there
+_SHORTEST = 2  # the ends of a shorter interval, in units in the last place, are one time
+_LANDING = 8  # units in the last place by which a step to the end of a span may miss it
 _AHEAD = {"cpu": 1 << 15}  # numbers drawn ahead at most: what a processor's cache holds
 _AHEAD_ELSEWHERE = 1 << 22  # where a draw costs a hundred launches
 _ROWS_AHEAD = 256
-#: Bytes of divided intervals that are kept rather than drawn again: new memory is slower than that.
+#: Bytes of divided intervals that are kept, because drawing them again costs more than memory.
 _REMEMBERED = 1 << 22
 
 
@@ -48,7 +48,7 @@ class Division(NamedTuple):
 
 
 class BrownianPath(Noise):
-    """Brownian motions that are drawn where they are asked for, and remembered.
+    """Brownian motions that are drawn when they are asked for, and remembered.
 
     The path is known at points. An interval beyond the last or before the first of them is drawn
     afresh; a time between two of them divides their interval, by a Brownian bridge of ``W`` and
@@ -116,7 +116,7 @@ class BrownianPath(Noise):
         self._forget()
 
     def _forget(self) -> None:
-        """Begin with nothing drawn ahead, and nothing kept."""
+        """Start with nothing drawn ahead and nothing kept."""
         size = max(1, self.rows * self.m)
         self._first = 0  # serial of the first row that was drawn ahead
         self._ahead: Sequence[Tensor] = ()
@@ -170,17 +170,17 @@ class BrownianPath(Noise):
         origin = self._find(start, far - start, reading=True)
         at = [self._find(time, reading=True) for time in wanted]
         zero = self._zeros_inside()
-        found = {origin: zero}
+        values = {origin: zero}
         for side in (1, -1):  # outward from the origin: a short way loses no digits to a long one
             where, total = origin, zero
             for k in sorted({k for k in at if (k - origin) * side > 0}, key=lambda k: side * k):
                 low, high = (where, k) if side > 0 else (k, where)
                 total = total + side * self._sum(self._spans(low, high), False)[0]
-                found[k] = total
+                values[k] = total
                 where = k
         if not at:
             return self._out(zero[None][:0])
-        return self._out(torch.stack([found[k] for k in at]))
+        return self._out(torch.stack([values[k] for k in at]))
 
     def fork(
         self,
@@ -189,7 +189,7 @@ class BrownianPath(Noise):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """As in ``Noise``: it knows what is known of this path, and goes on alone."""
+        """As in ``Noise``: a copy that knows the same points, and then goes its own way."""
         copy = type(self)(
             self.seed,
             self.rows,
@@ -243,7 +243,7 @@ class BrownianPath(Noise):
     def _find(self, time: float, length: float = 0.0, reading: bool = False) -> int:
         """Index of a time among the known points, of which it becomes one.
 
-        It is an end of a step of this length, negative where that goes backward; or it is read.
+        It is an end of a step of ``length``, negative backward in time; or ``at`` reads it.
         """
         times = self.times
         i = bisect_left(times, time)
@@ -277,7 +277,7 @@ class BrownianPath(Noise):
         return i
 
     def _rounding(self, time: float, length: float) -> float:
-        """How far a known point may be that is this time.
+        """Distance up to which a known point counts as this time.
 
         Solves add up their times from the start, and those of a replay from where that begins.
         """
@@ -294,18 +294,18 @@ class BrownianPath(Noise):
             parts, row = self._half(piece)
             W = self._out(parts[row].clone())  # a copy: what is handed out may be changed
             return Increment(W, self._out(parts[row + 1].clone()) if self.levy_area else None)
-        found = self._normals(piece) * math.sqrt(length)
-        if found.dtype is not self.dtype or found.device != self.device:
-            found = self._out(found)
-        return Increment(*found.unbind(0)) if self.levy_area else Increment(found)
+        drawn = self._normals(piece) * math.sqrt(length)
+        if drawn.dtype is not self.dtype or drawn.device != self.device:
+            drawn = self._out(drawn)
+        return Increment(*drawn.unbind(0)) if self.levy_area else Increment(drawn)
 
     def _normals(self, counter: int) -> Tensor:
         """What drives ``W``, ``(rows, m)``; with ``levy_area`` that and what drives ``H``."""
         i = counter - self._first
         if not 0 <= i < len(self._ahead):
             if counter >> 56:  # the counter of a read stands alone
-                found = self._draws(counter, 1, self.levy_area)
-                return found[:, 0] if self.levy_area else found[0, 0]
+                drawn = self._draws(counter, 1, self.levy_area)
+                return drawn[:, 0] if self.levy_area else drawn[0, 0]
             self._draw_ahead(counter)
             i = counter - self._first
         return self._ahead[i]
@@ -327,17 +327,14 @@ class BrownianPath(Noise):
         self._first = first
 
     def _half(self, piece: int) -> tuple[Tensor, int]:
-        """A half of an interval that was divided: a tensor whose row of this number is ``W``.
-
-        The next row is ``H``.
-        """
+        """The tensor with a half of a divided interval, and the row of ``W``; the next is ``H``."""
         k = ~piece // 2
-        found = self._halves.get(k)
-        if found is None:
-            found = self._divide(k)
+        halves = self._halves.get(k)
+        if halves is None:
+            halves = self._divide(k)
         else:
             self._halves.move_to_end(k)
-        return found, 2 * (~piece % 2)
+        return halves, 2 * (~piece % 2)
 
     def _divide(self, k: int) -> Tensor:
         """``W, H`` of both halves of ``divisions[k]``, after the intervals that it came from."""
@@ -368,7 +365,7 @@ class BrownianPath(Noise):
 
         However many points there are in an interval, a part of it is a few of these.
         """
-        times, end, found = self.times, self.times[j], []
+        times, end, spans = self.times, self.times[j], []
         while i < j:
             piece, left, right = self.pieces[i], times[i], times[i + 1]
             while piece < 0 and ~piece % 2 == 0:
@@ -376,9 +373,9 @@ class BrownianPath(Noise):
                 if division.right > end:
                     break
                 piece, right = division.parent, division.right
-            found.append((piece, left, right))
+            spans.append((piece, left, right))
             i = i + 1 if right == times[i + 1] else bisect_left(times, right, i + 1)
-        return found
+        return spans
 
     def _sum(
         self, spans: list[tuple[int, float, float]], area: bool

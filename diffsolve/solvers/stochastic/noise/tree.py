@@ -134,19 +134,19 @@ class VirtualBrownianTree(Noise):
             W, area = self._descent.between(leaf_s, part_s, leaf_t, part_t)
             H = area / (t - s) - 0.5 * W
         else:
-            found = torch.empty(2, self.rows, self.m, dtype=torch.float64, device="cpu")
+            W_and_H = torch.empty(2, self.rows, self.m, dtype=torch.float64, device="cpu")
             I, R = self._integers, self._reals
-            I[5], I[6], I[7] = leaf_s, leaf_t, found.data_ptr()
+            I[5], I[6], I[7] = leaf_s, leaf_t, W_and_H.data_ptr()
             I[8] = I[7] + 8 * self.rows * self.m
             R[1], R[2], R[3] = part_s, part_t, t - s
             self._kernel(I, R)
-            W, H = found.unbind(0)
+            W, H = W_and_H.unbind(0)
         return Increment(self._out(W), self._out(H) if self.levy_area else None)
 
     def at(self, times: Sequence[float], since: float | None = None) -> Tensor:
         start = self.t0 if since is None else float(since)
-        found = [self.inside(start, float(t)).W for t in times]
-        return torch.stack(found) if found else self._zeros().W[None][:0]
+        values = [self.inside(start, float(t)).W for t in times]
+        return torch.stack(values) if values else self._zeros().W[None][:0]
 
     def fork(
         self,
