@@ -79,18 +79,8 @@ def equal_error_tolerance(exact: Tensor, error: float) -> float:
     return chosen
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=11)
-    args = parser.parse_args()
-    one_thread()
-
-    exact = ours(P, 1e-13, Vern9()).u
-    true_gradient = gradient(lambda p: ours(p, 1e-13, Vern9()).u)
-    with torch.no_grad():
-        their_error = float((theirs(P) - exact).abs().max())
-    tolerance = equal_error_tolerance(exact, their_error)
-    same, equal = (f"DP5, {x:.1e}" for x in (TOLERANCE, tolerance))
+def print_errors(sides: dict[str, float], exact: Tensor, true_gradient: Tensor) -> None:
+    """Evaluations and errors of diffsolve at tolerances, by name, and of torchdiffeq."""
 
     def errors(u: Tensor, g: Tensor | None) -> list[str]:
         assert g is not None
@@ -98,7 +88,7 @@ def main() -> None:
         return [f"{float((u.detach() - exact).abs().max()):.2e}", f"{of_gradient:.1e}"]
 
     rows = []
-    for name, x in {same: TOLERANCE, equal: tolerance}.items():
+    for name, x in sides.items():
         p = P.clone().requires_grad_()
         solution = ours(p, x)
         loss_of(solution.u).backward()
@@ -118,6 +108,21 @@ def main() -> None:
     )
     print(table(("side", "nf", "nf backward", "error", "of gradient"), rows))
 
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=11)
+    args = parser.parse_args()
+    one_thread()
+
+    exact = ours(P, 1e-13, Vern9()).u
+    true_gradient = gradient(lambda p: ours(p, 1e-13, Vern9()).u)
+    with torch.no_grad():
+        their_error = float((theirs(P) - exact).abs().max())
+    tolerance = equal_error_tolerance(exact, their_error)
+    same, equal = (f"DP5, {x:.1e}" for x in (TOLERANCE, tolerance))
+
+    print_errors({same: TOLERANCE, equal: tolerance}, exact, true_gradient)
     with torch.no_grad():
         forward_times = in_turn(
             {

@@ -32,82 +32,27 @@ import mpmath
 import numpy as np
 from make_references import REQUIRED, TARGET, write
 from scipy.integrate import solve_ivp
+from stiff_equations import (
+    hires_equations,
+    orego_equations,
+    pollu_equations,
+    rober_equations,
+    van_der_pol_equations,
+)
 
 REQUIRED_OF_SCIPY = 1e-10
 DIGITS = 40
 
 
 # ---------------------------------------------------------------------------------------------
-# The equations: ``f(u, p)`` has the components along axis 0, and uses only + - * / and integers,
-# so that it works for decimal, float64 and complex numbers.
+# Further equations, as those of ``stiff_equations.py``
 # ---------------------------------------------------------------------------------------------
 
 
-def rober(u: Any, p: Any) -> Any:
-    slow, fast, back = p[0] * u[0], p[1] * u[1] * u[1], p[2] * u[1] * u[2]
-    return np.stack([back - slow, slow - back - fast, fast])
-
-
-def orego(u: Any, p: Any) -> Any:
-    s, w, q = p
-    return np.stack(
-        [
-            s * (u[1] + u[0] * (1 - q * u[0] - u[1])),
-            (u[2] - (1 + u[0]) * u[1]) / s,
-            w * (u[0] - u[2]),
-        ]
-    )
-
-
-def hires(u: Any, p: Any) -> Any:
-    k1, k2, k3, k4, k5, k6, k_plus, k_minus, k_star, supply = p
-    bind = k_plus * u[5] * u[7] - (k2 + k_minus + k_star) * u[6]
-    return np.stack(
-        [
-            k2 * u[1] + k6 * u[2] + supply - k1 * u[0],
-            k1 * u[0] - (k2 + k3) * u[1],
-            k2 * u[3] + k5 * u[4] - (k6 + k1) * u[2],
-            k3 * u[1] + k1 * u[2] - (k4 + k2) * u[3],
-            k2 * (u[5] + u[6]) - (k5 + k1) * u[4],
-            k4 * u[3] + k1 * u[4] + k_minus * u[6] - k_plus * u[5] * u[7] - k2 * u[5],
-            bind,
-            -bind,
-        ]
-    )
-
-
-# reactants and products of each reaction, counted from one as in the literature
-POLLUTION = """
-1>2,3; 2,4>1; 5,2>1,6; 7>5,5,8; 7>8; 7,6>5,8; 9>5,8,10; 9,6>11; 11,2>1,10,12; 11,1>13; 13>11,1;
-10,2>14,1; 14>7,5; 1,6>15; 3>4; 4>16; 4>3; 16>6,6; 16>3; 17,6>18,5; 19>2; 19>1,3; 1,4>19;
-19,1>20; 20>19,1
-"""
-
-
-def reactions(text: str) -> list[list[list[int]]]:
-    sides = [reaction.split(">") for reaction in text.replace("\n", " ").split(";")]
-    return [[[int(i) - 1 for i in side.split(",")] for side in pair] for pair in sides]
-
-
-def pollu(u: Any, p: Any) -> Any:
-    out = [0] * 20
-    for k, (reactants, products) in zip(p, reactions(POLLUTION), strict=True):
-        rate = k * math.prod(u[i] for i in reactants)
-        for i in reactants:
-            out[i] = out[i] - rate
-        for i in products:
-            out[i] = out[i] + rate
-    return np.stack(out)
-
-
-def e5(u: Any, p: Any) -> Any:
+def e5(u: Any, p: Any) -> list:
     a, b, c, m = p
     split, bind, meet, back = a * u[0], b * u[0] * u[2], m * c * u[1] * u[2], c * u[3]
-    return np.stack([-split - bind, split - meet, split - bind - meet + back, bind - back])
-
-
-def van_der_pol(u: Any, p: Any) -> Any:
-    return np.stack([u[1], p[0] * (1 - u[0] * u[0]) * u[1] - u[0]])
+    return [-split - bind, split - meet, split - bind - meet + back, bind - back]
 
 
 def brusselator_1d(u: Any, p: Any) -> Any:
@@ -135,13 +80,17 @@ class Case:
     """
 
     name: str
-    f: Callable[[Any, Any], Any]
+    equations: Callable[[Any, Any], Any]
     u0: list[float]
     times: list[float]
     p: list[float]
     given: dict[str, Any] = field(default_factory=dict)
     published: dict[float, str] = field(default_factory=dict)
     rtol: float = 1e-10
+
+    def f(self, u: Any, p: Any) -> np.ndarray:
+        """The derivatives, with the components along axis 0."""
+        return np.stack(self.equations(u, p))
 
 
 def even(end: float) -> list[float]:
@@ -175,33 +124,41 @@ E5_TIMES = {
     "4.5243728279782625194e-26",
 }
 ROBER_END = {1e11: "0.2083340149701255e-7 0.8333360770334713e-13 0.9999999791665050"}
+OREGO_P = [77.27, 0.161, 8.375e-6]
 OREGO_END = {360.0: "0.1000814870318523e1 0.1228178521549917e4 0.1320554942846706e3"}
 VDP_END = {2000.0: "0.1706167732170469e1 -0.8928097010248125e-3"}
 BRUSS_U0 = [1 + math.sin(2 * math.pi * i / 41) for i in range(1, 41)] + [3.0] * 40
 
 CASES = [  # the longest first
     Case("brusselator_1d", brusselator_1d, BRUSS_U0, even(10), [1, 3, 0.02]),
-    Case("rober", rober, [1, 0, 0], decades(5), [0.04, 3e7, 1e4]),
+    Case("rober", rober_equations, [1, 0, 0], decades(5), [0.04, 3e7, 1e4]),
     Case(
         "rober",
-        rober,
+        rober_equations,
         [1, 0, 0],
         decades(11),
         [0.04, 3e7, 1e4],
         {"tspan": [0.0, 1e11]},
         ROBER_END,
     ),
-    Case("orego", orego, [1, 2, 3], even(360), [77.27, 0.161, 8.375e-6], published=OREGO_END),
+    Case(
+        "orego",
+        orego_equations,
+        [1, 2, 3],
+        even(360),
+        [77.27, 0.161, 8.375e-6],
+        published=OREGO_END,
+    ),
     Case(
         "hires",
-        hires,
+        hires_equations,
         [1, 0, 0, 0, 0, 0, 0, 0.0057],
         even(321.8122),
         HIRES_P,
         published={321.8122: HIRES_END},
         rtol=1e-12,
     ),
-    Case("pollu", pollu, POLLU_U0, even(60), POLLU_P, published={60.0: POLLU_END}),
+    Case("pollu", pollu_equations, POLLU_U0, even(60), POLLU_P, published={60.0: POLLU_END}),
     Case(
         "e5",
         e5,
@@ -210,8 +167,8 @@ CASES = [  # the longest first
         [7.89e-10, 1.1e7, 1.13e3, 1e6],
         published=E5_TIMES,
     ),
-    Case("van_der_pol", van_der_pol, [2, 0], even(2e3), [1e3], published=VDP_END),
-    Case("van_der_pol", van_der_pol, [2, 0], even(2e6), [1e6], {"mu": 1e6}),
+    Case("van_der_pol", van_der_pol_equations, [2, 0], even(2e3), [1e3], published=VDP_END),
+    Case("van_der_pol", van_der_pol_equations, [2, 0], even(2e6), [1e6], {"mu": 1e6}),
 ]
 
 

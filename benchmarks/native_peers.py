@@ -260,19 +260,52 @@ def _cvodes(case: Case, tolerance: float) -> Any:
     return casadi.integrator("solver", "cvodes", system, case.t[0], list(case.t[1:]), options)
 
 
+def casadi_solve(solver: Any, u0: Array, p: Array, u: Array) -> Run:
+    """A solve through CasADi's buffers, which writes the states to ``u``."""
+    buffer, evaluate = solver.buffer()
+    buffer.set_arg(solver.index_in("x0"), memoryview(u0))
+    buffer.set_arg(solver.index_in("p"), memoryview(p))
+    buffer.set_res(solver.index_out("xf"), memoryview(u))
+
+    def run(keep: object = (buffer, u0, p, u)) -> None:  # CasADi has only their addresses
+        evaluate()
+
+    return run
+
+
+def casadi_derivative(
+    solver: Any, u0: Array, p: Array, loss_of: Callable[[Any], Any], forward: bool
+) -> Run:
+    """Gradient of a loss of the states, by CVODES's adjoint or its forward sensitivities."""
+    import casadi
+
+    variables = casadi.MX.sym("p", len(p))
+    loss = loss_of(solver(x0=casadi.DM(u0), p=variables)["xf"])
+    derivative = casadi.jtimes(loss, variables, casadi.DM.eye(len(p)))
+    if not forward:
+        derivative = casadi.gradient(loss, variables)
+    function = casadi.Function("gradient", [variables], [loss, derivative])
+    buffer, evaluate = function.buffer()
+    given, value, gradient = p.copy(), np.empty(1), np.empty(len(p))
+    buffer.set_arg(0, memoryview(given))
+    buffer.set_res(0, memoryview(value))
+    buffer.set_res(1, memoryview(gradient))
+
+    def run(keep: object = (buffer, given, value)) -> Array:
+        evaluate()
+        return gradient
+
+    return run
+
+
 def casadi_states(case: Case) -> At:
     def at(tolerance: float) -> Run:
-        solver = _cvodes(case, tolerance)
-        buffer, evaluate = solver.buffer()
-        u0, p = case.u0.copy(), case.p.copy()
-        u = np.empty((len(case.t), len(u0)))
-        u[0] = u0
-        buffer.set_arg(solver.index_in("x0"), memoryview(u0))
-        buffer.set_arg(solver.index_in("p"), memoryview(p))
-        buffer.set_res(solver.index_out("xf"), memoryview(u[1:]))
+        u = np.empty((len(case.t), len(case.u0)))
+        u[0] = case.u0
+        solve = casadi_solve(_cvodes(case, tolerance), case.u0.copy(), case.p.copy(), u[1:])
 
-        def run(keep: object = (buffer, u0, p)) -> Array:  # CasADi has only their addresses
-            evaluate()
+        def run() -> Array:
+            solve()
             return u
 
         return run
@@ -282,27 +315,12 @@ def casadi_states(case: Case) -> At:
 
 def casadi_gradient(case: Case, forward: bool) -> At:
     """By CVODES's adjoint, or its forward sensitivities."""
-    import casadi
 
     def at(tolerance: float) -> Run:
+        import casadi
+
         solver = _cvodes(case, tolerance)
-        p = casadi.MX.sym("p", len(case.p))
-        loss = casadi.sum1(solver(x0=casadi.DM(case.u0), p=p)["xf"][:, -1])
-        derivative = casadi.jtimes(loss, p, casadi.DM.eye(len(case.p)))
-        if not forward:
-            derivative = casadi.gradient(loss, p)
-        function = casadi.Function("gradient", [p], [loss, derivative])
-        buffer, evaluate = function.buffer()
-        given, value, found = case.p.copy(), np.empty(1), np.empty(len(case.p))
-        buffer.set_arg(0, memoryview(given))
-        buffer.set_res(0, memoryview(value))
-        buffer.set_res(1, memoryview(found))
-
-        def run(keep: object = (buffer, given, value)) -> Array:
-            evaluate()
-            return found
-
-        return run
+        return casadi_derivative(solver, case.u0, case.p, lambda u: casadi.sum1(u[:, -1]), forward)
 
     return at
 

@@ -135,6 +135,22 @@ def nf_table(f: Dynamics, u0: Tensor, data: Tensor) -> list[list[object]]:
     return rows
 
 
+def bars_of(forwards: dict[str, list[Times]], steps: dict[str, list[Times]]) -> list[Bar]:
+    bars = []
+    for what, kept, limit in (
+        ("forward", forwards, LEAST_FORWARD),
+        ("training step", steps, LEAST_STEP),
+    ):
+        for name in CONTROLLERS:
+            each = [ratio(a, b).value for a, b in zip(kept["rival"], kept[name], strict=True)]
+            overall = ratio(total(kept["rival"]), total(kept[name]))
+            moments = ", ".join(f"{x:.2f}" for x in each)
+            note = f"at iterations {', '.join(map(str, MOMENTS))}: {moments}; {overall.spread}"
+            label = f"spiral neural ODE, {what}, {name}"
+            bars.append(Bar(label, overall.value, limit, note=note))
+    return bars
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=11)
@@ -195,19 +211,7 @@ def main() -> None:
     header = ("iteration", "work", "side", "ms", "times faster")
     print(table(header, shown, left=(1, 2)))
 
-    bars = []
-    for what, kept, limit in (
-        ("forward", forwards, LEAST_FORWARD),
-        ("training step", steps, LEAST_STEP),
-    ):
-        for name in CONTROLLERS:
-            each = [ratio(a, b).value for a, b in zip(kept["rival"], kept[name], strict=True)]
-            found = ratio(total(kept["rival"]), total(kept[name]))
-            moments = ", ".join(f"{x:.2f}" for x in each)
-            note = f"at iterations {', '.join(map(str, MOMENTS))}: {moments}; {found.spread}"
-            label = f"spiral neural ODE, {what}, {name}"
-            bars.append(Bar(label, found.value, limit, note=note))
-    finish(bars, args.json)
+    finish(bars_of(forwards, steps), args.json)
 
 
 if __name__ == "__main__":

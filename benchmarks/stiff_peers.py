@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sympy
 from native_cases import MOST_STEPS, Array
-from native_peers import installed, jax_modules
+from native_peers import casadi_derivative, casadi_solve, installed, jax_modules
 from stiff_cases import At, Counts, Run, Solved, StiffCase
 from sympy.printing.str import StrPrinter
 
@@ -190,11 +190,8 @@ def _cvodes(case: StiffCase, rtol: float, atol: float, **options: Any) -> Any:
 def casadi_states(case: StiffCase) -> At:
     def at(rtol: float, atol: float) -> Run:
         solver = _cvodes(case, rtol, atol)
-        buffer, evaluate = solver.buffer()
         u0, p, u = case.u0.copy(), case.p.copy(), np.empty(case.exact.shape)
-        buffer.set_arg(solver.index_in("x0"), memoryview(u0))
-        buffer.set_arg(solver.index_in("p"), memoryview(p))
-        buffer.set_res(solver.index_out("xf"), memoryview(u))
+        solve = casadi_solve(solver, u0, p, u)
 
         def counts() -> Counts:
             solver(x0=u0, p=p)
@@ -202,8 +199,8 @@ def casadi_states(case: StiffCase) -> At:
                 x: int(solver.stats()[x]) for x in ("nsteps", "netfails", "nfevals", "nlinsetups")
             }
 
-        def run(keep: object = (buffer, u0, p)) -> Solved:  # CasADi has only their addresses
-            evaluate()
+        def run() -> Solved:
+            solve()
             return u, counts
 
         return run
@@ -213,29 +210,19 @@ def casadi_states(case: StiffCase) -> At:
 
 def casadi_gradient(case: StiffCase, forward: bool, **options: Any) -> At:
     """By CVODES's adjoint, or its forward sensitivities."""
-    import casadi
 
     def at(rtol: float, atol: float) -> Run:
-        solver = _cvodes(case, rtol, atol, **options)
-        p = casadi.MX.sym("p", len(case.p))
-        u = solver(x0=casadi.DM(case.u0), p=p)["xf"]
+        import casadi
+
         scale = casadi.DM(np.repeat(1 / case.size[:, None], len(case.t), 1))
-        loss = casadi.sumsqr(u * scale) / case.exact.size
-        derivative = casadi.jtimes(loss, p, casadi.DM.eye(len(case.p)))
-        if not forward:
-            derivative = casadi.gradient(loss, p)
-        function = casadi.Function("gradient", [p], [loss, derivative])
-        buffer, evaluate = function.buffer()
-        given, value, found = case.p.copy(), np.empty(1), np.empty(len(case.p))
-        buffer.set_arg(0, memoryview(given))
-        buffer.set_res(0, memoryview(value))
-        buffer.set_res(1, memoryview(found))
-
-        def run(keep: object = (buffer, given, value)) -> Array:
-            evaluate()
-            return found
-
-        return run
+        solver = _cvodes(case, rtol, atol, **options)
+        return casadi_derivative(
+            solver,
+            case.u0,
+            case.p,
+            lambda u: casadi.sumsqr(u * scale) / case.exact.size,
+            forward,
+        )
 
     return at
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffsolve.engines.torch_engine import Settings
+from diffsolve.engines.settings import Settings
 from diffsolve.problems.autocast import is_autocasting
 from diffsolve.problems.ode import PREPARED, ODEProblem
 from diffsolve.problems.sde import SDEProblem

@@ -23,11 +23,13 @@ from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg, undifferentiable
 from diffsolve.adjoints.time_gradient import attach_saved, attach_slopes, attach_start
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.programs.lookup import find
-from diffsolve.engines.native.programs.row_lookup import find as find_stochastic
+from diffsolve.engines.native.programs.row_recipe import RowRecipe
+from diffsolve.engines.native.programs.scalar_recipe import ScalarRecipe
 from diffsolve.engines.native.runtime.solve import NativeDense, NativeTrajectory
 from diffsolve.engines.native.runtime.template import template
 from diffsolve.engines.native.runtime.threads import template as stochastic_template
-from diffsolve.engines.torch_engine import Settings, Trajectory
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.trajectory import Trajectory
 from diffsolve.prepared import Prepared
 from diffsolve.problems.capture import reachable_tensors
 from diffsolve.problems.ode import ODEProblem
@@ -154,7 +156,7 @@ def solve(
     save_everystep
         False without ``saveat``: save the two ends only.
     engine
-        ``"native"``: ``f`` is traced, differentiated and compiled, and the whole solve and its
+        ``"native"``: ``f`` is traced, differentiated and program, and the whole solve and its
         reverse pass run as machine code; ``f`` itself runs a few times, and again when something
         that it uses was replaced. ``"torch"``: any ``f``, dtype and device. ``"auto"``: native
         where that is possible, after a comparison with one evaluation of ``f``;
@@ -230,9 +232,9 @@ def solve(
                 raise Declined("it draws its noise itself, and cannot follow a path that is given")
             if recording and isinstance(asked, Sensealg):
                 _refuse_native(asked, field, moving)
-            look: Any = find_stochastic if isinstance(field, SDEField) else find
+            recipe = RowRecipe() if isinstance(field, SDEField) else ScalarRecipe()
             with unhooked():
-                native = look(field, t0, u0, direction, guard=engine == "auto")
+                native = find(field, recipe, t0, u0, direction, verify=engine == "auto")
             if recording:
                 field.params = native.differentiable(field, u0.requires_grad)
             sensealg = choose(asked, recording and (moving or bool(field.params)), transformed)
@@ -303,18 +305,18 @@ def _make_ready(
     native: Any, alg: Algorithm, sensealg: Sensealg, settings: Settings, field: VectorField
 ) -> None:
     """Find the template of a native solve, and compile what its reverse pass needs."""
-    latest = field.memo.get("ready")
-    wanted = (native.compiled, sensealg, native.active)
+    latest = field.memo.setup
+    wanted = (native.program, sensealg, native.active)
     if latest is not None and latest[0] == wanted:
         native.template = latest[1]
         return
     prepared = sensealg.prepared(settings)
     if isinstance(field, SDEField):
-        native.template = stochastic_template(native.compiled, alg, field.noise, prepared)
+        native.template = stochastic_template(native.program, alg, field.noise, prepared)
     else:
-        native.template = template(native.compiled, alg, prepared)
+        native.template = template(native.program, alg, prepared)
     sensealg.compile(native, alg)
-    field.memo["ready"] = wanted, native.template  # an SDE's field is made anew, and forgets it
+    field.memo.setup = wanted, native.template  # an SDE's field is made anew, and forgets it
 
 
 def _check_jacobian(field: VectorField, t: Tensor, u: Tensor) -> None:
@@ -368,7 +370,7 @@ def _steps_of(
     if outputs.estimates is not None:
         return Steps(*times, *outputs.estimates)
     # without the states, which the solution has
-    light = Trajectory(estimates=trajectory.estimates, later=trajectory.later)
+    light = Trajectory(estimates=trajectory.estimates, last_stiffness=trajectory.last_stiffness)
     return lambda: Steps(*times, *job.estimates(light))
 
 

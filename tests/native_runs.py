@@ -24,6 +24,7 @@ from diffsolve import (
     solve,
 )
 from diffsolve.engines.native.programs.lookup import find
+from diffsolve.engines.native.programs.recipes import recipe_of
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 
@@ -46,9 +47,11 @@ def run(f, engine="native", u0=None, p=None, alg=None, **options):
     return solve(prob, alg or Vern7(), engine=engine, **options)
 
 
-def compiled_of(f, u0=None, p=None):
+def program_of(f, u0=None, p=None):
     field = VectorField.of(ODEProblem(f, ones() if u0 is None else u0, (0.0, 1.0), p))
-    return find(field, 0.0, ones() if u0 is None else u0, 1.0, guard=False).compiled
+    return find(
+        field, recipe_of(field), 0.0, ones() if u0 is None else u0, 1.0, verify=False
+    ).program
 
 
 # -- beside torch ----------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ def tree_problem(span=(0.0, 1.0), requires_grad=False):
     return ODEProblem(Tree(), state, span, p), tensors
 
 
-def find_compiled(prob):
+def find_program(prob):
     field = VectorField.of(prob)
     u0 = field.structure.ravel(prob.u0)
-    return find(field, float(prob.tspan[0]), u0, 1.0, guard=False).compiled
+    return find(field, recipe_of(field), float(prob.tspan[0]), u0, 1.0, verify=False).program

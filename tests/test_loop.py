@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from diffsolve import ODEProblem, ReturnCode
-from diffsolve.engines.torch_engine import Record, Saving, Settings, Trajectory, integrate
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.torch_engine import integrate
+from diffsolve.engines.trajectory import Record, Saving, Trajectory
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step
 from diffsolve.solvers.norms import Tolerance

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 from gradients import DOUBLE, Decay, leaf
-from native_runs import compiled_of, ones, rate_of, run
+from native_runs import ones, program_of, rate_of, run
 from torch import nn
 
 from diffsolve import AutoTsit5, KenCarp4, Rodas5P, Tsit5
 from diffsolve.engines.native.codegen import cache, llvm
 from diffsolve.engines.native.graph.expression import Pool
-from diffsolve.engines.native.programs import lookup as field_module
-from diffsolve.engines.native.programs import remembered
+from diffsolve.engines.native.programs import traces
 from diffsolve.engines.native.runtime.kernels import kernel
 
 # -- caching -------------------------------------------------------------------------------------
@@ -67,7 +66,7 @@ def test_a_lambda_made_anew_is_not_compiled_again():
         f = lambda t, u, i=i: torch.tanh(net(u)) * 0.37 + t  # noqa: E731
         sol = run(f, u0=leaf([1.0, 2.0]))
         sol.u.sum().backward()
-        found.add(id(compiled_of(f, ones(2))))
+        found.add(id(program_of(f, ones(2))))
         seconds.append(sol.stats.compile_s)
     assert len(found) == 1
     assert max(seconds[1:]) < 0.1  # a trace
@@ -120,14 +119,14 @@ def test_data_beside_f_is_not_gone_through():
 
 
 def test_traces_of_gone_functions_are_forgotten():
-    before = len(remembered.by_function)
+    before = traces.cache_sizes()["functions"]
     for i in range(5):
         run(lambda t, u, i=i: -u * i)
     gc.collect()
-    assert len(remembered.by_function) <= before
-    for i in range(field_module._MOST_KEPT + 3):
-        compiled_of(lambda t, u, i=i: -u * (i + 0.123))
-    assert len(field_module._by_content) <= field_module._MOST_KEPT
+    assert traces.cache_sizes()["functions"] <= before
+    for i in range(traces.MOST_PROGRAMS + 3):
+        program_of(lambda t, u, i=i: -u * (i + 0.123))
+    assert traces.cache_sizes()["programs"] <= traces.MOST_PROGRAMS
 
 
 def test_what_was_compiled_is_freed_at_once():
@@ -143,12 +142,12 @@ def test_what_was_compiled_is_freed_at_once():
             sol.u.sum().backward()
             del sol
 
-    before = field_module._MOST_KEPT
+    before = traces.MOST_PROGRAMS
     gc.collect()
     gc.disable()
     try:
-        field_module._MOST_KEPT = 2
-        field_module._by_content.clear()
+        traces.MOST_PROGRAMS = 2
+        traces.clear_caches()
         for method in (Tsit5(), Rodas5P(), KenCarp4(), AutoTsit5()):
             several(method, 0, 3)
             few = codes()
@@ -162,7 +161,7 @@ def test_what_was_compiled_is_freed_at_once():
         assert len(gc.get_objects()) < objects + 500
     finally:
         gc.enable()
-        field_module._MOST_KEPT = before
+        traces.MOST_PROGRAMS = before
 
 
 def test_linkers_are_replaced_and_freed():
@@ -226,7 +225,7 @@ def test_cache_folder(tmp_path):
     folder.mkdir(mode=0o700)
     run(lambda t, u: -u, u0=leaf([1.0])).u.sum().backward()
     for name in ("advance", "sweep"):  # which take long to build
-        begin = kernel(name, "explicit_rk", False).code.name.removeprefix("diffsolve_")
+        begin = kernel(name, Tsit5.family, False).code.name.removeprefix("diffsolve_")
         (path,) = cache.cache_folder().glob(f"{begin}*")
         shutil.copy(path, folder / path.name)
     kernels = {x.name for x in folder.iterdir()}

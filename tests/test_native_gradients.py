@@ -10,7 +10,7 @@ from native_runs import (
     SPANS,
     STEPS,
     each_method,
-    find_compiled,
+    find_program,
     fixed_options,
     named,
     off,
@@ -356,7 +356,7 @@ def test_gradients_of_large_states(sensealg):
     check_gradients(
         prob, [u0, rate], Vern7(), sensealg, saveat=[0.1, 0.33, 0.5], adaptive=False, dt=0.05
     )
-    assert find_compiled(prob).step_vjp(Vern7().tableau.stages, (True,)) == 0
+    assert find_program(prob).address("step_vjp", Vern7().tableau.stages, (True,)) == 0
 
 
 @each_sensealg([DISCRETE[0], DISCRETE[2], *REVERSE])

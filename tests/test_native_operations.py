@@ -20,7 +20,7 @@ from diffsolve.engines.native.codegen.llvm import Signature
 from diffsolve.engines.native.graph.derivative import jacobian, sparsity
 from diffsolve.engines.native.graph.expression import Pool
 from diffsolve.engines.native.programs.lookup import find
-from diffsolve.engines.native.runtime.solve import evaluate
+from diffsolve.engines.native.programs.recipes import recipe_of
 from diffsolve.engines.native.tracing.registry import words
 from diffsolve.problems.vector_field import VectorField
 
@@ -586,8 +586,8 @@ def test_half_powers_at_every_corner(exponent: float, dtype: torch.dtype) -> Non
     points = torch.tensor([*ends, 2.3, 1e-30, 1e-12, 1e9, 1e25, 1e-150, 1e200], dtype=dtype)
     prob = ODEProblem(lambda t, u: u**exponent, torch.ones_like(points), (0.0, 1.0))
     field = VectorField.of(prob)
-    native = find(field, 0.0, prob.u0, 1.0, guard=False)
-    found, expected = evaluate(native, 0.0, points), points**exponent
+    native = find(field, recipe_of(field), 0.0, prob.u0, 1.0, verify=False)
+    found, expected = native.evaluate(0.0, points), points**exponent
     torch.testing.assert_close(
         found, expected, rtol=4 * torch.finfo(dtype).eps, atol=0, equal_nan=True
     )

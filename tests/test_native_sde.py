@@ -34,8 +34,9 @@ from diffsolve import (
     SolveError,
     solve,
 )
-from diffsolve.engines.native.programs import row_lookup as stochastic_field
 from diffsolve.engines.native.programs import rows as stochastic
+from diffsolve.engines.native.programs.lookup import find
+from diffsolve.engines.native.programs.recipes import recipe_of
 from diffsolve.engines.native.runtime import stochastic_solve as stochastic_engine
 from diffsolve.problems.sde_field import SDEField
 
@@ -377,7 +378,7 @@ def test_registers_of_other_widths(monkeypatch, lanes):
 
 def native_lanes(prob: SDEProblem) -> int:
     field = SDEField.of(prob)
-    return stochastic_field.find(field, 0.0, prob.u0.reshape(-1), 1.0, guard=False).compiled.lanes
+    return find(field, recipe_of(field), 0.0, prob.u0.reshape(-1), 1.0, verify=False).program.lanes
 
 
 def test_counts_and_times_of_the_kernel():

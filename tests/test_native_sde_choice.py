@@ -22,7 +22,7 @@ from diffsolve import (
     VirtualBrownianTree,
     solve,
 )
-from diffsolve.engines.native.programs import row_lookup as stochastic_field
+from diffsolve.engines.native.programs import traces
 
 TOGETHER = "treats the paths of a batch together"
 RATES_OF_THEIR_OWN = torch.rand(13, 1, dtype=DOUBLE)
@@ -152,13 +152,13 @@ def test_nan_at_the_start_is_no_reason():
 
 
 def test_another_batch_needs_no_other_code():
-    before = len(stochastic_field._by_content)
+    before = traces.cache_sizes()["programs"]
     compiled = set()
     for rows in (2, 5, 17, 100):
         sol = solve(problem(u0=batch(rows)), EM(), dt=0.25, seed=1, engine="native")
         compiled.add(sol.stats.compile_s > 0.01)
         assert sol.stats.engine == "native"
-    assert len(stochastic_field._by_content) <= before + 1
+    assert traces.cache_sizes()["programs"] <= before + 1
 
 
 class _Both(nn.Module):

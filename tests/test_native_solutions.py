@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gradients import CONTINUOUS, DOUBLE, each, leaf, linear
-from native_runs import REVERSIBLE, compiled_of, ones, run
+from native_runs import REVERSIBLE, ones, program_of, run
 from torch import nn
 
 from diffsolve import (
@@ -196,7 +196,7 @@ def test_a_solve_in_many_chunks_is_the_same(monkeypatch):
     results = []
     for work in (template_module._WORK_A_CALL, 1.0):
         monkeypatch.setattr(template_module, "_WORK_A_CALL", work)
-        compiled_of(linear, ones(2), -torch.eye(2, dtype=DOUBLE)).templates.clear()
+        program_of(linear, ones(2), -torch.eye(2, dtype=DOUBLE)).templates.clear()
         for sensealg in REVERSIBLE:
             u0, p = leaf([1.0, 0.5]), leaf([[-1.0, 4.3], [-5.1, -0.7]])
             prob = ODEProblem(linear, u0, (0.0, 3.0), p)

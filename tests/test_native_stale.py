@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_runs import find_compiled
+from native_runs import find_program
 from torch import Tensor, nn
 
 from diffsolve import EM, ODEProblem, Rodas5P, SDEProblem, Tsit5, solve
-from diffsolve.engines.native.programs import lookup as field_module
+from diffsolve.engines.native.programs import scalar_recipe
 
 F64 = torch.float64
 ENGINES = pytest.mark.parametrize("engine", ["auto", "native"])
@@ -318,13 +318,13 @@ def test_change_that_the_start_does_not_show(name: str, engine: str, _as_before:
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Grows with each trace."""
     found: list[Any] = []
-    original = field_module.trace
+    original = scalar_recipe.trace
 
     def counted(f: Any, *args: Any, **kwargs: Any) -> Any:
         found.append(f)
         return original(f, *args, **kwargs)
 
-    monkeypatch.setattr(field_module, "trace", counted)
+    monkeypatch.setattr(scalar_recipe, "trace", counted)
     return found
 
 
@@ -453,7 +453,7 @@ def test_number_that_changes_at_each_step_becomes_an_input(engine: str) -> None:
         torch.testing.assert_close(sol.u[-1], expected.u[-1], rtol=1e-9, atol=1e-12)
         assert sol.stats.engine == "native"
         seconds.append(sol.stats.compile_s)
-        codes.add(id(find_compiled(prob)))
+        codes.add(id(find_program(prob)))
     assert len(codes) <= 4
 
 
@@ -487,7 +487,7 @@ def test_numbers_in_p_are_inputs(kind: str, engine: str) -> None:
         prob = ODEProblem(_kinetics, torch.tensor([1.0, 0.2], dtype=F64), (0.0, 1.0), p)
         sol = solve(prob, alg, engine=engine)
         assert sol.stats.engine == "native"
-        codes.add(id(find_compiled(prob)))
+        codes.add(id(find_program(prob)))
         reference = solve(prob, alg, engine="torch")
         torch.testing.assert_close(sol.u[-1], reference.u[-1], rtol=1e-9, atol=1e-12)
     assert len(codes) <= 4

@@ -7,8 +7,6 @@ follows from them is bounded by how far the steps are apart, times the tolerance
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import pytest
 import torch
 from gradients import DOUBLE, label, leaf
@@ -20,7 +18,7 @@ from native_runs import (
     assert_same_counts,
     both,
     each_method,
-    find_compiled,
+    find_program,
     fixed_options,
     largest_slope,
     named,
@@ -46,9 +44,7 @@ from diffsolve import (
     Vern9,
     solve,
 )
-from diffsolve.engines.native.programs import lookup as field_module
-from diffsolve.engines.native.programs import remembered
-from diffsolve.engines.native.programs import scalar as compiled_module
+from diffsolve.engines.native.programs import explicit_rk, traces
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 
@@ -334,19 +330,18 @@ def test_sizes():
         assert_same_counts(got, reference)
         assert off(got.u, reference.u) <= 1e-11
         assert off(got(0.77), reference(0.77)) <= 1e-11
-    compiled = find_compiled(prob)
-    assert compiled.step(Tsit5().tableau.stages) == 0
-    assert find_compiled(named("lotka_volterra")).step(Tsit5().tableau.stages) != 0
+    program = find_program(prob)
+    assert program.address("step", Tsit5().tableau.stages) == 0
+    assert find_program(named("lotka_volterra")).address("step", Tsit5().tableau.stages) != 0
 
 
 @pytest.mark.parametrize("alg", [RK4(), BS3(), Tsit5(), Vern6(), DP8(), Vern9()], ids=label)
 def test_generic_step_is_the_fused_one(alg, monkeypatch):
     """The same solve and gradient by the kernels' own step, which large states need."""
     found = []
-    for most in (compiled_module._MOST_IN_STEP, 0):
-        monkeypatch.setattr(compiled_module, "_MOST_IN_STEP", most)
-        monkeypatch.setattr(field_module, "_by_content", OrderedDict())
-        monkeypatch.setattr(remembered, "_by_code", OrderedDict())
+    for most in (explicit_rk._MOST_IN_STEP, 0):
+        monkeypatch.setattr(explicit_rk, "_MOST_IN_STEP", most)
+        traces.clear_caches()
         rate = leaf(0.3)
         u0, p = leaf([1.0, 1.0]), leaf([1.5, 1.0, 3.0, 1.0])
         base = library.lotka_volterra_time()
@@ -356,7 +351,7 @@ def test_generic_step_is_the_fused_one(alg, monkeypatch):
 
         prob = ODEProblem(f, u0, (0.0, 1.0), p)
         sol = solve(prob, alg, engine="native", adaptive=False, dt=0.06, saveat=0.05, dense=True)
-        assert bool(find_compiled(prob).step(alg.tableau.stages)) == bool(most)
+        assert bool(find_program(prob).address("step", alg.tableau.stages)) == bool(most)
         weights = torch.linspace(-1, 1, sol.u.numel(), dtype=DOUBLE).reshape(sol.u.shape)
         found.append((sol.u.detach(), *torch.autograd.grad((weights * sol.u).sum(), (u0, p, rate))))
     terms = EPS * float(abs(alg.tableau.stages.interpolant.polynomial).sum())

@@ -8,14 +8,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from native_runs import compiled_of
+from native_runs import program_of
 from torch import Tensor
 
 from diffsolve import DiscreteAdjoint, ODEProblem, Tsit5, solve
 from diffsolve.engines.native.graph.expression import Pool, needed
 from diffsolve.engines.native.graph.groups import in_groups
 from diffsolve.engines.native.programs.lookup import find
-from diffsolve.engines.native.runtime.solve import evaluate
+from diffsolve.engines.native.programs.recipes import recipe_of
 from diffsolve.problems.vector_field import VectorField
 
 FUNCTIONS = {
@@ -38,8 +38,9 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], id
 
 def computed(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     prob = ODEProblem(lambda t, u: f(u), torch.ones_like(x), (0.0, 1.0))
-    native = find(VectorField.of(prob), 0.0, prob.u0, 1.0, guard=False)
-    return evaluate(native, 0.0, x)
+    field = VectorField.of(prob)
+    native = find(field, recipe_of(field), 0.0, prob.u0, 1.0, verify=False)
+    return native.evaluate(0.0, x)
 
 
 @each_function
@@ -115,4 +116,4 @@ def test_solves_and_gradients(dtype: torch.dtype) -> None:
     tolerance = 1e-12 if dtype is torch.float64 else 1e-4
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    assert compiled_of(deep, u0.detach(), p.detach()).n == 11
+    assert program_of(deep, u0.detach(), p.detach()).n == 11

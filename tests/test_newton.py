@@ -12,12 +12,14 @@ from torch import Tensor
 
 import diffsolve as ds
 from diffsolve import ODEProblem, ReturnCode, SolveError, check_jacobian, solve
-from diffsolve.engines.torch_engine import Saving, Settings, integrate
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.torch_engine import integrate
+from diffsolve.engines.trajectory import Saving
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step, Trouble
 from diffsolve.solvers.controllers import PIController
-from diffsolve.solvers.linear import factor
+from diffsolve.solvers.linear import factored_step_matrix
 from diffsolve.solvers.newton import Newton
 from diffsolve.solvers.norms import Tolerance
 
@@ -255,10 +257,10 @@ def test_singular_matrix_with_fixed_steps(alg: Any) -> None:
 def test_singular_and_infinite_matrices_are_found() -> None:
     field = field_of(lambda t, u: u)
     one = torch.ones(1, 1, 1, dtype=F64)
-    assert factor(field, one, -2.0, 0.5) is None
-    assert factor(field, one * math.inf, -2.0, 0.5) is None
-    assert factor(field, one * math.nan, -2.0, 0.5) is None
-    lu = factor(field, one, -1.0, 0.5)
+    assert factored_step_matrix(field, one, 2.0, 0.5) is None
+    assert factored_step_matrix(field, one * math.inf, 2.0, 0.5) is None
+    assert factored_step_matrix(field, one * math.nan, 2.0, 0.5) is None
+    lu = factored_step_matrix(field, one, 1.0, 0.5)
     assert lu is not None and float(lu.solve(torch.ones(1, dtype=F64))) == 1.0
     assert (field.nlu, field.nsolve) == (4, 1)
 

@@ -25,7 +25,9 @@ from diffsolve import (
     Vern7,
     solve,
 )
-from diffsolve.engines.torch_engine import Record, Saving, Settings, integrate
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.torch_engine import integrate
+from diffsolve.engines.trajectory import Record, Saving
 from diffsolve.problems import library
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.controllers import IController

@@ -16,7 +16,8 @@ from diffsolve.adjoints.reverse import Reverse, ReverseField
 from diffsolve.adjoints.reverse_jacobian import Lagrangian
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.stochastic import ForwardSteps, StochasticBacksolve, diffusion_at_start
-from diffsolve.engines.torch_engine import Settings, Trajectory
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.trajectory import Trajectory
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.norms import Tolerance

@@ -28,9 +28,11 @@ from diffsolve.adjoints.stochastic import (
     reverse_method,
 )
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.reverse import compile_adjoint
-from diffsolve.engines.torch_engine import OnStop, Saving, Settings, Trajectory, integrate
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.torch_engine import OnStop, integrate
+from diffsolve.engines.trajectory import Saving, Trajectory
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Stats

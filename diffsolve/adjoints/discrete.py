@@ -14,12 +14,14 @@ from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, Sensealg, first_o
 from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.programs.lookup import NativeField
-from diffsolve.engines.native.programs.row_lookup import NativeSDE
+from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.threads import (
     check_checkpoints as stochastic_checkpoints,
 )
-from diffsolve.engines.torch_engine import Saving, Settings, integrate
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.torch_engine import integrate
+from diffsolve.engines.trajectory import Saving
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm
@@ -92,7 +94,7 @@ class DiscreteAdjoint(Sensealg):
         self.refuse_native()
         if self.checkpoints is not None and isinstance(native, NativeSDE):
             stochastic_checkpoints(native.template)
-        native.template.reverse(native.compiled, native.active)
+        native.template.reverse(native.program, native.active)
 
     def run(self, job: Job) -> Outputs:
         if self.tape:

@@ -20,9 +20,9 @@ from diffsolve.adjoints.stochastic import (
     diffusion_at_start,
 )
 from diffsolve.adjoints.tape import StepTape, check_checkpoints
-from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.kernels import kernel
-from diffsolve.engines.torch_engine import Trajectory
+from diffsolve.engines.trajectory import Trajectory
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
@@ -72,7 +72,7 @@ class InterpolatingAdjoint(ContinuousAdjoint):
     def compile(self, native: NativeField, alg: Algorithm) -> None:
         super().compile(native, alg)
         if self.checkpoints is not None:
-            kernel("replay", native.template.method.family, native.compiled.single)
+            kernel("replay", native.template.method.family, native.program.is_float32)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,8 +18,8 @@ from diffsolve.adjoints.reversal import in_tolerances, reverse_failure, reverse_
 from diffsolve.adjoints.sensealg import Carrier, Job, Outputs, first_order
 from diffsolve.adjoints.sweep import Sweep
 from diffsolve.adjoints.tape import StepTape
-from diffsolve.engines.native.programs.lookup import NativeField
-from diffsolve.engines.native.programs.row_lookup import NativeSDE
+from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.memory import Memory
 from diffsolve.engines.native.runtime.reverse import Path, ReverseProblem, solve_reverse, sweep
 from diffsolve.engines.native.runtime.solve import RETCODES
@@ -32,7 +32,7 @@ from diffsolve.solvers.norms import Tolerance
 if TYPE_CHECKING:
     from diffsolve.adjoints.backsolve import BacksolveAdjoint
     from diffsolve.adjoints.continuous import ContinuousAdjoint
-    from diffsolve.engines.torch_engine import Settings
+    from diffsolve.engines.settings import Settings
 
 
 def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
@@ -41,7 +41,7 @@ def gradients(job: Job, params: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
     if len(params) == 1 and len(native.tensors) == 1 and native.tensors[0] is params[0]:
         return [flat if params[0].dim() == 1 else flat.view(params[0].shape)]
     found: dict[int, Tensor] = {}
-    for x, (offset, count) in zip(native.tensors, native.compiled.blocks, strict=True):
+    for x, (offset, count) in zip(native.tensors, native.program.blocks, strict=True):
         if x.requires_grad:
             part = flat if count == len(flat) else flat[offset : offset + count]
             part = part if x.dim() == 1 else part.view(x.shape)
@@ -205,8 +205,8 @@ def _reverse(
     sensealg, job, times = ctx.sensealg, ctx.job, ctx.times
     native: NativeField = ctx.native
     memory: Memory = ctx.memory
-    compiled, active, n = native.compiled, native.active, len(bars[0])
-    entries = compiled.active_entries(active)
+    program, active, n = native.program, native.active, len(bars[0])
+    entries = program.active_entries(active)
     along = sensealg.along_path
     alg = sensealg.alg or job.alg
     extra = 0 if along else n
@@ -218,11 +218,11 @@ def _reverse(
     if times[-1] != job.t0:
         reset = not along and getattr(sensealg, "checkpointing", False)
         problem = ReverseProblem(
-            field=(compiled.interpolating if along else compiled.backsolve)(active),
+            field=program.address("interpolating" if along else "backsolve", active),
             z=z,
             blocks=[n, n + extra, len(z)],
             settings=_settings(sensealg, job, n, len(z), times),
-            jacobian=lambda: compiled.adjoint_jacobian(active, not along),
+            jacobian=lambda: program.adjoint_jacobian(active, not along),
             path=Path(memory, kept[0], _checkpoints(sensealg) is None) if along else None,
             saved=saved if reset else None,
         )
@@ -253,7 +253,7 @@ def _reverse(
         )
     if times[0] == job.t0 and times[-1] != job.t0:
         z[:n] += bars[0]
-    flat = torch.zeros(compiled.n_params, dtype=bars.dtype, device="cpu")
+    flat = torch.zeros(program.n_params, dtype=bars.dtype, device="cpu")
     flat[entries] = z[n + extra :]
     return z[:n], flat
 

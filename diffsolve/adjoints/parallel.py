@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.adjoints.sensealg import Job, add_up
-from diffsolve.engines.torch_engine import Record
+from diffsolve.engines.trajectory import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.sde_field import GivenNoise, SDEField
 from diffsolve.problems.vector_field import VectorField

@@ -10,7 +10,6 @@ of parameters beyond that of a product.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from diffsolve.problems.probe import may_be_read
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.jacobian import differentiator
-from diffsolve.solvers.linear import BlockLU, factor
+from diffsolve.solvers.linear import BlockLU, Linearisation, factored_step_matrix
 from diffsolve.solvers.time_difference import Stencil
 
 _START = np.zeros(1)
@@ -92,7 +91,7 @@ class Lagrangian:
         return (torch.zeros_like(self.bar) if found[0] is None else found[0]), self.flat(found[1:])
 
 
-class ReverseJacobian:
+class ReverseJacobian(Linearisation):
     """Jacobian of the reverse right-hand side at a point.
 
     Parameters
@@ -117,15 +116,8 @@ class ReverseJacobian:
         sizes: Sequence[int],
         slope: Tensor | None,
     ):
-        self.field: Any = weakref.proxy(field)  # whose scratch space may hold this
-        self.blocks, self.at = blocks, at
-        self.sizes, self.slope = list(sizes), slope
-
-    @cached_property
-    def finite(self) -> bool:
-        """Whether neither the matrix nor the slope holds NaN or Inf."""
-        slope = self.slope is None or bool(torch.isfinite(self.slope).all())
-        return slope and bool(torch.isfinite(self.blocks).all())
+        super().__init__(field, blocks, slope)
+        self.at, self.sizes = at, list(sizes)
 
     def product(self, v: Tensor) -> Tensor:
         """Product of the diagonal blocks alone, which have all of the eigenvalues."""
@@ -137,8 +129,10 @@ class ReverseJacobian:
 
     def factor(self, h: float, gamma: float) -> ReverseLU | None:
         """Factors of ``I / gamma - h J``; None where that is singular or not finite."""
-        back = factor(self.field, self.blocks.mT, h, gamma)
-        forth = factor(self.field, self.blocks, -h, gamma) if self.sizes[1] else None
+        back = factored_step_matrix(self.field, self.blocks.mT, -h, gamma)
+        forth = None
+        if self.sizes[1]:
+            forth = factored_step_matrix(self.field, self.blocks, h, gamma)
         if back is None or (self.sizes[1] and forth is None):
             return None
         return ReverseLU(self, back, forth, h, gamma)

@@ -16,8 +16,8 @@ from diffsolve.adjoints.reconstruction import BacksolveWarning
 from diffsolve.adjoints.sensealg import Job, Outputs, Sensealg
 from diffsolve.adjoints.tape import StepTape
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.programs.lookup import NativeField
-from diffsolve.engines.torch_engine import Record
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
+from diffsolve.engines.trajectory import Record
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.stochastic.method import registered

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.programs.lookup import NativeField
-from diffsolve.engines.native.programs.row_lookup import NativeSDE
+from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime import solve as native
 from diffsolve.engines.native.runtime import stochastic_solve as stochastic_engine
 from diffsolve.engines.native.runtime.solve import NativeTrajectory
 from diffsolve.engines.native.runtime.template import Wanted
-from diffsolve.engines.torch_engine import Recorder, Saving, Settings, Trajectory, integrate
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.torch_engine import integrate
+from diffsolve.engines.trajectory import Recorder, Saving, Trajectory
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Stats
@@ -111,9 +113,9 @@ class Job:
     def estimates(self, trajectory: Trajectory) -> tuple[Tensor, Tensor, Tensor]:
         """``error, error_norm, stiffness`` of the accepted steps, ``(n,)`` each."""
         rows = [(e.error, e.error_norm, e.stiffness) for e in trajectory.estimates]
-        if trajectory.later is not None:
+        if trajectory.last_stiffness is not None:
             with torch.no_grad(), without_autocast(self.field.device):
-                rows[-1] = (*rows[-1][:2], trajectory.later())
+                rows[-1] = (*rows[-1][:2], trajectory.last_stiffness())
         table = torch.tensor(
             rows, dtype=self.field.structure.time_dtype, device=self.field.device
         ).reshape(-1, 3)
@@ -196,7 +198,7 @@ class NoAdjoint(Sensealg):
             found = job.run_native(job.u0.detach(), Wanted(job.saves.array, dense=job.dense))
             return Outputs(found, found.u)
         trajectory = job.run(job.u0.detach())
-        known = None if trajectory.later is not None else job.estimates(trajectory)
+        known = None if trajectory.last_stiffness is not None else job.estimates(trajectory)
         return Outputs(trajectory, job.stacked(trajectory.u), known)
 
     def __repr__(self) -> str:

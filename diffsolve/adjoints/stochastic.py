@@ -37,7 +37,8 @@ from diffsolve.adjoints.reconstruction import Reconstruction
 from diffsolve.adjoints.reverse import ReverseField
 from diffsolve.adjoints.sensealg import Job
 from diffsolve.adjoints.tape import StepTape
-from diffsolve.engines.torch_engine import Settings, Trajectory
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.trajectory import Trajectory
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import CHANGED, VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step
@@ -77,7 +78,8 @@ class ForwardSteps:
     @classmethod
     def of(cls, trajectory: Trajectory) -> ForwardSteps:
         recent = [abs(float(h)) for h in trajectory.step_h[-_RECENT:]]
-        return cls(trajectory.step_t, trajectory.final_t, max(recent, default=None))
+        starts = [float(t) for t in trajectory.step_t]
+        return cls(starts, trajectory.final_t, max(recent, default=None))
 
 
 def diffusion_at_start(job: Job, u0: Tensor) -> Tensor:

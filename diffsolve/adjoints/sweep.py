@@ -13,7 +13,7 @@ from torch import Tensor
 from diffsolve.adjoints.parallel import ParallelSweep
 from diffsolve.adjoints.sensealg import Job, add_up
 from diffsolve.adjoints.tape import StepTape
-from diffsolve.engines.torch_engine import Record
+from diffsolve.engines.trajectory import Record
 from diffsolve.problems.capture import reached_leaves, refuse_unknown_leaves
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.solvers.algorithm import Step, read, summands
@@ -50,7 +50,7 @@ class Sweep:
         self.of_saved = cotangents[0]
         self.of_estimates = cotangents[1:]
         self.field, self.params = job.field.for_vjp()
-        self.field.first_order = True
+        self.field.differentiated_once = True
         self.final = final
         self._expect(final)
         self.dparams: list[Tensor | None] = [None] * len(self.params)

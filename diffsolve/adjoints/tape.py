@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from diffsolve.engines.torch_engine import Record
+from diffsolve.engines.trajectory import Record
 from diffsolve.problems.vector_field import VectorField
 
 

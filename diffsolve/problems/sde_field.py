@@ -137,6 +137,10 @@ class SDEField(VectorField):
         self._g_shapes: list[Any] = []
         self._g_buffer: Callable[[], Tensor | None] = no_buffer
 
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        return self.f, self.g
+
     @classmethod
     def of(cls, prob: SDEProblem) -> SDEField:  # type: ignore[override]
         structure = StateStructure.of(prob.u0)

@@ -12,10 +12,17 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 
+Number = float | Tensor  # a tensor, 0-d, where the number is differentiated
+
 
 def detached(x: Any) -> Any:
     """``x`` off the tape, where it is a tensor."""
     return x.detach() if isinstance(x, Tensor) else x
+
+
+def as_float(x: Any) -> float:
+    """A number or 0-d tensor as a float, off the tape."""
+    return float(detached(x))
 
 
 _LEAF = pytree.tree_structure(0)

@@ -31,6 +31,7 @@ from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.probe import CUT, STOPPED, Probe, Watched, has_module_hooks, unhooked
 from diffsolve.problems.structure import StateStructure, detached
+from diffsolve.problems.workspace import Workspace
 
 _START = np.zeros(1)
 CHANGED = (
@@ -44,6 +45,24 @@ CHANGED = (
 def no_buffer() -> None:
     """What a function returned at first, where there is no such tensor."""
     return None
+
+
+class SolveMemo:
+    """What solves of a problem leave for the next one; each entry says itself whether it holds.
+
+    Attributes
+    ----------
+    lookup
+        A ``LastLookup`` of the native engine: the program that was found.
+    setup
+        What the native engine made of the program for one method, settings and sensealg.
+    """
+
+    __slots__ = ("lookup", "setup")
+
+    def __init__(self) -> None:
+        self.lookup: Any = None
+        self.setup: Any = None
 
 
 class VectorField:
@@ -73,18 +92,19 @@ class VectorField:
         not, iterations spare no effort.
     largest_matrix
         Most unknowns that a dense Jacobian is made for. Default 5000: 200 MB, seconds to factor.
-    first_order
-        Whether what autograd records is differentiated once only.
+    differentiated_once
+        Whether nobody differentiates a gradient of this field: its steps then record what first
+        derivatives need, and no more.
     work
         Entries that one evaluation computes, about. Filled by ``discover``.
-    scratch
-        Work space that steps keep between calls; one field serves one solve.
+    workspace
+        What steps keep between calls. One field serves one solve.
     span_end
         Where the solve ends: ``f`` is not evaluated beyond. NaN: not known.
     breaks
         Times where ``f`` may jump, increasing: stages of a step stay on the step's side of them.
     memo
-        What was found for this problem and may serve its next solve: shared with ``fresh`` copies.
+        What solves of this problem leave for the next one: shared with ``fresh`` copies.
     low_eps
         Relative rounding inside ``f`` where autocast lowers its precision, else zero.
     cut
@@ -108,7 +128,7 @@ class VectorField:
     accuracy: Any = None
     retries = False
     largest_matrix = 5000
-    first_order = False
+    differentiated_once = False
     work = 0
     #: Whether messages may speak of it as ``f``.
     is_of_user = True
@@ -124,8 +144,8 @@ class VectorField:
         self.structure = structure
         self.params: list[Tensor] = []
         self.used: set[int] = set()
-        self.scratch: dict[Any, Any] = {}
-        self.memo: dict[Any, Any] = {}
+        self.workspace = Workspace()
+        self.memo = SolveMemo()
         inner = _unwrapped(f)
         if isinstance(inner, Autocasting):
             self.low_eps = torch.finfo(inner.dtype).eps
@@ -149,14 +169,19 @@ class VectorField:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made of: machine code is looked for anew."""
-        return {**self.__dict__, "memo": {}}
+        return {**self.__dict__, "memo": SolveMemo()}
 
     def fresh(self) -> VectorField:
         """The same for another solve, with nothing counted and nothing learnt yet."""
         field = object.__new__(type(self))
         field.__dict__ = self.__dict__.copy()
-        field.params, field.used, field.scratch = [], set(), {}
+        field.params, field.used, field.workspace = [], set(), Workspace()
         return field
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """Those of the user's that are solved: the right-hand side."""
+        return (self.f,)
 
     def without_functions(self) -> VectorField:
         """The parameters, the structure and the breaks alone."""

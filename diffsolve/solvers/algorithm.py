@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.controllers import Controller, PIController
+from diffsolve.solvers.kernels.family import Family
 
 
 class StepInterpolant(Protocol):
@@ -83,8 +84,8 @@ class Step:
         Solutions of those equations that an iteration found, for ``step(..., solved=...)``.
     trouble
         What went wrong.
-    later
-        What computes the stiffness of a step with an open end, when it is asked for.
+    stiffness_later
+        Computes the stiffness of a step with an open end, which most solves never ask for.
     """
 
     state: tuple[Tensor, ...]
@@ -95,7 +96,7 @@ class Step:
     converged: bool = True
     solved: tuple[Tensor, ...] = ()
     trouble: Trouble | None = None
-    later: Callable[[], float] | None = None
+    stiffness_later: Callable[[], float] | None = None
 
 
 def summands(state: tuple[Tensor, ...], h: Any) -> tuple[Tensor, Tensor]:
@@ -135,8 +136,8 @@ class Algorithm(ABC):
         limits them.
     carries_derivative
         Whether ``init`` wants the derivative at ``t``, so that callers may make it for several.
-    kernels
-        Folder of the family whose compiled kernels take this class's steps; None: there are none.
+    family
+        The family whose compiled steps are those of this class; None: there are none.
     is_implicit
         Whether a step solves equations: it then needs a Jacobian and a real state. Where an
         iteration solves them, what it found is in ``Step.solved``; ``step`` then takes it as the
@@ -150,7 +151,7 @@ class Algorithm(ABC):
     has_jacobian_inside: ClassVar[bool] = False
     supports_mass_matrix: ClassVar[bool] = False
     is_one_step: ClassVar[bool] = False
-    kernels: ClassVar[str | None] = None
+    family: ClassVar[Family | None] = None
     carries_derivative: ClassVar[bool] = True
     is_implicit: ClassVar[bool] = False
 

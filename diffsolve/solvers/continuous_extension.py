@@ -133,6 +133,41 @@ def _close(x: Array, y: Array) -> bool:
     return bool(np.abs(x - y).max() <= TOLERANCE * max(1.0, np.abs(x).max()))
 
 
+def nested_polynomial(b: ArrayLike, d: ArrayLike, new: int) -> Array:
+    """Expand Hairer's nested form of a continuous extension into powers of theta.
+
+    The extension is ``theta (f0 + (1-theta) (f1 + theta (f2 + (1-theta) (f3 + ...))))``. The first
+    three coefficients are those of the cubic Hermite polynomial, the others are ``d @ k``.
+
+    Parameters
+    ----------
+    b
+        Weights of the solution, at most as many as there are stages.
+    d
+        One row per coefficient from ``f3`` on, one column per stage, extra stages included.
+    new
+        Index of the stage that is the derivative at the new point.
+
+    Returns
+    -------
+    ndarray
+        The polynomial as ``Interpolant`` takes it.
+    """
+    d = np.asarray(d, dtype=np.float64)
+    unit = np.eye(d.shape[1])
+    weights = np.zeros(d.shape[1])
+    weights[: len(np.asarray(b))] = b
+    first, last = unit[0], unit[new]
+    coefficients = np.vstack([weights, first - weights, 2 * weights - first - last, d])
+    # basis[m] holds the powers of the m-th product theta (1-theta) theta ..., exact integers
+    basis = np.zeros((len(coefficients), len(coefficients)))
+    product = np.array([1.0])
+    for m in range(len(basis)):
+        product = np.convolve(product, [0.0, 1.0] if m % 2 == 0 else [1.0, -1.0])
+        basis[m, : m + 1] = product[1:]
+    return coefficients.T @ basis
+
+
 def cubic_hermite(b: ArrayLike, order: int, error: float | None = None) -> Interpolant:
     """Third-order Hermite polynomial through both ends, written with the stages.
 

@@ -8,21 +8,20 @@ a constant matrix, ``x = x_hat - R_x^{-1} R(x_hat, p)``, is ``x_hat`` with the d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
-from diffsolve.problems.structure import detached
+from diffsolve.problems.structure import Number, as_float
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.jacobian import Push, differentiator
-from diffsolve.solvers.linear import BlockLU, factor
+from diffsolve.solvers.linear import Factors, factored_step_matrix
 
 
 def stage_on_tape(
     field: VectorField,
     f: Callable[[Tensor], Tensor],
     base: Tensor,
-    step: Any,
+    step: Number,
     gamma: float,
     known: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -48,12 +47,12 @@ def stage_on_tape(
         If its matrix is singular, so that there is no derivative.
     """
     k, lu = known.detach(), None
-    for _ in range(1 if field.first_order else 2):
+    for _ in range(1 if field.differentiated_once else 2):
         g = base + (step * gamma) * k
         value = f(g)
         if lu is None:
             blocks = differentiator(field).exact_at(f, g, value)
-            lu = factor(field, blocks, -float(detached(step)), gamma)
+            lu = factored_step_matrix(field, blocks, as_float(step), gamma)
             if lu is None:
                 raise RuntimeError(
                     "a stage has no derivative: its matrix I - h gamma J is singular or not finite"
@@ -63,11 +62,12 @@ def stage_on_tape(
 
 
 def linear_on_tape(
-    lu: BlockLU,
+    field: VectorField,
+    lu: Factors,
     known: Tensor,
     right: Tensor,
     push: Push,
-    step: Any,
+    step: Number,
     gamma: float,
     d: float,
 ) -> Tensor:
@@ -75,8 +75,8 @@ def linear_on_tape(
 
     Parameters
     ----------
-    lu
-        Factors of the matrix, constants.
+    field, lu
+        Right-hand side, and factors of the matrix, constants.
     known
         The solution.
     right
@@ -87,6 +87,6 @@ def linear_on_tape(
         Of the equation; ``step`` is the step size as a factor of states.
     """
     x = known.detach()
-    for _ in range(1 if lu.field.first_order else 2):
+    for _ in range(1 if field.differentiated_once else 2):
         x = x + lu.solve(right - x / gamma + step * push(x, d))
     return x

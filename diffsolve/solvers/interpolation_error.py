@@ -21,7 +21,7 @@ _SEEN = 1e-3  # errors of the test equation below this are rounding, or vanish w
 _LARGEST = 10.0  # sums of weights up to this, beside that of the solution
 
 
-class Rows(Protocol):
+class TableauRows(Protocol):
     """A tableau in the form of the step."""
 
     @property
@@ -38,7 +38,7 @@ class Rows(Protocol):
         ...
 
 
-class ImplicitRows(Rows, Protocol):
+class ImplicitTableauRows(TableauRows, Protocol):
     """One of an implicit method."""
 
     def linear_rows(self, z: float, u: float, g: Callable[[float], float], slope: float) -> Array:
@@ -46,7 +46,7 @@ class ImplicitRows(Rows, Protocol):
         ...
 
 
-def interpolation_error(form: ImplicitRows, smoothed: bool) -> Array | None:
+def interpolation_error(form: ImplicitTableauRows, smoothed: bool) -> Array | None:
     """Weights of an estimate of the interpolant's error, or None where the step's own will do.
 
     The estimate vanishes for the solutions that the interpolant follows exactly, smooth ones of
@@ -95,7 +95,7 @@ def interpolation_error(form: ImplicitRows, smoothed: bool) -> Array | None:
     return form.b_error * min(1.0, abs(error / own)) if abs(own) > _SEEN else None
 
 
-def error_of_low_order(form: Rows, estimate_order: int) -> Array | None:
+def error_of_low_order(form: TableauRows, estimate_order: int) -> Array | None:
     """Weights of such an estimate for an explicit method, or None where the step's own will do.
 
     That is so unless the interpolant has a lower order than the embedded solution, as the cubic
@@ -132,14 +132,16 @@ def _is_parallel(x: Array, y: Array) -> bool:
     return bool(abs(x @ y) > (1 - 1e-8) * np.linalg.norm(x) * np.linalg.norm(y))
 
 
-def _smooth_rows(form: ImplicitRows, power: int) -> Array:
+def _smooth_rows(form: ImplicitTableauRows, power: int) -> Array:
     """Rows of the stiff test equation with the solution ``t**power``."""
     p = float(power)
     slope = (2.0 if power == 2 else 0.0) - (_STIFF if power == 1 else 0.0)
     return form.linear_rows(_STIFF, 0.0, lambda t: p * t ** (power - 1) - _STIFF * t**power, slope)
 
 
-def _terms(form: Rows, order: int, weights: Array, theta: float) -> tuple[Array, Array, Array]:
+def _terms(
+    form: TableauRows, order: int, weights: Array, theta: float
+) -> tuple[Array, Array, Array]:
     """Elementary weights up to ``order``; those of the next; what the interpolant has there."""
     phi, sizes = form.elementary_weights(order + 1), rooted_trees(order + 1)
     known = np.array([v for tree, v in phi.items() if sizes[tree][0] <= order])

@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 from diffsolve.problems.capture import nodes_of
 from diffsolve.problems.plain_norms import PlainNorms, refuse_opaque_norms
 from diffsolve.problems.probe import may_be_read, was_read
-from diffsolve.problems.structure import detached, under_transform
+from diffsolve.problems.structure import as_float, under_transform
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.agreement import same_gradients, uneven
 from diffsolve.solvers.given_jacobian import given_jacobian
 from diffsolve.solvers.jacobian_layout import Layout, first_layout
-from diffsolve.solvers.linear import Jacobian
+from diffsolve.solvers.linear import Jacobian, Linearisation
 from diffsolve.solvers.time_difference import time_difference, time_difference_on_tape
 
 _START = np.zeros(1)
@@ -35,7 +35,7 @@ _MOST_AT_ONCE = 4_000_000  # entries of the products that are computed in one ba
 
 def linearise(
     field: VectorField, t: Any, h: Any, u: Tensor, slope: bool = False, exact: bool = False
-) -> Any:
+) -> Linearisation:
     """``df/du``, and ``df/dt``, at the start of a step.
 
     Parameters
@@ -49,8 +49,8 @@ def linearise(
 
     Returns
     -------
-    Jacobian
-        Off the tape; or what ``field.linearise`` gives, which can do the same.
+    Linearisation
+        A ``Jacobian``, off the tape, or what ``field.linearise`` gives.
 
     Raises
     ------
@@ -58,17 +58,16 @@ def linearise(
         If the user's ``jac`` or ``jac_sparsity`` is wrong, or a dense matrix would be too large.
     """
     field.njac += 1
-    t, h = (float(detached(x)) for x in (t, h))
+    t, h = as_float(t), as_float(h)
     if field.linearise is not None:
         return field.linearise(t, h, u.detach(), slope)
     return differentiator(field).at(t, h, u.detach(), slope, exact)
 
 
 def differentiator(field: VectorField) -> Differentiator:
-    """The one of this field."""
-    if "jacobian" not in field.scratch:
-        field.scratch["jacobian"] = Differentiator(field)
-    return field.scratch["jacobian"]
+    """The differentiator of this solve."""
+    known = field.workspace.get(Differentiator)
+    return field.workspace.put(Differentiator(field)) if known is None else known
 
 
 class _Watch(TorchFunctionMode):
@@ -101,6 +100,8 @@ class Differentiator:
         Whether autograd cannot go through ``f``, so that differences must do.
     moves_unseen
         Whether ``f`` depends on time in a way that autograd does not see; None: not known yet.
+    norms_checked
+        Whether a graph of ``f`` was looked at by ``refuse_opaque_norms``.
     """
 
     def __init__(self, field: VectorField):
@@ -108,6 +109,7 @@ class Differentiator:
         self.layout: Layout = first_layout(field)
         self.by_differences = False
         self.moves_unseen: bool | None = None
+        self.norms_checked = False
         self._batched = True
         self._checked = False  # whether a batch of products is what they are one by one
 
@@ -360,8 +362,8 @@ def push_forward(
         u = u.view_as(u)
         if not u.requires_grad:
             u.requires_grad_()
-        if recorded and not field.first_order:
-            u.register_hook(functools.partial(_refuse_endless, float(detached(t))))
+        if recorded and not field.differentiated_once:
+            u.register_hook(functools.partial(_refuse_endless, as_float(t)))
         if not time.requires_grad:
             time = time.clone().requires_grad_() if zero is None else time + zero
             may_be_read(time)
@@ -370,14 +372,14 @@ def push_forward(
         pulled: Any = (None, None)
         if y.requires_grad:
             pulled = torch.autograd.grad(y, (u, time), w, create_graph=True, allow_unused=True)
-    if recorded and "norms" not in field.scratch:
+    if recorded and not known.norms_checked:
         refuse_opaque_norms(y)
-        field.scratch["norms"] = True  # seen
+        known.norms_checked = True
     moving = None
     known.notice(time, pulled[1])
     if known.moves_unseen:
         pulled = pulled[0], None
-        moving = time_difference_on_tape(field, float(detached(t)), float(detached(h)), start)
+        moving = time_difference_on_tape(field, as_float(t), as_float(h), start)
 
     def push(v: Tensor | None, d: float) -> Tensor:
         pairs = [

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Trouble
 from diffsolve.solvers.jacobian import linearise
+from diffsolve.solvers.linear import Factors, Linearisation
 from diffsolve.solvers.norms import Tolerance
 
 #: What an iteration may leave of an error, in units of the tolerance.
@@ -49,6 +49,14 @@ def kappa(rtol: float, eps: float) -> float:
     return min(1.0, max(KAPPA, 4 * eps / rtol)) if rtol > 0 else KAPPA
 
 
+def newton_of(field: VectorField, gamma: float, method: object) -> Newton:
+    """The iteration of this solve and this method, with the matrix of the step before."""
+    newton = field.workspace.get(Newton)
+    if newton is None or newton.method is not method:
+        newton = field.workspace.put(Newton(field, gamma, method))
+    return newton
+
+
 class Newton:
     """Newton's iteration for the stages of one solve.
 
@@ -58,13 +66,15 @@ class Newton:
         Right-hand side; ``field.accuracy`` is what increments are measured by.
     gamma
         Diagonal coefficient of the method.
+    method
+        What the matrix is for: another method makes its own.
     """
 
-    def __init__(self, field: VectorField, gamma: float):
-        self._field = weakref.ref(field)  # which keeps this
-        self.gamma = gamma
-        self.jacobian: Any = None
-        self.lu: Any = None
+    def __init__(self, field: VectorField, gamma: float, method: object = None):
+        self._field = weakref.ref(field)  # whose workspace holds this
+        self.gamma, self.method = gamma, method
+        self.jacobian: Linearisation | None = None
+        self.lu: Factors | None = None
         self.stale = False
         self.slowest = 0.0  # rate of convergence in this step
         self.trouble = Trouble.DIVERGED
@@ -110,16 +120,17 @@ class Newton:
     def renew(self, t: float, h: float, u: Tensor) -> bool:
         """Evaluate and factor at this step; False: the matrix cannot be used."""
         self.slowest = 0.0
-        found = linearise(self.field, t, h, u)
+        jacobian = linearise(self.field, t, h, u)
         self.lu, self.stale = None, False
-        if not found.finite:
+        if not jacobian.finite:
             self.jacobian, self._at = None, None
             self.trouble = Trouble.JACOBIAN
             return False
-        self.jacobian, self._at = found, (t, u)
+        self.jacobian, self._at = jacobian, (t, u)
         return self._factor(h)
 
     def _factor(self, h: float) -> bool:
+        assert self.jacobian is not None
         self.lu = self.jacobian.factor(h, self.gamma)
         self._factored_h = h
         if self.lu is None:
@@ -156,10 +167,10 @@ class Newton:
         tuple or None
             The stage and the state where ``f`` is evaluated; None: ``trouble`` says why.
         """
-        found = self._iterate(f, base, h, k)
-        if found is None and at is not None:
-            found = self._insist(f, base, h, k, at)
-        return found
+        solution = self._iterate(f, base, h, k)
+        if solution is None and at is not None:
+            solution = self._insist(f, base, h, k, at)
+        return solution
 
     def _iterate(
         self, f: Callable[[Tensor], Tensor], base: Tensor, h: float, k: Tensor
@@ -225,6 +236,7 @@ class Newton:
         self, f: Callable[[Tensor], Tensor], base: Tensor, step: float, k: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """An increment, and the stage and the state after it."""
+        assert self.lu is not None
         self.field.nnewton += 1
         change = self.lu.solve((f(g) - k) / self.gamma)
         k = k + change

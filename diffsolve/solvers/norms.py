@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffsolve.problems.structure import StateStructure, detached, outside_transforms
+from diffsolve.problems.structure import Number, StateStructure, as_float, outside_transforms
 from diffsolve.solvers.algorithm import Step
-
-Number = float | Tensor
 
 
 def rms(x: Tensor) -> Tensor:
@@ -142,7 +140,7 @@ def relative_stiffness(step: Step, u: Tensor, tolerance: Tolerance, plain: Numbe
     fast components are the small ones, the differences of a smooth solution drown theirs.
     """
     if not isinstance(step.stiffness, tuple):
-        return float(detached(plain))
+        return as_float(plain)
     scale = tolerance.scale(torch.maximum(u.abs(), step.state[0].abs())).detach()
     pair = torch.stack([x.detach() / scale for x in step.stiffness])
     slopes, states = torch.linalg.vector_norm(pair, dim=1).tolist()

@@ -120,7 +120,7 @@ def warn_if_blind(name: str, nodes: Array, single: Array, b_error: Array) -> Non
                 f"{name}: the error estimate is zero for {problems}, whatever the step. Adaptive "
                 "solves of such problems, or of some parts of one, are wrong at every tolerance; "
                 "use fixed steps there, or other weights b_error",
-                stacklevel=4,
+                stacklevel=5,  # where the tableau is built
             )
 
 

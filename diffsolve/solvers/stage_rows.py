@@ -92,22 +92,39 @@ def as_scale(field: VectorField, h: Any) -> Any:
     return h.to(field.dtype) if isinstance(h, Tensor) else h
 
 
+class _Coefficients:
+    """Coefficients of tableaus and interpolants as tensors, each made once for a solve.
+
+    They are found by the identity of the array. An entry holds the array too: while it does, no
+    other array can have that identity.
+    """
+
+    def __init__(self) -> None:
+        self.constants: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self.bases: dict[Any, tuple[Interpolant, tuple[Tensor, Tensor, Tensor]]] = {}
+
+
+def _coefficients(field: VectorField) -> _Coefficients:
+    known = field.workspace.get(_Coefficients)
+    return field.workspace.put(_Coefficients()) if known is None else known
+
+
 def constant(field: VectorField, values: np.ndarray) -> Tensor:
-    """Coefficients of a tableau as a tensor beside the state, made once for a solve."""
-    key = id(values)  # the array is kept in the entry, so its identity stays taken
-    if key not in field.scratch:
+    """Coefficients of a tableau as a tensor in the state's dtype, on its device."""
+    entries, key = _coefficients(field).constants, id(values)
+    if key not in entries:
         tensor = torch.as_tensor(values, dtype=field.dtype, device=field.device)
-        field.scratch[key] = (values, tensor)
-    return field.scratch[key][1]
+        entries[key] = (values, tensor)
+    return entries[key][1]
 
 
 def _basis(
     field: VectorField, dense: Interpolant, derivative: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exponents of theta and of ``1 - theta``, and the coefficients ``(m, n)`` of the stages."""
-    key = (id(dense), derivative, device)
-    if key not in field.scratch:
+    entries, key = _coefficients(field).bases, (id(dense), derivative, device)
+    if key not in entries:
         coefficients = torch.as_tensor(dense.coefficients(derivative).T, device=device)
         up = torch.arange(len(coefficients), dtype=torch.float64, device=device)
-        field.scratch[key] = (dense, up, up.flip(0), coefficients)
-    return field.scratch[key][1:]
+        entries[key] = (dense, (up, up.flip(0), coefficients))
+    return entries[key][1]

@@ -11,8 +11,8 @@ from diffsolve.solvers.algorithm import Algorithm, Step
 from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
 
 
-class TableauMethod(Algorithm):
-    """Base of the families' classes, whose state is ``(u, du)``.
+class OfTableau(Algorithm):
+    """Base of the families' classes that are given by a tableau.
 
     Raises
     ------
@@ -28,12 +28,24 @@ class TableauMethod(Algorithm):
             family = next(c for c in type(self).__mro__ if "tableau_type" in vars(c)).__name__
             raise TypeError(f"{family} needs a {kind.__name__}, got {type(tableau).__name__}")
         self.tableau = tableau
-        self.order = tableau.order
-        self.adaptive = tableau.stages.b_error is not None
 
     @property
     def name(self) -> str:
         return self.tableau.name
+
+    def __repr__(self) -> str:
+        kind = type(self)
+        takes_any_tableau = "tableau_type" in vars(kind)
+        return f"{kind.__name__}({self.tableau.name if takes_any_tableau else ''})"
+
+
+class TableauMethod(OfTableau):
+    """Base of the Runge-Kutta-like families, whose state is ``(u, du)``."""
+
+    def __init__(self, tableau: Any):
+        super().__init__(tableau)
+        self.order = tableau.order
+        self.adaptive = tableau.stages.b_error is not None
 
     @property
     def key(self) -> Any:
@@ -48,14 +60,9 @@ class TableauMethod(Algorithm):
             return None
         return (constant(field, weights) * as_scale(field, h)) @ dense.k
 
-    def __repr__(self) -> str:
-        kind = type(self)
-        of_any_tableau = "tableau_type" in vars(kind)
-        return f"{kind.__name__}({self.tableau.name if of_any_tableau else ''})"
 
-
-class Named(TableauMethod):
-    """Mixed into a family's class: a method that is its class's tableau."""
+class Named(OfTableau):
+    """Mixed into a family's class: the method of one tableau, ``coefficients``."""
 
     coefficients: ClassVar[Any]
 

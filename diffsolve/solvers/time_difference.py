@@ -83,7 +83,7 @@ class _TimeDifference(torch.autograd.Function):
             inputs = [x for x in (at, *params) if x.requires_grad]
             grads: Any = [None] * len(inputs)
             if y.requires_grad:
-                if field.first_order:
+                if field.differentiated_once:
                     refuse_unknown_leaves(reached_leaves([y]), inputs)
                 grads = torch.autograd.grad(y, inputs, bar, create_graph=again, allow_unused=True)
             pulled.append(

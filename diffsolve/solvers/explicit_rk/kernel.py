@@ -11,6 +11,7 @@ import math
 
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.estimates import ERROR, LOW, NEW, SPARE, STIFF, TOTAL, reverse_error
+from diffsolve.solvers.kernels.functions import StepFunctions
 from diffsolve.solvers.kernels.memory import (
     call_step,
     call_step_vjp,
@@ -32,6 +33,7 @@ from diffsolve.solvers.kernels.rows import (
     combine,
     combine_error,
     field_at,
+    polynomial_at,
     row,
     stage,
     stage_bar,
@@ -293,3 +295,15 @@ def reverse_step(I, R, t, h, like):
             add_scaled(n, 1.0, stiff_bar, bar, like)
         add_scaled(n, 1.0, bar, total, like)
         through_combination(I, I[L.A], i * stages, i, h, bar, like)
+
+
+FUNCTIONS = StepFunctions(
+    take_step=take_step,
+    measure=measure,
+    complete=add_extra_stages,
+    value_at=polynomial_at,
+    recall=recall,
+    reverse_estimates=reverse_estimates,
+    reverse_step=reverse_step,
+    reverse_complete=reverse_extra_stages,
+)

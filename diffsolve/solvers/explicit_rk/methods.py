@@ -9,7 +9,8 @@ from torch import Tensor
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.controllers import Controller, IController
-from diffsolve.solvers.explicit_rk import tableaus, tableaus_high_order
+from diffsolve.solvers.explicit_rk import tableaus
+from diffsolve.solvers.explicit_rk.native import FAMILY
 from diffsolve.solvers.explicit_rk.stability import stable_sizes
 from diffsolve.solvers.explicit_rk.step import take_step
 from diffsolve.solvers.explicit_rk.tableau import Tableau
@@ -37,7 +38,7 @@ class ExplicitRK(TableauMethod):
     """
 
     is_one_step = True
-    kernels = "explicit_rk"
+    family = FAMILY
     tableau_type = Tableau
 
     @property
@@ -168,7 +169,7 @@ class DP8(_Named):
     HNW, sections II.5 and II.10, and the code DOP853.
     """
 
-    coefficients = tableaus_high_order.DP8
+    coefficients = tableaus.DP8
 
     def default_controller(self) -> Controller:
         return IController.for_order(8)  # beta = 0, Hairer's default for this method
@@ -183,7 +184,7 @@ class Vern6(_Named):
     383.
     """
 
-    coefficients = tableaus_high_order.VERN6
+    coefficients = tableaus.VERN6
 
 
 class Vern7(_Named):
@@ -195,7 +196,7 @@ class Vern7(_Named):
     383.
     """
 
-    coefficients = tableaus_high_order.VERN7
+    coefficients = tableaus.VERN7
 
 
 class Vern9(_Named):
@@ -207,4 +208,4 @@ class Vern9(_Named):
     383.
     """
 
-    coefficients = tableaus_high_order.VERN9
+    coefficients = tableaus.VERN9

@@ -28,10 +28,10 @@ def take_step(
     """
     if torch.is_grad_enabled():
         return _recorded_step(field, stages, t, h, state)
-    work = field.scratch.get("explicit_rk")
-    if work is None or work.stages is not stages:
-        work = field.scratch["explicit_rk"] = _Workspace(field, stages)
-    return work.step(field, t, h, state, open_end)
+    buffers = field.workspace.get(_StageBuffers)
+    if buffers is None or buffers.stages is not stages:
+        buffers = field.workspace.put(_StageBuffers(field, stages))
+    return buffers.step(field, t, h, state, open_end)
 
 
 def _recorded_step(field: VectorField, stages: Stages, t: Any, h: Any, state: RKState) -> Step:
@@ -79,7 +79,7 @@ def _stiffness(field: VectorField, time: Tensor, u: Tensor, other: Tensor, same:
     return above / below if below > 0 else 0.0
 
 
-class _Workspace:
+class _StageBuffers:
     """Buffers and views of them that one solve uses again in every step."""
 
     def __init__(self, field: VectorField, stages: Stages):
@@ -127,9 +127,9 @@ class _Workspace:
             error_low = torch.mv(self.k_columns, self.low_weights)
         if open_end:
             same = rows[self.stiff_stage].clone()
-            later = partial(_stiffness, field, times[-1], g, g_stiff, same)
+            stiffness = partial(_stiffness, field, times[-1], g, g_stiff, same)
             dense = RKInterpolant(field, t, h, u, self.k, self.stages.interpolant)
-            return Step(RKState(g, du), error, None, dense, error_low, later=later)
+            return Step(RKState(g, du), error, None, dense, error_low, stiffness_later=stiffness)
         return Step(
             RKState(g, last.clone()),
             error,

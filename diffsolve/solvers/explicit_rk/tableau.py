@@ -7,9 +7,8 @@ last" methods and others look alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,45 +19,28 @@ from diffsolve.solvers.order_conditions import (
     Array,
     TableauError,
     check_order,
-    elementary_weights,
     require,
     triangle,
-    warn_if_blind,
 )
+from diffsolve.solvers.tableau import RungeKuttaTableau, StepRows, as_array
 
 
-@dataclass(frozen=True, eq=False)
-class Stages:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stages(StepRows):
     """A tableau in the form of the step: ``n`` stages, the last one at the new point.
 
-    ``a`` is ``(n, n)`` and strictly lower triangular, its last row holds the weights ``b``;
-    ``b_error`` has ``n`` entries, or is None; it falls with the step size to the power
+    ``a`` is strictly lower triangular. ``b_error`` falls with the step size to the power
     ``estimate_order``.
     """
 
-    a: Array
-    c: Array
-    b_error: Array | None
-    b_error_low: Array | None
-    interpolant: Interpolant
     estimate_order: int
 
-    @property
-    def n(self) -> int:
-        return len(self.c)
-
-    @cached_property
-    def b_dense(self) -> Array | None:
-        """``n`` weights of an estimate of the interpolant's error; None: the step's own will do."""
-        known = self.interpolant.error
-        return error_of_low_order(self, self.estimate_order) if known is None else known
-
-    def elementary_weights(self, order: int) -> dict[tuple, Array]:
-        return elementary_weights(self.a, order)
+    def dense_error(self) -> Array | None:
+        return error_of_low_order(self, self.estimate_order)
 
 
 @dataclass(frozen=True, eq=False)
-class Tableau:
+class Tableau(RungeKuttaTableau):
     """Coefficients of an explicit Runge-Kutta method.
 
     Parameters
@@ -103,18 +85,10 @@ class Tableau:
     II.6.
     """
 
-    name: str
-    source: str
-    order: int
     a: Array
-    b: Array
     c: Array
-    b_error: Array | None = None
-    error_order: int | None = None
-    b_error_low: Array | None = None
-    stability_interval: float | None = None
-    interpolant: Interpolant | None = None
-    stages: Stages = field(init=False, repr=False)
+    b_error_low: Array | None
+    stability_interval: float | None
 
     def __init__(
         self,
@@ -131,24 +105,16 @@ class Tableau:
         interpolant: Interpolant | None = None,
         checked: bool = True,
     ):
-        c_array = np.asarray(c, dtype=np.float64)
-        fields = {
-            "name": name,
-            "source": source,
-            "order": order,
-            "a": triangle(name, a, len(c_array)),
-            "b": np.asarray(b, dtype=np.float64),
-            "c": c_array,
-            "b_error": None if b_error is None else np.asarray(b_error, dtype=np.float64),
-            "error_order": order - 1 if error_order is None else error_order,
-            "b_error_low": None if b_error_low is None else np.asarray(b_error_low, np.float64),
-            "stability_interval": stability_interval,
-            "interpolant": interpolant,
-        }
-        for key, value in fields.items():
-            object.__setattr__(self, key, value)
+        self._set_common(name, source, order, b, b_error, error_order, interpolant)
+        nodes = np.asarray(c, dtype=np.float64)
+        self._set(
+            a=triangle(name, a, len(nodes)),
+            c=nodes,
+            b_error_low=as_array(b_error_low),
+            stability_interval=stability_interval,
+        )
         self._check_shapes()
-        object.__setattr__(self, "stages", self._extended())
+        self._set(stages=self._extended())
         if checked:
             self.check()
 
@@ -159,16 +125,14 @@ class Tableau:
 
     def _check_shapes(self) -> None:
         s = len(self.c)
-        if self.b.shape != (s,):
-            raise TableauError(f"{self.name}: b has shape {self.b.shape}, c has {s} nodes")
+        self._require_weights(s)
         for label, weights in (("b_error", self.b_error), ("b_error_low", self.b_error_low)):
             if weights is not None and weights.shape not in ((s,), (s + 1,)):
                 raise TableauError(
                     f"{self.name}: {label} has shape {weights.shape}; "
                     f"expected ({s},), or ({s + 1},) with the derivative at the new point"
                 )
-        if self.c[0] != 0:
-            raise TableauError(f"{self.name}: the first node is {self.c[0]}, not 0")
+        self._require_first_node(self.c[0])
 
     def _extended(self) -> Stages:
         s = len(self.c)
@@ -187,9 +151,14 @@ class Tableau:
                 raise TableauError(f"{self.name}: {len(weights)} error weights for {n} stages")
             return np.append(weights, np.zeros(n - len(weights)))
 
-        interpolant = (self.interpolant or cubic_hermite(a[-1], self.order)).ending_at(a[-1])
-        power = 1 + min(self.order, self.error_order or 1)
-        return Stages(a, c, padded(self.b_error), padded(self.b_error_low), interpolant, power)
+        return Stages(
+            a=a,
+            c=c,
+            b_error=padded(self.b_error),
+            b_error_low=padded(self.b_error_low),
+            interpolant=(self.interpolant or cubic_hermite(a[-1], self.order)).ending_at(a[-1]),
+            estimate_order=self.estimate_order,
+        )
 
     def check(self) -> None:
         """Check the order conditions of the method, its estimates and its interpolant.
@@ -203,11 +172,8 @@ class Tableau:
         # but for the last row: that is b, whose sum is an order condition
         nodes = np.abs(a.sum(1) - c)[:-1].max()
         require(nodes, a, f"{self.name}: a row of a does not sum to its node")
-        check_order(f"{self.name}", a, a[-1], self.order)
-        if self.stages.b_error is not None:
-            b_hat = a[-1] - self.stages.b_error
-            check_order(f"{self.name}: embedded solution", a, b_hat, self.error_order or 1)
-            warn_if_blind(self.name, c, a, self.stages.b_error)
+        check_order(self.name, a, a[-1], self.order)
+        self._check_embedded(c, a, a[-1], self.stages.b_error)
         if self.stages.b_error_low is not None:
             check_order(f"{self.name}: second estimate", a, a[-1] - self.stages.b_error_low, 1)
         self._check_interpolant()
@@ -227,9 +193,7 @@ class Tableau:
             a[n + i, : len(row)] = row
         c = np.append(self.stages.c, dense.c_extra)
         require(np.abs(a.sum(1) - c).max(), a, f"{self.name}: interpolant row sums")
-        for theta in (0.25, 0.5, 0.75, 1.0):
-            label = f"{self.name}: interpolant at theta={theta}"
-            check_order(label, a, dense.weights(theta), dense.order, theta)
+        self._check_dense(a)
 
 
 def settle_rounding(a: ArrayLike | tuple, b: ArrayLike, c: ArrayLike) -> tuple[Array, Array]:

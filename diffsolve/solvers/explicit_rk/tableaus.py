@@ -1,22 +1,16 @@
 """Tableaus of explicit Runge-Kutta methods.
 
 Every constant is a ``Tableau``, so its order conditions are checked on import. Methods of order
-six and above are written out in ``tableaus_high_order`` and are available from here as well.
+six and above are in ``high_order`` and are available from here as well.
 ``stability_interval`` is the largest ``x`` such that the stability function satisfies
 ``|R(-s)| <= 1`` for all ``s`` in ``[0, x]``.
 """
 
 from __future__ import annotations
 
-from diffsolve.solvers.continuous_extension import Interpolant
+from diffsolve.solvers.continuous_extension import Interpolant, nested_polynomial
+from diffsolve.solvers.explicit_rk.high_order import DP8, VERN6, VERN7, VERN9
 from diffsolve.solvers.explicit_rk.tableau import Tableau
-from diffsolve.solvers.explicit_rk.tableaus_high_order import (
-    DP8,
-    VERN6,
-    VERN7,
-    VERN9,
-    nested_polynomial,
-)
 
 __all__ = [
     "BS3",

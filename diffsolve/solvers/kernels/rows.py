@@ -19,7 +19,7 @@ from diffsolve.solvers.kernels.memory import (
     size_of,
     view,
 )
-from diffsolve.solvers.kernels.norms import add_scaled, fill_zero
+from diffsolve.solvers.kernels.norms import add_scaled, copy, fill_zero
 
 
 @inlined
@@ -220,3 +220,13 @@ def nothing_to_complete(I, R, t, h, like):
 def forget(I, R):
     """Drop what Newton's iteration has learnt from the steps before."""
     I[L.HAS_JAC] = I[L.FRESH] = I[L.STALE] = I[L.FACTORED] = 0
+
+
+@inlined
+def polynomial_at(I, R, t, h, at, out, like):
+    """The continuous extension of the step at a time inside of it, from its stages."""
+    n = I[L.N]
+    base = row(I, L.W_BASE, like)  # the state right before the stages, as in a dense record
+    copy(n, row(I, L.W_U, like), base, like)
+    rows = I[L.STAGES] + I[L.EXTRA]
+    interpolate(n, rows, I[L.DEGREE], I[L.POLY], (at - t) / h, h, 0, base, out, like)

@@ -12,7 +12,7 @@ from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.memory import cast, inlined, is_single, reals, view
 from diffsolve.solvers.kernels.norms import copy, distance
 from diffsolve.solvers.kernels.rows import field_at, row
-from diffsolve.solvers.stable_steps import (
+from diffsolve.solvers.stability_constants import (
     AGREEMENT,
     DIRECTIONS,
     FASTER,

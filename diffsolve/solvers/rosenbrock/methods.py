@@ -10,6 +10,7 @@ from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, pi_controller
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.rosenbrock import tableaus
+from diffsolve.solvers.rosenbrock.native import FAMILY
 from diffsolve.solvers.rosenbrock.step import take_step
 from diffsolve.solvers.rosenbrock.tableau import RosenbrockTableau
 from diffsolve.solvers.stage_rows import RKState
@@ -41,7 +42,7 @@ class Rosenbrock(TableauMethod):
 
     is_implicit = True
     has_jacobian_inside = True
-    kernels = "rosenbrock"
+    family = FAMILY
     tableau_type = RosenbrockTableau
 
     def step(self, field: VectorField, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from diffsolve.problems.structure import detached
+from diffsolve.problems.structure import as_float, detached
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, Trouble
 from diffsolve.solvers.implicit_differentiation import linear_on_tape
 from diffsolve.solvers.implicit_estimates import failed, radius_off_tape, radius_on_tape
 from diffsolve.solvers.jacobian import linearise, push_forward
+from diffsolve.solvers.linear import Linearisation
 from diffsolve.solvers.rosenbrock.tableau import RosenbrockStages
 from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
 
@@ -24,20 +26,28 @@ def take_step(field: VectorField, stages: RosenbrockStages, t: Any, h: Any, stat
     return _plain_step(field, stages, t, h, state)
 
 
-def _jacobian_of_step(field: VectorField, t: float, h: float, state: RKState) -> Any:
-    """The Jacobian where a step starts, once for all tries of it."""
-    at = field.scratch.get("rosenbrock")
-    if at is None or at[0] != t or at[1] is not state.u or at[2] != (h > 0):
-        found = linearise(field, t, h, state.u, slope=True)
-        at = field.scratch["rosenbrock"] = (t, state.u, h > 0, found)
-    return at[3]
+class _StartJacobian(NamedTuple):
+    """The Jacobian where a step starts, which serves all attempts of the step."""
+
+    t: float
+    u: Tensor
+    is_forward: bool
+    jacobian: Linearisation
+
+
+def _start_jacobian(field: VectorField, t: float, h: float, u: Tensor) -> Linearisation:
+    last = field.workspace.get(_StartJacobian)
+    if last is None or last.t != t or last.u is not u or last.is_forward != (h > 0):
+        jacobian = linearise(field, t, h, u, slope=True)
+        last = field.workspace.put(_StartJacobian(t, u, h > 0, jacobian))
+    return last.jacobian
 
 
 def _plain_step(
     field: VectorField, stages: RosenbrockStages, t: float, h: float, state: RKState
 ) -> Step:
     u, du = state
-    jacobian = _jacobian_of_step(field, t, h, state)
+    jacobian = _start_jacobian(field, t, h, u)
     if not jacobian.finite:
         return failed(field, state, Trouble.JACOBIAN)
     lu = jacobian.factor(h, stages.gamma)
@@ -81,7 +91,7 @@ def _recorded_step(
 ) -> Step:
     u, du = state
     jacobian = linearise(field, t, h, u, slope=True, exact=True)
-    lu = jacobian.factor(float(detached(h)), stages.gamma)
+    lu = jacobian.factor(as_float(h), stages.gamma)
     if lu is None:
         return failed(field, state, Trouble.SINGULAR if jacobian.finite else Trouble.JACOBIAN)
     scale, gamma = as_scale(field, h), stages.gamma
@@ -102,7 +112,7 @@ def _recorded_step(
         known = right.detach()
         if jacobian.slope is not None:
             known = known + detached(scale) * d * jacobian.slope
-        k.append(linear_on_tape(lu, lu.solve(known), right, push, scale, gamma, d))
+        k.append(linear_on_tape(field, lu, lu.solve(known), right, push, scale, gamma, d))
     if end is None:
         new = torch.addmv(u, torch.stack(k[1:], 1), a[-1, 1:-1])
         end = new, field(times[-1], new)

@@ -9,14 +9,13 @@ whose stages need no products with the Jacobian. ``RosenbrockTableau`` takes eit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
-from diffsolve.solvers.interpolation_error import interpolation_error
 from diffsolve.solvers.order_conditions import (
     Array,
     TableauError,
@@ -24,12 +23,12 @@ from diffsolve.solvers.order_conditions import (
     elementary_weights,
     require,
     triangle,
-    warn_if_blind,
 )
+from diffsolve.solvers.tableau import ImplicitRows, RungeKuttaTableau, as_array
 
 
-@dataclass(frozen=True, eq=False)
-class RosenbrockStages:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RosenbrockStages(ImplicitRows):
     """A tableau in the form of the step, over ``n = s + 2`` rows.
 
     Row 0 is ``f`` at the start of the step, rows 1 to ``s`` are the stages ``V_i``, the last row is
@@ -41,36 +40,16 @@ class RosenbrockStages:
 
     Attributes
     ----------
-    gamma
-        Diagonal coefficient.
     a
-        ``(n, n)``: strictly lower triangular; its last row holds the weights of the solution.
-    c
-        ``n`` nodes.
+        Strictly lower triangular.
     coupling
         ``(n, n)``, strictly lower triangular.
     d
         ``n`` coefficients of the derivative with respect to time.
-    b_error
-        ``n`` weights of the error estimate, or None.
-    b_error_low
-        None: no Rosenbrock method here has a second estimate.
-    interpolant
-        Continuous extension over the ``n`` rows.
     """
 
-    gamma: float
-    a: Array
-    c: Array
     coupling: Array
     d: Array
-    b_error: Array | None
-    b_error_low: None
-    interpolant: Interpolant
-
-    @property
-    def n(self) -> int:
-        return len(self.c)
 
     @cached_property
     def at_end(self) -> int:
@@ -78,20 +57,14 @@ class RosenbrockStages:
         same = self.c[-2] == 1 and np.array_equal(self.a[-2], self.a[-1])
         return self.n - 2 if same and self.n > 3 else 0
 
-    @cached_property
-    def b_dense(self) -> Array | None:
-        """``n`` weights of an estimate of the interpolant's error, or None."""
-        known = self.interpolant.error
-        return interpolation_error(self, smoothed=False) if known is None else known
-
     def elementary_weights(self, order: int) -> dict[tuple, Array]:
         """Of the rows: those of the stages ``K``, and ``V = Gamma K``."""
         gamma, full = np.zeros((self.n, self.n)), np.eye(self.n)
         inner = _inverse(np.eye(self.n - 2) / self.gamma - self.coupling[1:-1, 1:-1])
         gamma[1:-1, 1:-1] = full[1:-1, 1:-1] = inner
         alpha = self.a @ full
-        found = elementary_weights(alpha, order, alpha + gamma)
-        return {tree: full @ phi for tree, phi in found.items()}
+        of_stages = elementary_weights(alpha, order, alpha + gamma)
+        return {tree: full @ phi for tree, phi in of_stages.items()}
 
     def linear_rows(self, z: float, u: float, g: Callable[[float], float], slope: float) -> Array:
         k = np.zeros(self.n)
@@ -104,7 +77,7 @@ class RosenbrockStages:
 
 
 @dataclass(frozen=True, eq=False)
-class RosenbrockTableau:
+class RosenbrockTableau(RungeKuttaTableau):
     """Coefficients of a Rosenbrock method with ``s`` stages.
 
     The stages are ``K_i = f(g_i) + h J sum_j gamma_ij K_j``, where
@@ -145,16 +118,8 @@ class RosenbrockTableau:
     form is their eq. (7.25).
     """
 
-    name: str
-    source: str
-    order: int
     alpha: Array
     gamma: Array
-    b: Array
-    b_error: Array | None = None
-    error_order: int | None = None
-    interpolant: Interpolant | None = None
-    stages: RosenbrockStages = field(init=False, repr=False)
 
     def __init__(
         self,
@@ -169,23 +134,14 @@ class RosenbrockTableau:
         interpolant: Interpolant | None = None,
         checked: bool = True,
     ):
-        b = np.asarray(b, dtype=np.float64)
-        self._set(
-            name=name,
-            source=source,
-            order=order,
-            alpha=triangle(name, alpha, len(b)),
-            gamma=triangle(name, gamma, len(b), diagonal=True),
-            b=b,
-            b_error=None if b_error is None else np.asarray(b_error, dtype=np.float64),
-            error_order=order - 1 if error_order is None else error_order,
-            interpolant=interpolant,
-        )
+        self._set_common(name, source, order, b, b_error, error_order, interpolant)
+        s = len(self.b)
+        self._set(alpha=triangle(name, alpha, s), gamma=triangle(name, gamma, s, diagonal=True))
         diagonal = self.gamma.diagonal()
         if not diagonal[0] > 0 or np.any(diagonal != diagonal[0]):
             raise TableauError(f"{name}: the diagonal of gamma is not one positive number")
-        if self.b_error is not None and self.b_error.shape != b.shape:
-            raise TableauError(f"{name}: b_error has shape {self.b_error.shape}, b {b.shape}")
+        if self.b_error is not None and self.b_error.shape != self.b.shape:
+            raise TableauError(f"{name}: b_error has shape {self.b_error.shape}, b {self.b.shape}")
         inverse = _inverse(self.gamma)
         stages = self._rows(
             float(diagonal[0]),
@@ -237,7 +193,7 @@ class RosenbrockTableau:
         """
         m = np.asarray(m, dtype=np.float64)
         a, c = triangle(name, a, len(m)), triangle(name, c, len(m))
-        e = None if e is None else np.asarray(e, dtype=np.float64)
+        e = as_array(e)
         full = _inverse(np.eye(len(m)) / gamma - c)
         np.fill_diagonal(full, gamma)
         made = cls(
@@ -260,19 +216,10 @@ class RosenbrockTableau:
         return made
 
     @property
-    def estimate_order(self) -> int:
-        """Power of the step size that the error estimate falls with."""
-        return min(self.order, self.error_order or 1) + 1
-
-    @property
     def stiffly_accurate(self) -> bool:
         """Whether the last stage with a weight, ``alpha_si + gamma_si = b_i``, is the solution."""
         s = np.flatnonzero(self.b)[-1]
         return bool(np.allclose(self.alpha[s] + self.gamma[s], self.b, rtol=0, atol=1e-10))
-
-    def _set(self, **fields: object) -> None:
-        for key, value in fields.items():
-            object.__setattr__(self, key, value)
 
     def _rows(
         self,
@@ -287,8 +234,7 @@ class RosenbrockTableau:
         s = len(m)
         if nodes.shape != (s,) or d.shape != (s,) or (e is not None and e.shape != (s,)):
             raise TableauError(f"{self.name}: nodes, d or e do not have {s} entries")
-        if nodes[0] != 0:
-            raise TableauError(f"{self.name}: the first node is {nodes[0]}, not 0")
+        self._require_first_node(nodes[0])
 
         def framed(matrix: Array, last: Array | float) -> Array:
             rows = np.zeros((s + 2, s + 2))
@@ -304,7 +250,6 @@ class RosenbrockTableau:
             coupling=framed(c, 0.0),
             d=np.pad(d, 1),
             b_error=None if e is None else np.pad(e, 1),
-            b_error_low=None,
             interpolant=dense.ending_at(rows[-1]),
         )
 
@@ -324,27 +269,22 @@ class RosenbrockTableau:
         require(np.abs(alpha.sum(1) - form.c[1:-1]).max(), alpha, f"{self.name}: nodes")
         require(np.abs(gamma.sum(1) - form.d[1:-1]).max(), gamma, f"{self.name}: time derivatives")
         check_order(self.name, alpha, b, self.order, beta=alpha + gamma)
-        if self.b_error is not None:
-            label = f"{self.name}: embedded solution"
-            order = self.error_order or 1
-            check_order(label, alpha, b - self.b_error, order, beta=alpha + gamma)
-            warn_if_blind(self.name, form.c[1:-1], alpha + gamma, self.b_error)
-        self._check_interpolant()
+        self._check_embedded(form.c[1:-1], alpha, b, self.b_error, beta=alpha + gamma)
+        self._require_dense_rows()
+        self._check_rows()
 
-    def _check_interpolant(self) -> None:
-        dense, n = self.stages.interpolant, self.stages.n
-        if len(dense.polynomial) != n or dense.c_extra:
-            raise TableauError(
-                f"{self.name}: the interpolant has {len(dense.polynomial)} rows for {n} of the step"
-            )
-        # f at both ends are explicit stages of the same method
+    def _check_rows(self) -> None:
+        """Check the interpolant, with ``f`` at both ends as explicit stages of the same method."""
+        n = self.stages.n
         alpha, gamma = np.zeros((n, n)), np.zeros((n, n))
         alpha[1:-1, 1:-1], gamma[1:-1, 1:-1], alpha[-1, 1:-1] = self.alpha, self.gamma, self.b
-        for theta in (0.25, 0.5, 0.75, 1.0):
-            weights = dense.weights(theta)
-            weights[1:-1] = weights[1:-1] @ self.gamma  # of V into those of K
-            label = f"{self.name}: interpolant at theta={theta}"
-            check_order(label, alpha, weights, dense.order, theta, beta=alpha + gamma)
+
+        def of_k(weights: Array) -> Array:
+            """Weights of the stages ``V`` as those of ``K``."""
+            weights[1:-1] = weights[1:-1] @ self.gamma
+            return weights
+
+        self._check_dense(alpha, alpha + gamma, of_k)
 
 
 def _inverse(matrix: Array) -> Array:

@@ -11,7 +11,8 @@ import math
 
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.estimates import NEW, SPARE, TOTAL
-from diffsolve.solvers.kernels.implicit import combine_smoothed
+from diffsolve.solvers.kernels.functions import StepFunctions
+from diffsolve.solvers.kernels.implicit import combine_smoothed, measure, reverse_estimates
 from diffsolve.solvers.kernels.linear import (
     evaluate_jacobian,
     factor,
@@ -34,6 +35,8 @@ from diffsolve.solvers.kernels.rows import (
     bar_row,
     combine,
     field_at,
+    nothing_to_complete,
+    polynomial_at,
     row,
     stage,
     stage_bar,
@@ -349,3 +352,15 @@ def reverse_step(I, R, t, h, like):
             add_scaled(n, 1.0, bar_row(I, NEW, like), bar, like)
         add_scaled(n, 1.0, bar, total, like)
         through_combination(I, I[L.A], i * stages, i, h, bar, like)
+
+
+FUNCTIONS = StepFunctions(
+    take_step=take_step,
+    measure=measure,
+    complete=nothing_to_complete,
+    value_at=polynomial_at,
+    recall=recall,
+    reverse_estimates=reverse_estimates,
+    reverse_step=reverse_step,
+    reverse_complete=nothing_to_complete,
+)

@@ -10,6 +10,7 @@ from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, pi_controller
 from diffsolve.solvers.controllers import Controller
 from diffsolve.solvers.sdirk import tableaus
+from diffsolve.solvers.sdirk.native import FAMILY
 from diffsolve.solvers.sdirk.step import take_step
 from diffsolve.solvers.sdirk.tableau import SDIRKTableau
 from diffsolve.solvers.stage_rows import RKState
@@ -42,7 +43,7 @@ class SDIRK(TableauMethod):
     """
 
     is_implicit = True
-    kernels = "sdirk"
+    family = FAMILY
     tableau_type = SDIRKTableau
 
     def step(

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.problems.structure import detached
+from diffsolve.problems.structure import as_float
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step, Trouble
 from diffsolve.solvers.implicit_differentiation import linear_on_tape, stage_on_tape
 from diffsolve.solvers.implicit_estimates import failed, radius_off_tape, radius_on_tape
 from diffsolve.solvers.jacobian import linearise, push_forward
-from diffsolve.solvers.newton import Newton
+from diffsolve.solvers.newton import Newton, newton_of
 from diffsolve.solvers.sdirk.tableau import INSIDE, SDIRKStages
 from diffsolve.solvers.stage_rows import RKInterpolant, RKState, as_scale, constant
 
@@ -47,23 +47,16 @@ def take_step(
         return _recorded_step(field, stages, t, h, state, solved)
     with torch.no_grad():
         plain = RKState(*(x.detach() for x in state))
-        step = _solved_step(field, stages, float(detached(t)), float(detached(h)), plain)
+        step = _solved_step(field, stages, as_float(t), as_float(h), plain)
     if not step.converged:
         return step
     return _recorded_step(field, stages, t, h, state, step.solved)
 
 
-def _newton(field: VectorField, stages: SDIRKStages) -> Newton:
-    found = field.scratch.get("newton")
-    if found is None or found[0] is not stages:
-        found = field.scratch["newton"] = (stages, Newton(field, stages.gamma))
-    return found[1]
-
-
 def _solved_step(
     field: VectorField, stages: SDIRKStages, t: float, h: float, state: RKState
 ) -> Step:
-    newton = _newton(field, stages)
+    newton = newton_of(field, stages.gamma, stages)
     u = state.u
     ready, found = newton.begin(t, h, u, stages.smoothed), None
     if ready:
@@ -134,7 +127,7 @@ def _right_hand_side(
 ) -> Callable[[Tensor], Tensor]:
     """``f`` at the time of row ``i``; extrapolated in time where that is out of bounds."""
     weights, c = stages.inside[i], float(stages.c[i])
-    if c <= 1 or not field.leaves(float(detached(t)), float(detached(h)), c):
+    if c <= 1 or not field.leaves(as_float(t), as_float(h), c):
         return functools.partial(field, time)
     times = field.times(t, h, INSIDE)
 
@@ -171,13 +164,13 @@ def _recorded_step(
     if stages.b_error is not None:
         error = (constant(field, stages.b_error) * scale) @ rows
         if stages.smoothed:
-            lu = linearise(field, t, h, u, exact=True).factor(float(detached(h)), stages.gamma)
+            lu = linearise(field, t, h, u, exact=True).factor(as_float(h), stages.gamma)
             if lu is None:
                 return failed(field, state, Trouble.SINGULAR)
             push = push_forward(field, t, h, u, du)
             right = error / stages.gamma
             smooth = lu.solve(right.detach())
-            error = linear_on_tape(lu, smooth, right, push, scale, stages.gamma, 0.0)
+            error = linear_on_tape(field, lu, smooth, right, push, scale, stages.gamma, 0.0)
     return Step(
         RKState(g, k[-1]),
         error,

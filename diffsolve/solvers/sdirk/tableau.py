@@ -8,84 +8,49 @@ of the step is the first row, the derivative at the new point the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
-from diffsolve.solvers.interpolation_error import interpolation_error
 from diffsolve.solvers.order_conditions import (
     Array,
     TableauError,
     check_order,
-    elementary_weights,
     require,
     triangle,
-    warn_if_blind,
 )
+from diffsolve.solvers.tableau import ImplicitRows, RungeKuttaTableau
 
 #: Nodes from which ``f`` is extrapolated in time to a node beyond 1.
 INSIDE = np.array([0.0, 1 / 3, 2 / 3, 1.0])
 
 
-@dataclass(frozen=True, eq=False)
-class SDIRKStages:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SDIRKStages(ImplicitRows):
     """A tableau in the form of the step, over ``n`` rows ``k_i = f(t + c_i h, g_i)``.
 
-    Row 0 is the derivative at the start of the step, the last row the one at the new point; there
-    ``g`` is the solution. Implicit rows solve ``g_i = u + h sum_{j<i} a_ij k_j + h gamma k_i``.
+    In the last row ``g`` is the solution. Implicit rows solve
+    ``g_i = u + h sum_{j<i} a_ij k_j + h gamma k_i``.
 
     Attributes
     ----------
-    gamma
-        Diagonal coefficient of the implicit rows.
     a
-        ``(n, n)``, lower triangular, with its diagonal.
-    c
-        ``n`` nodes.
+        With its diagonal.
     implicit
         ``n`` flags: whether the row is implicit.
     predictor
         ``(n, n)``, strictly lower triangular: Newton's iteration for row ``i`` starts from
         ``sum_j predictor_ij k_j``.
-    b_error
-        ``n`` weights of the error estimate, or None.
-    b_error_low
-        None: no method here has a second estimate.
-    smoothed
-        Whether the estimate is multiplied by ``(I - h gamma J)^-1``.
-    interpolant
-        Continuous extension over the ``n`` rows.
     inside
         ``(n, 4)``: weights of ``f`` at ``INSIDE`` that extrapolate it to a node beyond 1, where the
         step ends at a time beyond which ``f`` must not be evaluated; zero for the other rows.
     """
 
-    gamma: float
-    a: Array
-    c: Array
     implicit: np.ndarray
     predictor: Array
-    b_error: Array | None
-    b_error_low: None
-    smoothed: bool
-    interpolant: Interpolant
     inside: Array
-
-    @property
-    def n(self) -> int:
-        return len(self.c)
-
-    @cached_property
-    def b_dense(self) -> Array | None:
-        """``n`` weights of an estimate of the interpolant's error, or None."""
-        known = self.interpolant.error
-        return interpolation_error(self, self.smoothed) if known is None else known
-
-    def elementary_weights(self, order: int) -> dict[tuple, Array]:
-        return elementary_weights(self.a, order)
 
     def linear_rows(self, z: float, u: float, g: Callable[[float], float], slope: float) -> Array:
         k = np.zeros(self.n)
@@ -97,7 +62,7 @@ class SDIRKStages:
 
 
 @dataclass(frozen=True, eq=False)
-class SDIRKTableau:
+class SDIRKTableau(RungeKuttaTableau):
     """Coefficients of an SDIRK or ESDIRK method with ``s`` stages.
 
     Parameters
@@ -143,18 +108,10 @@ class SDIRKTableau:
     Hosea, Shampine, Analysis and implementation of TR-BDF2, Appl. Numer. Math. 20 (1996) 21.
     """
 
-    name: str
-    source: str
-    order: int
     a: Array
-    b: Array
     c: Array
-    b_error: Array | None = None
-    error_order: int | None = None
-    smoothed: bool = False
-    predictor: Mapping[int, ArrayLike] | None = None
-    interpolant: Interpolant | None = None
-    stages: SDIRKStages = field(init=False, repr=False)
+    smoothed: bool
+    predictor: Mapping[int, ArrayLike] | None
 
     def __init__(
         self,
@@ -171,31 +128,18 @@ class SDIRKTableau:
         interpolant: Interpolant | None = None,
         checked: bool = True,
     ):
+        self._set_common(name, source, order, b, b_error, error_order, interpolant)
         nodes = np.asarray(c, dtype=np.float64)
-        fields = {
-            "name": name,
-            "source": source,
-            "order": order,
-            "a": triangle(name, a, len(nodes), diagonal=True),
-            "b": np.asarray(b, dtype=np.float64),
-            "c": nodes,
-            "b_error": None if b_error is None else np.asarray(b_error, dtype=np.float64),
-            "error_order": order - 1 if error_order is None else error_order,
-            "smoothed": smoothed,
-            "predictor": predictor,
-            "interpolant": interpolant,
-        }
-        for key, value in fields.items():
-            object.__setattr__(self, key, value)
+        self._set(
+            a=triangle(name, a, len(nodes), diagonal=True),
+            c=nodes,
+            smoothed=smoothed,
+            predictor=predictor,
+        )
         self._check_shapes()
-        object.__setattr__(self, "stages", self._extended())
+        self._set(stages=self._extended())
         if checked:
             self.check()
-
-    @property
-    def estimate_order(self) -> int:
-        """Power of the step size that the error estimate falls with."""
-        return min(self.order, self.error_order or 1) + 1
 
     @property
     def explicit_first_stage(self) -> bool:
@@ -208,15 +152,13 @@ class SDIRKTableau:
         return bool(self.c[-1] == 1 and np.array_equal(self.a[-1], self.b))
 
     def _check_shapes(self) -> None:
-        s = len(self.c)
-        if self.b.shape != (s,):
-            raise TableauError(f"{self.name}: b has shape {self.b.shape}, c has {s} nodes")
+        self._require_weights(len(self.c))
         diagonal = self.a.diagonal()
         gamma = diagonal[-1]
         if not gamma > 0 or np.any(diagonal[1:] != gamma) or diagonal[0] not in (0, gamma):
             raise TableauError(f"{self.name}: the diagonal of a is not one positive number")
-        if self.explicit_first_stage and self.c[0] != 0:
-            raise TableauError(f"{self.name}: the first node is {self.c[0]}, not 0")
+        if self.explicit_first_stage:
+            self._require_first_node(self.c[0])
 
     def _extended(self) -> SDIRKStages:
         s, first = len(self.c), int(not self.explicit_first_stage)
@@ -249,7 +191,6 @@ class SDIRKTableau:
             implicit=implicit,
             predictor=predictor,
             b_error=b_error,
-            b_error_low=None,
             smoothed=self.smoothed,
             interpolant=(self.interpolant or cubic_hermite(a[-1], self.order)).ending_at(a[-1]),
             inside=np.array([_weights_inside(x) for x in c]),
@@ -267,21 +208,11 @@ class SDIRKTableau:
         a, b = form.a, form.a[-1]
         require(np.abs(a.sum(1) - form.c).max(), a, f"{self.name}: a row of a does not sum to c")
         check_order(self.name, a, b, self.order)
-        if form.b_error is not None:
-            label = f"{self.name}: embedded solution"
-            check_order(label, a, b - form.b_error, self.error_order or 1)
-            warn_if_blind(self.name, form.c, a, form.b_error)
+        self._check_embedded(form.c, a, b, form.b_error)
         predicted = form.predictor[form.implicit]
         require(np.abs(predicted.sum(1) - 1).max(), predicted, f"{self.name}: predictors")
-        dense = form.interpolant
-        if len(dense.polynomial) != form.n or dense.c_extra:
-            raise TableauError(
-                f"{self.name}: the interpolant has {len(dense.polynomial)} rows for {form.n} of "
-                "the step"
-            )
-        for theta in (0.25, 0.5, 0.75, 1.0):
-            label = f"{self.name}: interpolant at theta={theta}"
-            check_order(label, a, dense.weights(theta), dense.order, theta)
+        self._require_dense_rows()
+        self._check_dense(a)
 
 
 def _weights_inside(node: float) -> Array:

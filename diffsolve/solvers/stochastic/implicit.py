@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from diffsolve.problems.sde_field import SDEField
-from diffsolve.problems.structure import detached
+from diffsolve.problems.structure import as_float
 from diffsolve.solvers.algorithm import Step, Trouble
 from diffsolve.solvers.implicit_differentiation import linear_on_tape, stage_on_tape
 from diffsolve.solvers.implicit_estimates import radius_off_tape
 from diffsolve.solvers.jacobian import Push, linearise, push_forward
-from diffsolve.solvers.newton import Newton
+from diffsolve.solvers.newton import Newton, newton_of
 from diffsolve.solvers.spectral_radius import spectral_radius
 from diffsolve.solvers.stage_rows import as_scale
 from diffsolve.solvers.stochastic.low_order import left_out
@@ -68,7 +68,7 @@ class DriftImplicit(StochasticMethod):
             if not solved:
                 with torch.no_grad():
                     plain = u.detach()
-                    step = self._solved_step(field, float(detached(t)), float(detached(h)), plain)
+                    step = self._solved_step(field, as_float(t), as_float(h), plain)
                 if not step.converged:
                     return step
                 solved = step.solved
@@ -76,7 +76,7 @@ class DriftImplicit(StochasticMethod):
         return self._solved_step(field, t, h, u)
 
     def _solved_step(self, field: SDEField, t: float, h: float, u: Tensor) -> Step:
-        newton = _newton(field)
+        newton = newton_of(field, 1.0, DriftImplicit)
         now, then = field.both_ends(t, h)
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
@@ -84,6 +84,7 @@ class DriftImplicit(StochasticMethod):
         if not newton.begin(t, h, u, True):
             return _failed(field, t, h, u, G, newton.trouble)
         jacobian, lu = newton.jacobian, newton.lu  # those of the estimates
+        assert lu is not None
         found = newton.solve(functools.partial(newton.field, then), base, h, f)
         if found is None:
             found = _solved_afresh(newton, t, h, then, base)
@@ -111,13 +112,13 @@ class DriftImplicit(StochasticMethod):
         base, parts = self.noise(field, h, (now, then), u, G, W)
         scale = as_scale(field, h)
         k, new = stage_on_tape(field, functools.partial(field, then), base, scale, 1.0, known)
-        lu = linearise(field, t, h, u, exact=True).factor(float(detached(h)), 1.0)
+        lu = linearise(field, t, h, u, exact=True).factor(as_float(h), 1.0)
         if lu is None:
             return _failed(field, t, h, u, G, Trouble.SINGULAR)
         push = push_forward(field, t, h, u, f)
 
         def damped(x: Tensor) -> Tensor:
-            return linear_on_tape(lu, lu.solve(x.detach()), x, push, scale, 1.0, 0.0)
+            return linear_on_tape(field, lu, lu.solve(x.detach()), x, push, scale, 1.0, 0.0)
 
         error = damped((k - f) * (0.5 * scale)).abs()
         for part in parts:
@@ -236,13 +237,6 @@ class ImplicitRKMil(OfOneIntegral, DriftImplicit):
         return field.add_noise(u, G, W) + correction, parts
 
 
-def _newton(field: SDEField) -> Newton:
-    found = field.scratch.get("newton")
-    if found is None:
-        found = field.scratch["newton"] = Newton(field, 1.0)
-    return found
-
-
 def _solved_afresh(
     newton: Newton, t: float, h: float, then: Tensor, base: Tensor
 ) -> tuple[Tensor, Tensor] | None:
@@ -260,6 +254,7 @@ def _solved_afresh(
         found = newton.solve(functools.partial(newton.field, then), base, h, k)
         if found is not None:
             return found
+        assert newton.lu is not None
         k = k + newton.lu.solve(newton.field(then, x) - k)
         x = torch.add(base, k, alpha=h)
     newton.trouble = trouble

@@ -14,6 +14,7 @@ import math
 
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.estimates import ERROR, SPARE, TOTAL
+from diffsolve.solvers.kernels.functions import StepFunctions
 from diffsolve.solvers.kernels.memory import (
     beside_breaks,
     bits_of,
@@ -38,7 +39,13 @@ from diffsolve.solvers.kernels.norms import (
     scaled_norm,
     tolerance_scale,
 )
-from diffsolve.solvers.kernels.rows import bar_row, marks_of, row, stage_times
+from diffsolve.solvers.kernels.rows import (
+    bar_row,
+    marks_of,
+    nothing_to_complete,
+    row,
+    stage_times,
+)
 
 _ULPS, _PART = 4, 3 / 8  # as in BrownianPath
 _READS = 1 << 56  # the domain of counters that are made of a time
@@ -684,3 +691,16 @@ def sweep(I, R, like):
         I[L.SWEPT] -= 1
         sweep_step(I, R, I[L.SWEPT], like)
     return L.DONE if I[L.SWEPT] == 0 else L.GO_ON
+
+
+FUNCTIONS = StepFunctions(
+    take_step=take_step,
+    measure=measure,
+    complete=nothing_to_complete,
+    value_at=value_at,
+    recall=nothing_to_complete,
+    reverse_estimates=nothing_to_complete,
+    reverse_step=nothing_to_complete,
+    reverse_complete=nothing_to_complete,
+)
+KERNELS = {"sweep": sweep}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,38 +26,16 @@ from diffsolve.solvers.stochastic.method import (
     scaled,
 )
 from diffsolve.solvers.stochastic.tableau import Program, SRATableau, SRITableau
+from diffsolve.solvers.tableau_method import Named, OfTableau
 
 
-class _SRK(StochasticMethod):
-    """Base of both families: a tableau and what follows from it.
-
-    Raises
-    ------
-    TypeError
-        If ``tableau`` is not one of the family's.
-    """
+class _SRK(OfTableau, StochasticMethod):
+    """Base of both families: a tableau and what follows from it."""
 
     strong_order = 1.5
     estimate_order = 1.0
     adaptive = True
     needs_levy_area = True
-    tableau_type: ClassVar[type]
-
-    def __init__(self, tableau: Any):
-        kind = self.tableau_type
-        if not isinstance(tableau, kind):
-            family = next(c for c in type(self).__mro__ if "tableau_type" in vars(c)).__name__
-            raise TypeError(f"{family} needs a {kind.__name__}, got {type(tableau).__name__}")
-        self.tableau = tableau
-
-    @property
-    def name(self) -> str:
-        return self.tableau.name
-
-    def __repr__(self) -> str:
-        kind = type(self)
-        of_any_tableau = "tableau_type" in vars(kind)
-        return f"{kind.__name__}({self.tableau.name if of_any_tableau else ''})"
 
 
 class SRA(_SRK):
@@ -127,7 +105,7 @@ class SRI(_SRK):
         return diagonal_step(field, self.tableau.program, t, h, state[0])
 
 
-class SRA1(SRA):
+class SRA1(Named, SRA):
     """Rößler's SRA1: two evaluations of ``f`` and of ``g`` a step.
 
     References
@@ -135,11 +113,10 @@ class SRA1(SRA):
     Rößler, SIAM J. Numer. Anal. 48 (2010) 922.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tableaus.SRA1)
+    coefficients = tableaus.SRA1
 
 
-class SOSRA(SRA):
+class SOSRA(Named, SRA):
     """Stability-optimised method for additive noise: three evaluations of ``f`` and ``g`` a step.
 
     References
@@ -147,11 +124,10 @@ class SOSRA(SRA):
     Rackauckas, Nie, IEEE HPEC (2020), arXiv:1804.04344.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tableaus.SOSRA)
+    coefficients = tableaus.SOSRA
 
 
-class SRIW1(SRI):
+class SRIW1(Named, SRI):
     """Rößler's SRIW1: two evaluations of ``f`` and four of ``g`` a step.
 
     References
@@ -159,11 +135,10 @@ class SRIW1(SRI):
     Rößler, SIAM J. Numer. Anal. 48 (2010) 922.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tableaus.SRIW1)
+    coefficients = tableaus.SRIW1
 
 
-class SOSRI(SRI):
+class SOSRI(Named, SRI):
     """Stability-optimised method for diagonal noise: four evaluations of ``f`` and ``g`` a step.
 
     Two of its evaluations of ``f`` are outside of the step, at ``t - 0.042 h`` and ``t + 3.75 h``,
@@ -175,8 +150,7 @@ class SOSRI(SRI):
     Rackauckas, Nie, IEEE HPEC (2020), arXiv:1804.04344.
     """
 
-    def __init__(self) -> None:
-        super().__init__(tableaus.SOSRI)
+    coefficients = tableaus.SOSRI
 
 
 for _method in (SOSRI(), SRIW1(), SOSRA(), SRA1()):
@@ -430,8 +404,8 @@ class _Buffered(_Rows):
 def _rows(field: SDEField, program: Program, h: Any) -> Any:
     if torch.is_grad_enabled():
         return _Recorded(field, program, h)
-    rows = field.scratch.get("srk")
+    rows = field.workspace.get(_Buffered)
     if rows is None or rows.program is not program:
-        rows = field.scratch["srk"] = _Buffered(field, program)
+        rows = field.workspace.put(_Buffered(field, program))
     rows.begin(h)
     return rows

@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from diffsolve.solvers.order_conditions import TOLERANCE, Array, TableauError, triangle
+from diffsolve.solvers.order_conditions import Array, TableauError, require, triangle
+from diffsolve.solvers.tableau import Frozen
 
 Kind = Literal["drift", "diffusion"]
 
@@ -107,7 +108,7 @@ class Program:
 
 
 @dataclass(frozen=True, eq=False)
-class _StochasticTableau:
+class _StochasticTableau(Frozen):
     """What both families share; see the subclasses."""
 
     name: str
@@ -120,10 +121,6 @@ class _StochasticTableau:
     c1: Array
     alpha_embedded: Array
     program: Program = field(init=False, repr=False)
-
-    def _set(self, **values: object) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
     def _fill(
         self,
@@ -164,8 +161,7 @@ class _StochasticTableau:
     def _require(self, label: str, terms: Array, target: float) -> None:
         """Check that ``terms`` add up to ``target``."""
         defect = abs(float(terms.sum()) - target)
-        if not defect <= TOLERANCE * max(1.0, float(np.abs(terms).sum())):
-            raise TableauError(f"{self.name}: the condition {label} fails (defect {defect:.3g})")
+        require(defect, terms, f"{self.name}: the condition {label} fails")
 
     def _check_drift(self) -> None:
         """What both families ask of the drift: deterministic order 2, and the noise in it."""
@@ -358,69 +354,80 @@ class SRITableau(_StochasticTableau):
 
 def _compiled(tableau: _StochasticTableau, a1: Array, b1: Array) -> Program:
     """The program of a tableau: stages that are equal or not used cost no evaluation."""
-    s = len(tableau.alpha)
-    drift_of = _first_equal([(tableau.a0[i], tableau.b0[i]) for i in range(s)])
-    noise_of = _first_equal([(a1[i], b1[i], tableau.c1[i : i + 1]) for i in range(s)])
-
-    def merged(columns: Array, of: list[int]) -> Array:
-        """Columns of equal stages, added up."""
-        out = np.zeros_like(columns)
-        for i, first in enumerate(of):
-            out[..., first] += columns[..., i]
-        return out
-
-    alpha, error = (
-        merged(x, drift_of) for x in (tableau.alpha, tableau.alpha - tableau.alpha_embedded)
-    )
-    beta = merged(tableau.beta, noise_of)
-    a0, a1 = merged(tableau.a0, drift_of), merged(a1, drift_of)
-    b0, b1 = merged(tableau.b0, noise_of), merged(b1, noise_of)
-    drifts = [i for i in range(s) if drift_of[i] == i]
-    noises = [i for i in range(s) if noise_of[i] == i]
-
-    # backward: what later stages and the result need of a stage
-    needed_f, needed_g = set(), set()
-    for i in reversed(range(s)):
-        later_f, later_g = sorted(needed_f), sorted(needed_g)
-        uses = a0[later_f, i].any() or a1[later_g, i].any() or alpha[i] or error[i]
-        if i in drifts and uses:
-            needed_f.add(i)
-        later_f = sorted(needed_f)
-        uses = b0[later_f, i].any() or b1[later_g, i].any() or beta[:, i].any()
-        if i in noises and uses:
-            needed_g.add(i)
-
+    merged = _Merged(tableau, a1, b1)
+    needed_f, needed_g = merged.needed()
     rows = 0
-    of_f, of_g, of_x = {}, {}, {}
+    row_of_f: dict[int, int] = {}
+    row_of_g: dict[int, int] = {}
+    row_of_product: dict[int, int] = {}
     evaluations = []
-    for i in range(s):
-        for drift, needed in ((True, needed_f), (False, needed_g)):
-            if i not in needed:
-                continue
-            by_h, by_root, plain = (np.zeros(rows) for _ in range(3))
-            for j, row in of_f.items():
-                by_h[row] = (a0 if drift else a1)[i, j]
-            for j, row in (of_x if drift else of_g).items():
-                (plain if drift else by_root)[row] = (b0 if drift else b1)[i, j]
-            row, weighted = rows, None
-            (of_f if drift else of_g)[i] = row
+    for i in range(len(tableau.alpha)):
+        if i in needed_f:
+            by_h = _spread(merged.a0[i], row_of_f, rows)
+            plain = _spread(merged.b0[i], row_of_product, rows)
+            node, row_of_f[i] = float(tableau.c0[i]), rows
+            evaluations.append(Evaluation("drift", node, by_h, np.zeros(rows), plain, rows, None))
             rows += 1
-            if not drift and b0[sorted(needed_f), i].any():
-                weighted = of_x[i] = rows
-                rows += 1
-            kind: Kind = "drift" if drift else "diffusion"
-            c = (tableau.c0 if drift else tableau.c1)[i]
-            evaluations.append(Evaluation(kind, float(c), by_h, by_root, plain, row, weighted))
-
-    def spread(values: Array, of: dict[int, int]) -> Array:
-        out = np.zeros((*values.shape[:-1], rows))
-        for i, row in of.items():
-            out[..., row] = values[..., i]
-        return out
-
+        if i in needed_g:
+            by_h = _spread(merged.a1[i], row_of_f, rows)
+            by_root = _spread(merged.b1[i], row_of_g, rows)
+            node, plain, weighted = float(tableau.c1[i]), np.zeros(rows), None
+            if merged.b0[sorted(needed_f), i].any():
+                weighted = row_of_product[i] = rows + 1
+            row_of_g[i] = rows
+            evaluations.append(Evaluation("diffusion", node, by_h, by_root, plain, rows, weighted))
+            rows += 1 if weighted is None else 2
     return Program(
-        tuple(evaluations), rows, spread(alpha, of_f), spread(error, of_f), spread(beta, of_g)
+        tuple(evaluations),
+        rows,
+        _spread(merged.alpha, row_of_f, rows),
+        _spread(merged.error, row_of_f, rows),
+        _spread(merged.beta, row_of_g, rows),
     )
+
+
+class _Merged:
+    """The coefficients of a tableau with those of equal stages added up at the first of them."""
+
+    def __init__(self, tableau: _StochasticTableau, a1: Array, b1: Array):
+        s = len(tableau.alpha)
+        self.first_f = _first_equal([(tableau.a0[i], tableau.b0[i]) for i in range(s)])
+        self.first_g = _first_equal([(a1[i], b1[i], tableau.c1[i : i + 1]) for i in range(s)])
+
+        def merged(columns: Array, firsts: list[int]) -> Array:
+            out = np.zeros_like(columns)
+            for i, first in enumerate(firsts):
+                out[..., first] += columns[..., i]
+            return out
+
+        self.alpha = merged(tableau.alpha, self.first_f)
+        self.error = merged(tableau.alpha - tableau.alpha_embedded, self.first_f)
+        self.beta = merged(tableau.beta, self.first_g)
+        self.a0, self.a1 = merged(tableau.a0, self.first_f), merged(a1, self.first_f)
+        self.b0, self.b1 = merged(tableau.b0, self.first_g), merged(b1, self.first_g)
+
+    def needed(self) -> tuple[set[int], set[int]]:
+        """Stages whose drift, and whose diffusion, later stages or the result use."""
+        needed_f: set[int] = set()
+        needed_g: set[int] = set()
+        for i in reversed(range(len(self.alpha))):
+            later_f, later_g = sorted(needed_f), sorted(needed_g)
+            uses = self.a0[later_f, i].any() or self.a1[later_g, i].any()
+            if self.first_f[i] == i and (uses or self.alpha[i] or self.error[i]):
+                needed_f.add(i)
+            later_f = sorted(needed_f)
+            uses = self.b0[later_f, i].any() or self.b1[later_g, i].any()
+            if self.first_g[i] == i and (uses or self.beta[:, i].any()):
+                needed_g.add(i)
+        return needed_f, needed_g
+
+
+def _spread(values: Array, row_of: dict[int, int], rows: int) -> Array:
+    """Values of stages at the rows that the stages have."""
+    out = np.zeros((*values.shape[:-1], rows))
+    for i, row in row_of.items():
+        out[..., row] = values[..., i]
+    return out
 
 
 def _first_equal(stages: list[tuple[Array, ...]]) -> list[int]:

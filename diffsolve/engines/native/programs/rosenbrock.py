@@ -111,7 +111,7 @@ class RosenbrockStep:
     outputs
         Those of the right-hand side.
     jacobian
-        Its Jacobian and time derivative, a ``Jacobian`` of ``compiled.py``.
+        Its Jacobian and time derivative, a ``SparseJacobian`` of ``scalar.py``.
     stages
         The method.
 

@@ -13,20 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from diffsolve.engines.native.codegen.llvm import Output
 from diffsolve.engines.native.codegen.rows import ENTRY, Array, Call, Each, Routine
 from diffsolve.engines.native.graph.derivative import vjp
 from diffsolve.engines.native.graph.expression import Node, Pool, needed
+from diffsolve.engines.native.programs.base import MOST_OPERATIONS
+from diffsolve.engines.native.programs.row_routines import Nodes, RowRoutines
 
-if TYPE_CHECKING:
-    from diffsolve.engines.native.programs.rows import Functions
-
-#: Scalar operations of drift and diffusion, and of their products with a Jacobian, at most.
-MOST_IN_DERIVATIVE = 25_000
 _MOST_UNROLLED = 8  # entries of rows without a loop over them
-Nodes = list[Node]
 
 
 class StepMethod(Protocol):
@@ -55,7 +51,7 @@ class Step:
 
     Parameters
     ----------
-    functions
+    routines
         Drift and diffusion.
     needs_area
         Whether it uses ``H``.
@@ -82,10 +78,10 @@ class Step:
         counted.
     """
 
-    def __init__(self, functions: Functions, needs_area: bool):
+    def __init__(self, routines: RowRoutines, needs_area: bool):
         self.needs_area = needs_area
-        pool = self.pool = Pool(functions.pool.dtype, 10 * MOST_IN_DERIVATIVE)
-        self.d, self.m, self.is_diagonal = functions.d, functions.m, functions.is_diagonal
+        pool = self.pool = Pool(routines.pool.dtype, 10 * MOST_OPERATIONS)
+        self.d, self.m, self.is_diagonal = routines.d, routines.m, routines.is_diagonal
         self.h = pool.input("h", 0)
         self.size = pool.unary("abs", self.h)
         self.root = pool.unary("sqrt", self.size)
@@ -101,7 +97,7 @@ class Step:
         self.new: Nodes = []
         self.error: Nodes | None = None
         self.slopes: tuple[Nodes, Nodes] | None = None
-        self.is_steady, self.spared = not functions.reads_time["diffusion"], 0
+        self.is_steady, self.spared = not routines.reads_time["diffusion"], 0
 
     def inputs(self, name: str, width: int = 0) -> Nodes:
         """Those of an array: of the entry at hand, or all; default: as many as the state has."""
@@ -173,35 +169,35 @@ def _plain(w: Any) -> Any:
     return w if isinstance(w, Node) else float(w)
 
 
-def _begun(functions: Functions, step: Step, name: str) -> Routine:
+def _begun(routines: RowRoutines, step: Step, name: str) -> Routine:
     """A routine with the evaluations of the step."""
     routine = Routine(name, ("h",), ())
     for e in step.evaluations:
         state = step.passed(routine, f"{e.name}_state", e.state)
-        called = functions.routine(e.kind)
+        called = routines.evaluation(e.kind)
         routine.locals[e.name] = called.arrays[-1].width
         routine.statements.append(Call(called, [e.time], [state, "p", e.name]))
     return routine
 
 
-def _given(functions: Functions, step: Step) -> list[Array]:
+def _given(routines: RowRoutines, step: Step) -> list[Array]:
     return [
         Array("times", "shared"),
-        Array("u", "in", functions.d),
-        Array("W", "in", functions.m),
-        Array("H", "in", functions.m if step.needs_area else 0),
+        Array("u", "in", routines.d),
+        Array("W", "in", routines.m),
+        Array("H", "in", routines.m if step.needs_area else 0),
         Array("p", "shared"),
     ]
 
 
-def step_routine(functions: Functions, step: Step) -> Routine:
+def step_routine(routines: RowRoutines, step: Step) -> Routine:
     """``step(h, times, u, W, H, p, new, error, sums)``.
 
     The sums over all rows and entries: squares of both differences of the stiffness, squares of the
     error, and zero if the new state is finite, else NaN.
     """
     pool = step.pool
-    routine = _begun(functions, step, "step")
+    routine = _begun(routines, step, "step")
     routine.statements += step.outputs("new", step.new)
     if step.error is not None:
         routine.statements += step.outputs("error", step.error)
@@ -213,16 +209,16 @@ def step_routine(functions: Functions, step: Step) -> Routine:
     else:
         routine.statements += [Output("sums", i, x) for i, x in enumerate(sums)]
     routine.arrays = (
-        *_given(functions, step),
-        Array("new", "out", functions.d),
-        Array("error", "out", 0 if step.error is None else functions.d),
+        *_given(routines, step),
+        Array("new", "out", routines.d),
+        Array("error", "out", 0 if step.error is None else routines.d),
         Array("sums", "sums", len(sums)),
     )
     return _trimmed(routine)
 
 
 def reverse_routine(
-    functions: Functions, step: Step, active: tuple[bool, ...], estimates: bool
+    routines: RowRoutines, step: Step, active: tuple[bool, ...], whole: bool
 ) -> Routine:
     """Reverse of a step, of all that it gives or of the new state alone.
 
@@ -232,7 +228,7 @@ def reverse_routine(
     """
     pool = step.pool
     outputs, bars = list(step.new), step.inputs("new_bar")
-    if estimates:
+    if whole:
         if step.error is not None:
             outputs += step.error
             bars += step.inputs("error_bar")
@@ -251,26 +247,26 @@ def reverse_routine(
         return pool.sum(totals.get(x.index, []))
 
     pull(outputs, bars)
-    routine = _begun(functions, step, "step_vjp")
+    routine = _begun(routines, step, "step_vjp")
     states = [x.arrays[0] for x in routine.statements if isinstance(x, Call)]
     for e, state in reversed(list(zip(step.evaluations, states, strict=True))):
         if not any(x.index in totals for x in e.values):
             continue
         place = f"{e.name}_bar"
         w = step.passed(routine, f"{e.name}_w", [total(x) for x in e.values])
-        routine.locals[place] = functions.d
-        called = functions.vjp_routine(e.kind, active)
+        routine.locals[place] = routines.d
+        called = routines.product(e.kind, active)
         routine.statements.append(Call(called, [e.time], [state, "p", w, place, "p_bar"]))
         pull(e.state, step.inputs(place))
     routine.statements += step.outputs("bar", [total(x) for x in step.u])
     routine.arrays = (
-        *_given(functions, step),
-        Array("new_bar", "bar", functions.d),
-        Array("error_bar", "bar", functions.d if estimates and step.error is not None else 0),
+        *_given(routines, step),
+        Array("new_bar", "bar", routines.d),
+        Array("error_bar", "bar", routines.d if whole and step.error is not None else 0),
         Array("sums_bar", "shared"),
         Array("there", "mask", 1),
-        Array("bar", "out", functions.d),
-        Array("p_bar", "lanes", len(functions.active_entries(active))),
+        Array("bar", "out", routines.d),
+        Array("p_bar", "lanes", len(routines.active_entries(active))),
     )
     return _trimmed(routine)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,36 +13,64 @@ import diffsolve
 from diffsolve.engines.native.codegen import llvm
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.locks import compiling
+from diffsolve.solvers.kernels.family import Family, KernelSet
 
 _log = logging.getLogger("diffsolve")
-_ROOT = Path(diffsolve.__file__).parent
-#: What the kernels are made of: they are built again where one of these was changed.
-_SOURCES = (
-    "solvers/kernels/layout.py",
-    "solvers/kernels/memory.py",
-    "solvers/kernels/norms.py",
-    "solvers/kernels/rows.py",
-    "solvers/kernels/estimates.py",
-    "solvers/kernels/stable_steps.py",
-    "solvers/stable_steps.py",
-    "engines/native/runtime/loop.py",
-    "engines/native/runtime/sweep.py",
-    "engines/native/runtime/build.py",
-)
-_OF_IMPLICIT = ("solvers/kernels/linear.py", "solvers/kernels/implicit.py")
 Kernel = Callable[[int, int], int]
+_FOLDER = Path(diffsolve.__file__).parent
+_RUNTIME = "diffsolve.engines.native.runtime"
+#: What calls the functions of a family, and what makes machine code of all kernels.
+LOOPS = (f"{_RUNTIME}.loop", f"{_RUNTIME}.sweep")
+_BUILD = f"{_RUNTIME}.build"
+_FROM = r"from (diffsolve[\w.]*) import (\([^)]*\)|.*)"
+_IMPORT = re.compile(rf"^(?:{_FROM}|import (diffsolve[\w.]*))", re.M)
+
+
+def _file(module: str) -> Path:
+    return _FOLDER.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
 
 @functools.cache
-def _source(family: str) -> str:
-    own = sorted((_ROOT / "solvers" / family).glob("kernel*.py"))
-    shared = [*_SOURCES, *(_OF_IMPLICIT if family in ("rosenbrock", "sdirk") else ())]
-    return "\n".join(path.read_text() for path in [*(_ROOT / name for name in shared), *own])
+def _text(module: str) -> str:
+    return _file(module).read_text()
 
 
 @functools.cache
-def kernel(name: str, family: str, single: bool) -> Kernel:
-    """One of the kernels ``"advance"``, ``"sweep"``, ``"read"`` and ``"replay"`` of a family.
+def _imports(module: str) -> tuple[str, ...]:
+    """Modules of this package that a module imports at its top."""
+    found: dict[str, None] = {}
+    for package, names, whole in _IMPORT.findall(_text(module)):
+        for name in re.findall(r"(\w+)(?: as \w+)?,?", names) if package else ():
+            inner = f"{package}.{name}"
+            found[inner if _file(inner).exists() else package] = None
+        if whole:
+            found[whole] = None
+    return tuple(x for x in found if _file(x).exists())
+
+
+def sources(kernels: KernelSet) -> list[str]:
+    """The modules that kernels are made of: they are built again where one of these was changed.
+
+    They follow from the imports, so that none can be forgotten.
+    """
+    waiting = [kernels.root, *(LOOPS if isinstance(kernels, Family) else ())]
+    found = {_BUILD}
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += _imports(module)
+    return sorted(found)
+
+
+@functools.cache
+def _source(kernels: KernelSet) -> str:
+    return "\n".join(map(_text, sources(kernels)))
+
+
+@functools.cache
+def kernel(name: str, kernels: KernelSet, single: bool) -> Kernel:
+    """A kernel by its name: of a family ``"advance"``, ``"sweep"``, ``"read"`` or ``"replay"``.
 
     ``single``: for float32 states rather than float64 ones. It is called with the addresses of
     the two arrays of ``solvers/kernels/layout.py``, runs without Python's lock, and returns one
@@ -50,8 +79,8 @@ def kernel(name: str, family: str, single: bool) -> Kernel:
     try:
         with compiling:
             code = llvm.cached_code(
-                f"{name} {family} {single}\n{_source(family)}",
-                lambda: _build(name, family, single),
+                f"{name} {kernels.name} {single}\n{_source(kernels)}",
+                lambda: _build(name, kernels, single),
                 is_kernel=True,
             )
     except Exception as error:  # a Numba or an LLVM that this was not written for
@@ -64,12 +93,12 @@ def kernel(name: str, family: str, single: bool) -> Kernel:
     return function
 
 
-def _build(name: str, family: str, single: bool) -> str:
+def _build(name: str, kernels: KernelSet, single: bool) -> str:
     _log.warning(
         "diffsolve: building its kernel %r of %s methods, once on this machine (some seconds)",
         name,
-        family,
+        kernels.name,
     )
     from diffsolve.engines.native.runtime.build import kernel_ir
 
-    return kernel_ir(name, family, single)
+    return kernel_ir(name, kernels, single)

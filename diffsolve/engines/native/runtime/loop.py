@@ -1,8 +1,6 @@
 """The adaptive loop in machine code: ``engines/torch_engine.py``, decision by decision.
 
-What a family of methods does is given to it as functions: ``step`` takes a step from the rows of
-the work space and says whether it could, ``measure`` gives its estimates, ``complete`` adds the
-stages that only the interpolant needs, and ``value_at`` reads it at a time inside of the step.
+``F`` holds what a family of methods does (``solvers/kernels/functions.py``).
 
 Needs Numba, which is imported only to build this once on a machine. All of the loop's memory is
 in the two arrays of ``layout``, so that it can return to Python after any step: to let signals be
@@ -218,22 +216,12 @@ def keep_state(I, like):
 
 
 @inlined
-def polynomial_at(I, R, t, h, at, out, like):
-    """The continuous extension of the step at a time inside of it, from its stages."""
-    n = I[L.N]
-    base = row(I, L.W_BASE, like)  # the state right before the stages, as in a dense record
-    copy(n, row(I, L.W_U, like), base, like)
-    rows = I[L.STAGES] + I[L.EXTRA]
-    interpolate(n, rows, I[L.DEGREE], I[L.POLY], (at - t) / h, h, 0, base, out, like)
-
-
-@inlined
-def save_within(I, R, t, h, end, complete_step, value_at, like):
+def save_within(I, R, t, h, end, F, like):
     """Save what lies in the step; returns the first index, how many inside, the one at the end."""
     first, size = I[L.SAVED], size_of(like)
     complete = I[L.EXTRA] == 0
     if I[L.ALWAYS_COMPLETE] != 0 and not complete:
-        complete_step(I, R, t, h, like)
+        F.complete(I, R, t, h, like)
         complete = True
     if I[L.N_SAVES] < 0:
         save(I, row(I, L.W_NEW, like), like)
@@ -247,16 +235,16 @@ def save_within(I, R, t, h, end, complete_step, value_at, like):
             save(I, row(I, L.W_NEW, like), like)
             break
         if not complete:
-            complete_step(I, R, t, h, like)
+            F.complete(I, R, t, h, like)
             complete = True
-        value_at(I, R, t, h, at, I[L.OUT_U] + I[L.SAVED] * I[L.OUT_STRIDE] * size, like)
+        F.value_at(I, R, t, h, at, I[L.OUT_U] + I[L.SAVED] * I[L.OUT_STRIDE] * size, like)
         I[L.SAVED] += 1
         inside += 1
     return first, inside, end_save, complete
 
 
 @inlined
-def accept(I, R, h, lands, error, norm, stiffness, complete_step, value_at, like):
+def accept(I, R, h, lands, error, norm, stiffness, F, like):
     n, index, start, size = I[L.N], I[L.ACCEPTED], R[L.T], size_of(like)
     I[L.SINCE] += 1
     if lands:
@@ -266,9 +254,7 @@ def accept(I, R, h, lands, error, norm, stiffness, complete_step, value_at, like
     else:  # counted from the last stop, so that rounding does not add up
         t_new = R[L.ANCHOR] + I[L.SINCE] * h
     keep_state(I, like)
-    first, inside, end_save, complete = save_within(
-        I, R, start, h, t_new, complete_step, value_at, like
-    )
+    first, inside, end_save, complete = save_within(I, R, start, h, t_new, F, like)
     if I[L.MARKS] != 0:
         marks = marks_of(I, index)
         marks[L.MARK_RESTART] = I[L.RESTARTED]
@@ -361,7 +347,7 @@ def error_within(I, R, t, h, lands, error, like):
 
 
 @inlined
-def attempt(I, R, step, measure, complete_step, value_at, like):
+def attempt(I, R, F, like):
     """One attempted step, accepted or not."""
     adaptive, t = I[L.ADAPTIVE] != 0, R[L.T]
     if I[L.STABLE] != 0 and I[L.REJECTIONS] == 0:
@@ -379,7 +365,7 @@ def attempt(I, R, step, measure, complete_step, value_at, like):
     R[L.LAST_H] = h
     I[L.FAILURE] = 0
     begin_attempt(I, R)
-    if not step(I, R, t, h, like):
+    if not F.take_step(I, R, t, h, like):
         I[L.REJECTED] += 1
         I[L.REJECTIONS] += 1
         R[L.LAST_ERROR] = R[L.LAST_STIFFNESS] = math.nan
@@ -388,7 +374,7 @@ def attempt(I, R, step, measure, complete_step, value_at, like):
         if adaptive and I[L.FAILURE] != L.JAC_NOT_FINITE:
             return L.GO_ON
         return reason_to_stop(I)  # a smaller step would have the same Jacobian
-    error, norm, stiffness = measure(I, R, t, h, like)
+    error, norm, stiffness = F.measure(I, R, t, h, like)
     accepted, factor = error < math.inf, 1.0
     if adaptive:
         # one cut short by a stop has an error of no account
@@ -397,7 +383,7 @@ def attempt(I, R, step, measure, complete_step, value_at, like):
         if accepted and is_too_long(I, R, t + h, size, stiffness, like):
             accepted, factor = False, R[L.STABLE_SIZE] / size
     if accepted:
-        accept(I, R, h, lands, error, norm, stiffness, complete_step, value_at, like)
+        accept(I, R, h, lands, error, norm, stiffness, F, like)
     else:
         I[L.REJECTED] += 1
         I[L.REJECTIONS] += 1
@@ -492,7 +478,7 @@ def take_over(I, R, like):
 
 
 @inlined
-def advance(I, R, step, measure, complete_step, value_at, like):
+def advance(I, R, F, like):
     """Integrate until the end, a failure, or a reason to return to Python for a moment."""
     if I[L.BEGUN] == 0:
         status = begin(I, R, like)
@@ -506,14 +492,14 @@ def advance(I, R, step, measure, complete_step, value_at, like):
             return L.DONE
         if no_room(I):
             return L.NEED_ROOM
-        status = attempt(I, R, step, measure, complete_step, value_at, like)
+        status = attempt(I, R, F, like)
         if status != L.GO_ON:
             return status
     return L.DONE if I[L.STOP] >= I[L.N_STOPS] else L.GO_ON
 
 
 @inlined
-def read(I, R, complete_step, like):
+def read(I, R, F, like):
     """Continuous extension of a solution at ``READ``, times inside of it."""
     count, n, size = I[L.N_READ], I[L.N], size_of(like)
     steps, rows, direction = I[L.ACCEPTED], I[L.STAGES] + I[L.EXTRA], R[L.DIRECTION]
@@ -528,7 +514,7 @@ def read(I, R, complete_step, like):
         if complete[first] == 0:
             copy(n, dense, row(I, L.W_U, like), like)
             copy(I[L.STAGES] * n, dense + n * size, stage(I, 0, like), like)
-            complete_step(I, R, starts[first], sizes[first], like)
+            F.complete(I, R, starts[first], sizes[first], like)
             copy(rows * n, stage(I, 0, like), dense + n * size, like)
             complete[first] = 1
         out = I[L.READ_OUT] + i * n * size

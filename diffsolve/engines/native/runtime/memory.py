@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.programs.lookup import NativeField
-from diffsolve.engines.native.programs.scalar import Jacobian
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
+from diffsolve.engines.native.programs.scalar import SparseJacobian
 from diffsolve.engines.native.runtime.blocks import Block, place
 from diffsolve.engines.native.runtime.kernels import Kernel
-from diffsolve.engines.native.runtime.method import Method, address
+from diffsolve.engines.native.runtime.method import MethodNumbers, address
 from diffsolve.engines.native.runtime.switching import Run, switch
-from diffsolve.engines.native.runtime.template import STEPS, Kept, Template, Wanted, systems
+from diffsolve.engines.native.runtime.template import STEPS, Kept, Template, Wanted
 from diffsolve.solvers.kernels import layout as L
 
 _NO_COUNTS = array("q", [0] * (L.NNEWTON + 1 - L.NJAC))
@@ -45,7 +45,7 @@ class Memory:
     """
 
     source: Memory | None = None  # keeps alive what a copy points to
-    jacobian_at_work: Jacobian | None = None
+    jacobian_at_work: SparseJacobian | None = None
     identity: np.ndarray | None = None  # so do polynomials that stand for stages
     block: np.ndarray | None = None  # states and marks of the steps
 
@@ -57,11 +57,11 @@ class Memory:
         params: Tensor,
         breaks: Sequence[float],
         field: int | None = None,
-        jacobian: Callable[[], Jacobian] | None = None,
+        jacobian: Callable[[], SparseJacobian] | None = None,
         wanted: Wanted | None = None,
     ):
         self.native, self.template = native, template
-        self.method: Method = template.method
+        self.method: MethodNumbers = template.method
         self.runs = [Run(template, 0)]
         self.n = n
         self.dtype = template.dtype
@@ -72,7 +72,7 @@ class Memory:
         self.arguments = here, _ = integers.buffer_info()[0], reals.buffer_info()[0]
         integers[L.N], integers[L.N_BLOCKS], integers[L.BLOCK_ENDS] = n, 1, here + 8 * L.N
         self.is_own_field = field is not None
-        self.jacobian = jacobian or native.compiled.jacobian
+        self.jacobian = jacobian or native.program.jacobian
         given = None
         if field is not None:
             integers[L.FIELD], integers[L.FUSED], integers[L.JVP] = field, 0, 0
@@ -122,7 +122,7 @@ class Memory:
         """Room for the linear systems of a method that takes its turn."""
         self.jacobian_at_work = found = self.jacobian()  # whose arrays the kernels read
         self.integers[L.JAC : L.HEAD + 1] = found.slots
-        block = Block(systems(found, self.n))
+        block = Block(self.method.family.room(self.n, found))
         self.held[L.MATRIX] = block.lay(self.integers, zero=True)
         self._forget_systems()
 

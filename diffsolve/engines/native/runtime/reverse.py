@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.programs.lookup import NativeField
-from diffsolve.engines.native.programs.scalar import Jacobian
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
+from diffsolve.engines.native.programs.scalar import SparseJacobian
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Counts, Memory
 from diffsolve.engines.native.runtime.method import method_of
@@ -26,7 +26,7 @@ from diffsolve.engines.native.runtime.switching import (
     use_polynomials,
 )
 from diffsolve.engines.native.runtime.template import template, write_tolerance
-from diffsolve.engines.torch_engine import Settings
+from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Tolerance
@@ -37,11 +37,11 @@ def compile_adjoint(native: NativeField, alg: Algorithm, along_path: bool) -> No
     """Make the adjoint equation, to be solved by ``alg``."""
     if isinstance(alg, AutoSwitch):
         alg = alg.nonstiff
-    compiled, active, method = native.compiled, native.active, method_of(alg)
-    kernel("advance", method.family, compiled.single)
-    (compiled.interpolating if along_path else compiled.backsolve)(active)
+    program, active, method = native.program, native.active, method_of(alg)
+    kernel("advance", method.family, program.is_float32)
+    program.address("interpolating" if along_path else "backsolve", active)
     if method.is_implicit:
-        compiled.adjoint_jacobian(active, not along_path)
+        program.adjoint_jacobian(active, not along_path)
 
 
 @dataclass
@@ -83,12 +83,12 @@ def sweep(
     active
         Which tensors of the parameters are differentiated.
     """
-    memory, compiled = forward.copy(), forward.native.compiled
+    memory, program = forward.copy(), forward.native.program
     memory.borrow_work()
     memory.take(records)
     integers, n, dtype = memory.integers, memory.n, memory.dtype
     memory.restart_counts()
-    bars = np.zeros(2 * n + compiled.n_params, dtype)
+    bars = np.zeros(2 * n + program.n_params, dtype)
     memory.hold_new(L.STATE_BAR, bars)
     integers[L.P_BAR] = integers[L.STATE_BAR] + 2 * n * dtype.itemsize
     slots = (L.SAVED_BARS, L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS)
@@ -104,7 +104,7 @@ def sweep(
             use(memory, run)
             if memory.method.is_implicit:
                 memory.work_of_systems()
-        addresses = run.template.reverse(compiled, active)
+        addresses = run.template.reverse(program, active)
         integers[L.VJP], integers[L.FUSED_VJP], integers[L.JAC_VJP], function = addresses
         integers[L.SWEPT], integers[L.SWEEP_LAST] = run.end, run.end - 1
         started = time.perf_counter()
@@ -181,7 +181,7 @@ class Path:
             integers = memory.integers
             integers[L.DENSE_ROWS] = rows
             integers[L.SWEPT], integers[L.CHUNK] = begin, end - begin
-            function = kernel("replay", memory.method.family, memory.native.compiled.single)
+            function = kernel("replay", memory.method.family, memory.native.program.is_float32)
             refuse_lost(memory.run(function))
             parts.append(dense)
         if len(memory.runs) > 1:
@@ -216,7 +216,7 @@ class ReverseProblem:
     z: Tensor
     blocks: list[int]
     settings: Settings
-    jacobian: Callable[[], Jacobian] | None = None
+    jacobian: Callable[[], SparseJacobian] | None = None
     path: Path | None = None
     saved: Tensor | None = None
 
@@ -255,7 +255,7 @@ def solve_reverse(
     """
     n = len(bars[0])
     params = torch.cat([native.params, torch.zeros(2 * n, dtype=bars.dtype, device="cpu")])
-    made = template(native.compiled, alg, problem.settings)
+    made = template(native.program, alg, problem.settings)
     memory = Memory(native, made, len(problem.z), params, breaks, problem.field, problem.jacobian)
     integers, reals = memory.integers, memory.reals
     stops = problem.settings.tstops

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,12 +12,13 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.diagnosis import Failure, explain
-from diffsolve.engines.native.programs.lookup import NativeField
+from diffsolve.engines.native.programs.bound import ScalarBound as NativeField
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Counts, Memory
 from diffsolve.engines.native.runtime.switching import join_dense
 from diffsolve.engines.native.runtime.template import Wanted
-from diffsolve.engines.torch_engine import Settings, progress_bar
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.trajectory import progress_bar
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import ReturnCode, Steps
@@ -41,23 +40,6 @@ _TROUBLES = {
     L.SINGULAR: Trouble.SINGULAR,
     L.JAC_NOT_FINITE: Trouble.JACOBIAN,
 }
-
-
-@functools.lru_cache(maxsize=100)
-def function_at(address: int, single: bool) -> Callable[[float, int, int, int], None]:
-    """``f(t, u, p, out)`` at an address."""
-    number, pointer = ctypes.c_float if single else ctypes.c_double, ctypes.c_void_p
-    return ctypes.CFUNCTYPE(None, number, pointer, pointer, pointer)(address)
-
-
-def evaluate(native: NativeField, t: float, u: Tensor) -> Tensor:
-    """``f(t, u)`` by the compiled function."""
-    compiled = native.compiled
-    function = function_at(compiled.field(), compiled.single)
-    u = u.detach().contiguous()
-    out = torch.empty_like(u)
-    function(t, u.data_ptr(), native.params.data_ptr(), out.data_ptr())
-    return out
 
 
 @dataclass(slots=True)
@@ -136,12 +118,12 @@ def integrate(
         With the partial result and the reason where the solve failed.
     """
     made = native.template
-    memory = Memory(native, made, native.compiled.n, native.params, field.breaks, wanted=wanted)
+    memory = Memory(native, made, native.program.n, native.params, field.breaks, wanted=wanted)
     memory.span(t0, t1, settings.tstops)
     memory.start(u0)
     other = made.other
     if wanted.states and other is not None:
-        memory.prepare_stiff = lambda: other().reverse(native.compiled, native.active)
+        memory.prepare_stiff = lambda: other().reverse(native.program, native.active)
     bar = progress_bar(t0, t1) if settings.progress else None
     started = time.perf_counter()
     try:
@@ -200,22 +182,19 @@ def message_of(
     return explain(
         Failure(
             RETCODES[status],
+            alg,
+            settings,
             t0=span[0],
             t=reals[L.T],
             t1=span[1],
             h=reals[L.SIZE],
-            tried=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
-            alg=alg,
-            tolerance=settings.tolerance,
-            adaptive=settings.adaptive,
-            dtmin=settings.dtmin,
-            maxiters=settings.maxiters,
+            last_h=reals[L.LAST_H] if integers[L.ATTEMPTS] else math.nan,
             attempts=integers[L.ATTEMPTS],
             rejected=integers[L.REJECTED],
             estimates=last,
             state=memory.state(),
             trouble=_TROUBLES.get(int(integers[L.FAILURE])),
-            noisy=isinstance(field, SDEField),
+            is_sde=isinstance(field, SDEField),
             field=field,
         )
     )
@@ -246,5 +225,5 @@ class NativeDense:
         memory.hold(L.READ_OUT, out)
         integers[L.N_READ], integers[L.DERIVATIVE] = len(times), derivative
         memory.work()
-        memory.run(kernel("read", memory.method.family, memory.native.compiled.single))
+        memory.run(kernel("read", memory.method.family, memory.native.program.is_float32))
         return out

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.programs.rows import Functions
+from diffsolve.engines.native.programs.rows import RowProgram
 from diffsolve.engines.native.runtime.reverse import Swept
 from diffsolve.engines.native.runtime.threads import Crew, share_out
 from diffsolve.solvers.kernels import layout as L
@@ -32,12 +32,12 @@ def sweep(
         Which tensors of the parameters are differentiated.
     """
     native: Any = crew.parts[0].native
-    compiled: Functions = native.compiled
+    program: RowProgram = native.program
     made: Any = crew.parts[0].template
     bars = [x if x is None or not x.numel() else x.contiguous() for x in cotangents]
     estimates = any(x is not None and x.numel() for x in bars[1:])
-    step_vjp, diffusion_vjp, function = made.reverse(compiled, active, estimates)
-    entries = compiled.active_entries(active)
+    step_vjp, diffusion_vjp, function = made.reverse(program, active, estimates)
+    entries = program.active_entries(active)
     parts: list[Any] = []
     place = 0
     started = time.perf_counter()
@@ -57,10 +57,10 @@ def sweep(
         part.hold_new(L.STATE_BAR, np.zeros(n, dtype))
         part.hold_new(L.BAR, np.empty(n, dtype))
         part.buffers = part.held[L.STATE_BAR], part.held[L.BAR]
-        part.hold_new(L.P_BAR, np.zeros(max(len(entries), 1) * compiled.lanes, dtype))
+        part.hold_new(L.P_BAR, np.zeros(max(len(entries), 1) * program.lanes, dtype))
         if bars[0] is not None and bars[0].numel():
             part.hold(L.SAVED_BARS, bars[0])
-            integers[L.SAVED_BARS] += part.first * compiled.d * part.dtype.itemsize
+            integers[L.SAVED_BARS] += part.first * program.d * part.dtype.itemsize
         for slot, bar in zip(
             (L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS), bars[1:], strict=True
         ):
@@ -78,7 +78,7 @@ def sweep(
     swapped = parts[0].integers[L.ACCEPTED] % 2
     u_bar = np.concatenate([part.buffers[swapped] for part in parts])
     lanes = np.sum([part.held[L.P_BAR] for part in parts], axis=0)
-    p_bar = np.zeros(compiled.n_params, parts[0].dtype)
-    p_bar[entries] = lanes.reshape(-1, compiled.lanes).sum(1)[: len(entries)]
+    p_bar = np.zeros(program.n_params, parts[0].dtype)
+    p_bar[entries] = lanes.reshape(-1, program.lanes).sum(1)[: len(entries)]
     counts = (*parts[0].counts(), parts[0].integers[L.NG])
     return Swept(u_bar, torch.from_numpy(p_bar), counts, kernel_s)

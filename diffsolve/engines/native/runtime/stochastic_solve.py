@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsolve.engines.native.programs.row_lookup import NativeSDE
+from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
 from diffsolve.engines.native.runtime.solve import (
     RETCODES,
     NativeTrajectory,
@@ -27,7 +27,8 @@ from diffsolve.engines.native.runtime.threads import (
     StochasticTemplate,
     share_out,
 )
-from diffsolve.engines.torch_engine import Settings, progress_bar
+from diffsolve.engines.settings import Settings
+from diffsolve.engines.trajectory import progress_bar
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.initial_step import stochastic_step
@@ -135,7 +136,7 @@ def _solved(
     bar: Any,
 ) -> tuple[Crew, list[int]]:
     made: StochasticTemplate = native.template
-    compiled = native.compiled
+    program = native.program
     seed = field.path.seed  # type: ignore[union-attr]
     seeded = isinstance(seed, Tensor)
     seeds = (
@@ -144,7 +145,7 @@ def _solved(
         else torch.tensor([signed(seed)], device="cpu")
     )
     parts = [Part(native, made, first, rows, field.breaks, seeds, seeded) for first, rows in shares]
-    n, dtype = field.rows * compiled.d, parts[0].dtype
+    n, dtype = field.rows * program.d, parts[0].dtype
     noises = 2 if made.formulas.needs_area else 1
     if settings.adaptive:
         room = max(8, min(FIRST_ROOM, _ROOM_IN_NUMBERS // ((2 + noises) * n)))
@@ -171,7 +172,7 @@ def _solved(
         reals[L.NOISE_START] = reals[L.NOISE_END] = reals[L.KNOWN_FROM] = t0
         integers[L.NF] = 1  # the look at the start
         integers[L.NG] = 3 if field.noise == "additive" else 1
-        share = u0.view(field.rows, compiled.d)[part.first : part.first + part.rows]
+        share = u0.view(field.rows, program.d)[part.first : part.first + part.rows]
         part.start(share.reshape(-1))
         if settings.dt is None:
             reals[L.SIZE] = _first_step(native, field, u0, t0, t1, settings, part)
@@ -197,7 +198,7 @@ class _CompiledField:
     def _evaluate(self, kind: str, t: Tensor, u: Tensor) -> Tensor:
         """Counted also where it is known, because the time has no part in it."""
         before, value = self._known.get(kind, (None, None))
-        if value is None or before is not u or self._native.compiled.reads_time[kind]:
+        if value is None or before is not u or self._native.program.routines.reads_time[kind]:
             value = self._native.evaluate(kind, float(t), u, self.field.rows)
             self._known.setdefault(kind, (u, value))
         return value

@@ -1,9 +1,6 @@
 """The reverse pass of the discrete adjoint in machine code: ``adjoints/sweep.py``, step by step.
 
-What a family of methods does is given to it as functions: ``step`` takes a step again; ``recall``
-makes of it what the next two need, from what was kept; ``estimates`` and ``reverse`` pull
-cotangents through it, ``complete`` and ``reverse_complete`` do so with stages of the interpolant
-alone.
+``F`` holds what a family of methods does (``solvers/kernels/functions.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from diffsolve.solvers.kernels.rows import (
 
 
 @inlined
-def load_state(I, R, index, step, like):
+def load_state(I, R, index, F, like):
     """``W_U, W_DU`` at the start of a recorded step, made again where it was not kept."""
     n, size, stride = I[L.N], size_of(like), I[L.STRIDE]
     if stride == 1:
@@ -39,7 +36,7 @@ def load_state(I, R, index, step, like):
         return
     begin = segment_begin(I, index)
     if index == I[L.SWEEP_LAST] or (index + 1) % stride == 0:
-        remake_segment(I, R, begin, index, step, like)
+        remake_segment(I, R, begin, index, F, like)
     place = I[L.SEGMENT] + 2 * (index - begin) * n * size
     copy(n, place, row(I, L.W_U, like), like)
     copy(n, place + n * size, row(I, L.W_DU, like), like)
@@ -64,17 +61,17 @@ def take_up(I, begin, like):
 
 
 @inlined
-def repeat(I, R, index, step, like):
+def repeat(I, R, index, F, like):
     """A step again, as it was taken."""
     I[L.FRESH] = 0
     if marks_of(I, index)[L.MARK_FORGOT] != 0:
         forget(I, R)
-    if not step(I, R, reals(I[L.STEP_T])[index], reals(I[L.STEP_H])[index], like):
+    if not F.take_step(I, R, reals(I[L.STEP_T])[index], reals(I[L.STEP_H])[index], like):
         I[L.LOST] = 1
 
 
 @inlined
-def remake_segment(I, R, begin, last, step, like):
+def remake_segment(I, R, begin, last, F, like):
     """Repeat the steps from a state that was kept, and note where each starts."""
     n, size = I[L.N], size_of(like)
     starts = reals(I[L.STEP_T])
@@ -86,7 +83,7 @@ def remake_segment(I, R, begin, last, step, like):
         copy(n, du, place + n * size, like)
         if i == last:
             break
-        repeat(I, R, i, step, like)
+        repeat(I, R, i, F, like)
         copy(n, row(I, L.W_NEW, like), u, like)
         copy(n, stage(I, I[L.STAGES] - 1, like), du, like)
         if marks_of(I, i + 1)[L.MARK_RESTART] != 0:
@@ -95,16 +92,16 @@ def remake_segment(I, R, begin, last, step, like):
 
 
 @inlined
-def sweep_step(I, R, index, step, recall, estimates, reverse, complete, reverse_complete, like):
+def sweep_step(I, R, index, F, like):
     """From the cotangents of the state after a step to those of the one before it."""
     n, size = I[L.N], size_of(like)
     stages, rows = I[L.STAGES], I[L.STAGES] + I[L.EXTRA]
     t, h = reals(I[L.STEP_T])[index], reals(I[L.STEP_H])[index]
     marks = marks_of(I, index)
-    load_state(I, R, index, step, like)
+    load_state(I, R, index, F, like)
     forget(I, R)
     I[L.WHOLE], before = marks[L.MARK_WHOLE], I[L.NF]
-    if not recall(I, R, t, h, marks[L.MARK_INSIDE], like):
+    if not F.recall(I, R, t, h, marks[L.MARK_INSIDE], like):
         I[L.LOST] = 1
     I[L.NF] = before  # evaluations are counted when they are differentiated
     I[L.WHOLE] = marks[L.MARK_WHOLE]
@@ -120,7 +117,7 @@ def sweep_step(I, R, index, step, recall, estimates, reverse, complete, reverse_
             add_scaled(n, 1.0, bars, new_bar, like)
         if marks[L.MARK_INSIDE] > 0:
             if I[L.EXTRA] > 0:
-                complete(I, R, t, h, like)
+                F.complete(I, R, t, h, like)
                 I[L.NF] -= I[L.EXTRA]
             times = reals(I[L.SAVES])
             for i in range(marks[L.MARK_INSIDE]):
@@ -131,10 +128,10 @@ def sweep_step(I, R, index, step, recall, estimates, reverse, complete, reverse_
                 for j in range(rows):
                     weight = weight_at(I[L.POLY], j, I[L.DEGREE], theta, 0)
                     add_scaled(n, weight * h, bars, stage_bar(I, j, like), like)
-    estimates(I, R, t, h, index, like)
+    F.reverse_estimates(I, R, t, h, index, like)
     if I[L.SAVED_BARS] != 0 and marks[L.MARK_INSIDE] > 0 and I[L.EXTRA] > 0:
-        reverse_complete(I, R, t, h, like)
-    reverse(I, R, t, h, like)
+        F.reverse_complete(I, R, t, h, like)
+    F.reverse_step(I, R, t, h, like)
     copy(n, total, state_bar, like)
     copy(n, stage_bar(I, 0, like), slope_bar, like)
     if marks[L.MARK_RESTART] != 0:  # the derivative there follows from the state
@@ -145,21 +142,21 @@ def sweep_step(I, R, index, step, recall, estimates, reverse, complete, reverse_
 
 
 @inlined
-def sweep(I, R, step, recall, estimates, reverse, complete, reverse_complete, like):
+def sweep(I, R, F, like):
     """Go back through the recorded steps; return to Python after ``CHUNK`` of them."""
     for _ in range(I[L.CHUNK]):
         if I[L.SWEPT] == I[L.RUN_BEGIN]:
             return L.DONE
         I[L.SWEPT] -= 1
         index = I[L.SWEPT]
-        sweep_step(I, R, index, step, recall, estimates, reverse, complete, reverse_complete, like)
+        sweep_step(I, R, index, F, like)
         if I[L.LOST] != 0:
             return L.NEWTON_FAILED
     return L.DONE if I[L.SWEPT] == I[L.RUN_BEGIN] else L.GO_ON
 
 
 @inlined
-def replay(I, R, step, complete, like):
+def replay(I, R, F, like):
     """Stages of the steps from ``SWEPT`` on, ``CHUNK`` of them, made again for ``DENSE``.
 
     The first of them starts from a state that was kept.
@@ -173,8 +170,8 @@ def replay(I, R, step, complete, like):
         if i > first and marks_of(I, i)[L.MARK_RESTART] != 0:
             t = starts[i]
             field_at(I, R, t, t, t + R[L.DIRECTION], u, du, like)
-        repeat(I, R, i, step, like)
-        complete(I, R, starts[i], sizes[i], like)
+        repeat(I, R, i, F, like)
+        F.complete(I, R, starts[i], sizes[i], like)
         place = I[L.DENSE] + (i - first) * I[L.DENSE_ROWS] * n * size
         copy(n, u, place, like)
         copy(rows * n, stage(I, 0, like), place + n * size, like)

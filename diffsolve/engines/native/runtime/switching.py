@@ -60,7 +60,7 @@ def use(memory: Memory, run: Run) -> None:
 
 
 def switch(memory: Memory) -> None:
-    """Hand over to the other method; where it cannot be compiled, the first one stays."""
+    """Hand over to the other method; where it cannot be program, the first one stays."""
     integers, reals, template = memory.integers, memory.reals, memory.template
     assert template.other is not None
     to_stiff = integers[L.SWITCH] == L.NONSTIFF
@@ -74,7 +74,7 @@ def switch(memory: Memory) -> None:
         _log.warning("diffsolve: the problem is stiff, but %s cannot take over: %s", name, reason)
         integers[L.SWITCH] = 0
         return
-    iterated = memory.method.family == "sdirk"
+    iterated = memory.method.family.iterates
     n = memory.n
     run = Run(found, integers[L.ACCEPTED], state=np.empty((2, n), memory.dtype))
     memory.runs.append(run)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from diffsolve.engines.native.declined import Declined
-from diffsolve.engines.native.programs.scalar import Compiled, Jacobian
+from diffsolve.engines.native.programs.scalar import ScalarProgram, SparseJacobian
 from diffsolve.engines.native.runtime.blocks import Block, Part, place
 from diffsolve.engines.native.runtime.kernels import Kernel, kernel
 from diffsolve.engines.native.runtime.method import address, method_of, set_controller
-from diffsolve.engines.torch_engine import Settings
+from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.newton import kappa
@@ -82,6 +82,8 @@ class Template:
         Of two methods that share a solve the stiff one, and what makes its template.
     most_rows, most_stages
         Of all methods.
+    may_be_implicit, keeps_stages
+        Whether one of the methods is implicit, and whether one keeps its stages.
 
     Raises
     ------
@@ -89,7 +91,7 @@ class Template:
         If such a solve cannot run as machine code, whatever its right-hand side.
     """
 
-    def __init__(self, compiled: Compiled, alg: Algorithm, settings: Settings):
+    def __init__(self, program: ScalarProgram, alg: Algorithm, settings: Settings):
         self.other: Callable[[], Template] | None = None
         self.stiff: Algorithm | None = None
         limit = math.nan
@@ -97,10 +99,12 @@ class Template:
             limit, stiff, alg = LIMIT * alg.stability_size, alg.stiff, alg.nonstiff
             own = settings.controller_stiff or settings.controller
             theirs = replace(settings, controller=own, controller_stiff=None)
-            self.other = partial(_template_of, weakref.ref(compiled), stiff, theirs)
+            self.other = partial(_template_of, weakref.ref(program), stiff, theirs)
             self.stiff = stiff
         self.method = method_of(alg)
         methods = [self.method, method_of(self.stiff)] if self.stiff else [self.method]
+        self.may_be_implicit = any(method.family.is_implicit for method in methods)
+        self.keeps_stages = any(method.family.keeps_stages for method in methods)
         self.most_rows = max(method.rows for method in methods)
         self.most_stages = max(method.n for method in methods)
         if settings.tolerance.norm is not None:
@@ -112,24 +116,21 @@ class Template:
         self.reals = reals = array("d", bytes(8 * L.N_REALS))
         set_controller(settings.controller, integers, reals)
         self.held: dict[int, Any] = {}
-        self._compiled = weakref.ref(compiled)  # which keeps the template
-        self.dtype = _FLOAT32 if compiled.single else _FLOAT64
+        self._program = weakref.ref(program)  # which keeps the template
+        self.dtype = _FLOAT32 if program.is_float32 else _FLOAT64
         self.settings = settings  # whose identities the cache goes by
-        self.advance = kernel("advance", self.method.family, compiled.single)
+        self.advance = kernel("advance", self.method.family, program.is_float32)
         self._reverse: dict[tuple[bool, ...], Reverse] = {}
-        integers[L.FIELD] = compiled.field()
-        family, stages = self.method.family, self.method.stages
-        if family == "explicit_rk":
-            integers[L.FUSED] = compiled.step(stages)
-        elif family == "rosenbrock":
-            integers[L.FUSED] = compiled.rosenbrock_step(stages)
-        elif self.method.needs_jvp:
-            integers[L.JVP] = compiled.jvp()
+        integers[L.FIELD] = program.address("field")
+        family = self.method.family
+        integers[L.FUSED] = family.fused_step(program, self.method.stages)
+        if family.needs_jvp:
+            integers[L.JVP] = program.address("jvp")
         self._work: dict[int, Block] = {}
         self._kept: dict[Any, Kept] = {}
-        if self.method.is_implicit:
-            integers[L.JAC : L.HEAD + 1] = compiled.jacobian().slots
-        eps = float(np.finfo(np.float32 if compiled.single else np.float64).eps)
+        if family.is_implicit:
+            integers[L.JAC : L.HEAD + 1] = program.jacobian().slots
+        eps = float(np.finfo(np.float32 if program.is_float32 else np.float64).eps)
         integers[L.TO_ROUNDING], reals[L.KAPPA] = settings.to_rounding, 1.0
         if not settings.to_rounding:
             reals[L.KAPPA] = kappa(float(settings.tolerance.doubles[0].min()), eps)
@@ -145,36 +146,38 @@ class Template:
         write_tolerance(settings.tolerance, slots, integers, self.held)
         integers[L.ADAPTIVE] = settings.adaptive
         integers[L.MAXITERS] = min(settings.maxiters, _MOST_STEPS)
-        cost = (compiled.size + 10 * compiled.n) * self.method.n
+        cost = (program.size + 10 * program.n) * self.method.n
         most = 50 if settings.progress else 1_000_000
-        if self.method.is_implicit or self.stiff is not None:
-            cost += 10 * compiled.size + compiled.n**3
+        if self.may_be_implicit:
+            cost += 10 * program.size + program.n**3
         integers[L.CHUNK] = max(1, min(most, int(_WORK_A_CALL / cost)))
         reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
         reals[L.DTMIN], reals[L.DTMAX] = settings.dtmin, settings.dtmax
 
     @property
-    def compiled(self) -> Compiled:
-        found = self._compiled()
+    def program(self) -> ScalarProgram:
+        found = self._program()
         assert found is not None
         return found
 
-    def reverse(self, compiled: Compiled, active: tuple[bool, ...]) -> Reverse:
+    def reverse(self, program: ScalarProgram, active: tuple[bool, ...]) -> Reverse:
         """Product with the Jacobian, the reverse of a step and of the Jacobian, and the kernel."""
         found = self._reverse.get(active)
         if found is None:
-            sweep = kernel("sweep", self.method.family, compiled.single)
-            stages, fused, of_jacobian = self.method.stages, 0, 0
-            if self.method.family == "explicit_rk":
-                fused = compiled.step_vjp(stages, active)
-            else:
-                of_jacobian = compiled.jacobian_vjp(active)
-            if self.method.family == "rosenbrock" and self.integers[L.FUSED]:
-                fused = compiled.rosenbrock_vjp(stages, active)
-            found = self._reverse[active] = (compiled.vjp(active), fused, of_jacobian, sweep)
+            family = self.method.family
+            sweep = kernel("sweep", family, program.is_float32)
+            of_jacobian = program.address("jacobian_vjp", active) if family.is_implicit else 0
+            fused = self.integers[L.FUSED]
+            fused = family.fused_vjp(program, self.method.stages, active, fused)
+            found = self._reverse[active] = (
+                program.address("vjp", active),
+                fused,
+                of_jacobian,
+                sweep,
+            )
         return found
 
-    def work(self, n: int, jacobian: Jacobian | None = None) -> Block:
+    def work(self, n: int, jacobian: SparseJacobian | None = None) -> Block:
         """Work space for states of ``n`` numbers.
 
         ``jacobian``: of what is integrated, where that is not the right-hand side.
@@ -184,8 +187,9 @@ class Template:
             rows = self.most_rows
             size = (L.W_STAGES + 2 * rows + L.W_BARS) * n + rows
             parts: list[Part] = [(L.WORK, (size,), self.dtype)]
-            if self.method.is_implicit:
-                parts += systems(jacobian or self.compiled.jacobian(), n)
+            family = self.method.family
+            if family.is_implicit:
+                parts += family.room(n, jacobian or self.program.jacobian())
             found = Block(parts)
             if jacobian is None:
                 self._work[n] = found
@@ -199,18 +203,6 @@ class Template:
         )
         found = self._kept.get(key)
         return remembered(self._kept, key, lambda: Kept(self, wanted)) if found is None else found
-
-
-def systems(jacobian: Jacobian, n: int) -> list[Part]:
-    """Room for a Jacobian, its factors and the vectors that are solved for."""
-    values, head = jacobian.entries + jacobian.time_terms, jacobian.head
-    return [
-        (L.MATRIX, (head, head), _FLOAT64),
-        (L.PIVOTS, (head,), _INT64),
-        (L.VECTOR, (n,), _FLOAT64),
-        (L.JAC_VALUES, (values + 1,), _FLOAT64),
-        (L.JAC_BAR, (values,), _FLOAT64),
-    ]
 
 
 class WorkSpace:
@@ -242,7 +234,7 @@ class Kept:
     """
 
     def __init__(self, template: Template, wanted: Wanted):
-        n, rows = template.compiled.n, template.most_rows
+        n, rows = template.program.n, template.most_rows
         self._dtype, self._n = template.dtype, n
         each = (2 if wanted.states else 0) * n + ((rows + 1) * n if wanted.dense else 0) + n
         self.room = room = max(8, min(_FIRST_ROOM, _ROOM_IN_NUMBERS // each))
@@ -252,7 +244,7 @@ class Kept:
             integers[L.N_SAVES], integers[L.SAVE_ROOM] = -1, room
         self._checkpoints = wanted.checkpoints
         # dense output outlives the states, and the copy of the parameters that lies with them
-        self.params = template.compiled.n_params if wanted.states and not wanted.dense else 0
+        self.params = template.program.n_params if wanted.states and not wanted.dense else 0
         if wanted.states:
             stages = _keeps_stages(template, wanted)
             self._rows = 1 + template.most_stages if stages else 2
@@ -316,30 +308,30 @@ def _keeps_stages(template: Template, wanted: Wanted) -> bool:
     They take little memory for a small state; and a fused step makes them as fast anew. Those of
     an implicit step are its solution, which is not to be looked for again.
     """
-    method, n = template.method, template.compiled.n
+    method, n = template.method, template.program.n
     if wanted.checkpoints is not None:
         return False
-    if method.is_implicit or template.stiff is not None:
+    if template.keeps_stages:
         return True
     small = (1 + method.n) * n <= _MOST_KEPT_A_STEP
     return small and not template.integers[L.FUSED]
 
 
-def template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
+def template(program: ScalarProgram, alg: Algorithm, settings: Settings) -> Template:
     """The template of such solves, from those that were made before."""
-    key, latest = alg.key, compiled.latest_template
+    key, latest = alg.key, program.latest_template
     if latest is not None and latest[0] is settings and latest[1] == key:
         return latest[2]
-    found = _find_template(compiled, alg, settings)
-    compiled.latest_template = settings, key, found
+    found = _find_template(program, alg, settings)
+    program.latest_template = settings, key, found
     return found
 
 
-def _template_of(compiled: Callable[[], Any], alg: Algorithm, settings: Settings) -> Template:
-    return template(compiled(), alg, settings)
+def _template_of(program: Callable[[], Any], alg: Algorithm, settings: Settings) -> Template:
+    return template(program(), alg, settings)
 
 
-def _find_template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Template:
+def _find_template(program: ScalarProgram, alg: Algorithm, settings: Settings) -> Template:
     methods = (alg.nonstiff, alg.stiff) if isinstance(alg, AutoSwitch) else (alg,)
     key = (
         *(getattr(x, "tableau", x) for x in methods),
@@ -350,7 +342,7 @@ def _find_template(compiled: Compiled, alg: Algorithm, settings: Settings) -> Te
         *(settings.adaptive, settings.to_rounding, settings.dt, settings.dtmin, settings.dtmax),
         *(settings.maxiters, settings.progress, settings.h_on_tape, settings.stable_steps),
     )
-    return remembered(compiled.templates, key, lambda: Template(compiled, alg, settings))
+    return remembered(program.templates, key, lambda: Template(program, alg, settings))
 
 
 def remembered(known: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:

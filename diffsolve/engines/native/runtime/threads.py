@@ -22,17 +22,19 @@ from torch import Tensor
 
 from diffsolve.engines.native.declined import Declined
 from diffsolve.engines.native.locks import tables
-from diffsolve.engines.native.programs.formulas import Formulas, step_method
-from diffsolve.engines.native.programs.row_lookup import NativeSDE
-from diffsolve.engines.native.programs.rows import Functions
+from diffsolve.engines.native.programs.bound import RowBound as NativeSDE
+from diffsolve.engines.native.programs.formulas import step_method
+from diffsolve.engines.native.programs.rows import RowProgram
 from diffsolve.engines.native.runtime.blocks import Block
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.memory import Memory
-from diffsolve.engines.native.runtime.method import address, set_controller
+from diffsolve.engines.native.runtime.method import MethodNumbers, address, set_controller
 from diffsolve.engines.native.runtime.template import STEPS, Wanted, remembered, write_tolerance
-from diffsolve.engines.torch_engine import Settings
+from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
+from diffsolve.solvers.stochastic.native import FAMILY
+from diffsolve.solvers.stochastic.noise.native import NOISE
 
 FIRST_ROOM = 256  # steps
 _MOST_AHEAD = 4_096  # normals that are drawn at once
@@ -41,26 +43,6 @@ _FIRST_INTERVALS = 8
 _pools: dict[int, ThreadPoolExecutor] = {}
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)  # whose threads stay behind
-
-
-class _Method:
-    """What ``Memory`` asks of a method; as ``method.Method``."""
-
-    family = "stochastic"
-    is_implicit = False
-    degree = 1
-
-    def __init__(self, formulas: Formulas):
-        self.formulas = formulas
-        self.n = self.rows = len(formulas.nodes)
-        self._nodes = np.ascontiguousarray(formulas.nodes)
-        self.integers = integers = np.zeros(L.N_INTEGERS, np.int64)
-        integers[L.C] = address(self._nodes)
-        integers[L.STAGES] = self.n
-        integers[L.DENSE_ROWS] = 1 + self.n
-        integers[L.B_ERROR] = formulas.has_estimate
-        integers[L.AREA] = formulas.needs_area
-        integers[L.READING] = -1
 
 
 class StochasticTemplate:
@@ -74,28 +56,28 @@ class StochasticTemplate:
 
     other = stiff = None
 
-    def __init__(self, compiled: Functions, alg: Algorithm, noise: str, settings: Settings):
+    def __init__(self, program: RowProgram, alg: Algorithm, noise: str, settings: Settings):
         if settings.tolerance.norm is not None:
             raise Declined("it has a norm of its own")
         if settings.h_on_tape:
             raise Declined("through_step_size=True differentiates the step sizes on the tape")
-        simple = compiled.is_diagonal or compiled.m == 1
+        simple = program.is_diagonal or program.m == 1
         self.formulas = step_method(alg, noise, simple)
-        self.method: Any = _Method(self.formulas)
+        self.method = MethodNumbers(FAMILY, self.formulas, alg.order)
         self.order = alg.order
-        self._compiled = weakref.ref(compiled)  # which keeps the template
+        self._program = weakref.ref(program)  # which keeps the template
         self.settings = settings
         self.integers = integers = array("q", self.method.integers.tobytes())
         self.reals = reals = array("d", bytes(8 * L.N_REALS))
         set_controller(settings.controller, integers, reals)
         self.held: dict[int, Any] = {}
-        single = compiled.single
+        single = program.is_float32
         self.dtype = np.dtype(np.float32 if single else np.float64)
-        self.advance = kernel("advance", "stochastic", single)
-        self.draw = kernel("draw", "stochastic/noise", False)
-        integers[L.FUSED] = compiled.step(self.formulas)
-        integers[L.DIFFUSION] = compiled.diffusion()
-        integers[L.DRIFTS], integers[L.DIFFUSIONS] = compiled.counts(self.formulas)
+        self.advance = kernel("advance", FAMILY, single)
+        self.draw = kernel("draw", NOISE, False)
+        integers[L.FUSED] = program.address("step", self.formulas)
+        integers[L.DIFFUSION] = program.address("diffusion")
+        integers[L.DRIFTS], integers[L.DIFFUSIONS] = program.evaluations(self.formulas)
         integers[L.DRAW] = self.draw.code.address  # type: ignore[attr-defined]
         integers[L.REMEMBERS] = settings.adaptive
         slots = L.RTOL, L.RTOL_STRIDE, L.ATOL, L.ATOL_STRIDE
@@ -113,23 +95,23 @@ class StochasticTemplate:
 
     def operations(self, rows: int) -> float:
         """Operations of a step of so many paths, about; a normal takes fifty."""
-        compiled: Any = self._compiled()
-        return rows * (compiled.size * self.method.n + 50.0 * compiled.m)
+        program: Any = self._program()
+        return rows * (program.size * self.method.n + 50.0 * program.m)
 
-    def reverse(self, compiled: Functions, active: tuple[bool, ...], estimates: bool = False):
+    def reverse(self, program: RowProgram, active: tuple[bool, ...], estimates: bool = False):
         """Addresses of a step's reverse and of the diffusion's product, and the kernel."""
         found = self._reverse.get((active, estimates))
         if found is None:
             found = self._reverse[active, estimates] = (
-                compiled.step_vjp(self.formulas, active, estimates),
-                compiled.diffusion_vjp(active),
-                kernel("sweep", "stochastic", compiled.single),
+                program.address("step_vjp", self.formulas, active, estimates),
+                program.address("diffusion_vjp", active),
+                kernel("sweep", FAMILY, program.is_float32),
             )
         return found
 
 
 def template(
-    compiled: Functions, alg: Algorithm, noise: str, settings: Settings
+    program: RowProgram, alg: Algorithm, noise: str, settings: Settings
 ) -> StochasticTemplate:
     """The template of such solves, from those that were made before."""
     key = (
@@ -143,7 +125,7 @@ def template(
         *(settings.maxiters, settings.h_on_tape),
     )
     return remembered(
-        compiled.templates, key, lambda: StochasticTemplate(compiled, alg, noise, settings)
+        program.templates, key, lambda: StochasticTemplate(program, alg, noise, settings)
     )
 
 
@@ -188,17 +170,18 @@ class Part(Memory):
         seeds: Tensor,
         seeded: bool,
     ):
-        compiled = native.compiled
-        self.functions, self.first, self.rows = compiled, first, rows
+        program = native.program
+        self.functions, self.first, self.rows = program, first, rows
         self.stop = threading.Event()
         arguments = native.arguments(rows)
         made: Any = template
-        super().__init__(native, made, rows * compiled.d, native.params, breaks, None, _no_jacobian)
+        bound: Any = native
+        super().__init__(bound, made, rows * program.d, native.params, breaks, None, _no_jacobian)
         self.held[L.PARAMS] = arguments
         integers = self.integers
         integers[L.PARAMS] = address(arguments) + 8
-        integers[L.NOISE_SIZE] = size = rows * compiled.m
-        integers[L.DIFFUSION_SIZE] = rows * compiled.width
+        integers[L.NOISE_SIZE] = size = rows * program.m
+        integers[L.DIFFUSION_SIZE] = rows * program.width
         self.seeds, self.seeded = seeds, seeded
         integers[L.CHUNK] = max(1, int(_WORK_A_CALL / template.operations(rows)))
         self.work_of_noise(max(1, min(256, _MOST_AHEAD // max(size, 1))))
@@ -206,7 +189,7 @@ class Part(Memory):
     def work_of_noise(self, ahead: int) -> None:
         """Room for the noise of a step, and what it is made of."""
         integers, size, dtype = self.integers, self.integers[L.NOISE_SIZE], self.dtype
-        compiled = self.functions
+        program = self.functions
         self.hold_new(L.SUMS, np.zeros(4, dtype))
         self.hold_new(L.NOISE, np.zeros(2 * size + self.n, dtype))  # and the error of the step
         self.hold_new(L.AHEAD, np.empty(2 * ahead * size))
@@ -214,7 +197,7 @@ class Part(Memory):
         draw = np.zeros(9, np.int64)
         draw[:7] = (
             *(self.seeds.data_ptr(), self.seeded, 0, 0),
-            *(self.first, self.rows, compiled.m),
+            *(self.first, self.rows, program.m),
         )
         self.hold_new(L.DRAW_WITH, draw)
 

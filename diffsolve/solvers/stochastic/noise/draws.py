@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.solvers.stochastic.noise.bridge import divide
+from diffsolve.solvers.stochastic.noise.native import NOISE
 from diffsolve.solvers.stochastic.noise.philox import INV_SQRT_12, normals
 
 _WORD64 = (1 << 64) - 1
@@ -24,7 +25,7 @@ def compiled(name: str) -> Callable[[Any, Any], int] | None:
     from diffsolve.engines.native.runtime.kernels import kernel
 
     try:
-        return kernel(name, "stochastic/noise", False)
+        return kernel(name, NOISE, False)
     except Declined:
         return None
 

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from diffsolve.solvers.kernels.memory import inlined
-from diffsolve.solvers.stochastic.noise.kernel import array, fill, fused
+from diffsolve.solvers.stochastic.noise.kernel import array, draw, fill, fused
 
 TILE = 256  # paths that go down the tree together: what they need stays in the nearest cache
 _TREE = 2 << 56  # the domain of nodes, as in ``philox.py``
@@ -297,3 +297,6 @@ def tree(I, R, like):
             _put_W(W, i, x)
             _put_H(H, i, fused(share, _get_area(work + 11 * row, i), -0.5 * x))
     return 0
+
+
+KERNELS = {"draw": draw, "bridge": bridge, "tree": tree}
