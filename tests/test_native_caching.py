@@ -20,6 +20,7 @@ from torch import nn
 
 from diffsolve import AutoTsit5, KenCarp4, Rodas5P, Tsit5
 from diffsolve.engines.native.codegen import cache, llvm
+from diffsolve.engines.native.graph.expression import Pool
 from diffsolve.engines.native.programs import traces
 from diffsolve.engines.native.runtime.kernels import kernel
 
@@ -169,7 +170,7 @@ def test_linkers_are_replaced_and_freed():
     for i in range(5 * llvm.machine().linker.most):
         llvm.cached_code(text, lambda: text)  # which is not kept
         if i % llvm.machine().linker.most == 0:
-            linkers.append(weakref.ref(llvm.machine().linker._jit))
+            linkers.append(weakref.ref(llvm.machine().linker.jit))
     # the present one, and that of code which other tests keep
     assert 5 == len(linkers) >= sum(x() is not None for x in linkers) + 3
 
@@ -371,6 +372,40 @@ assert llvm.compile_function(llvm.FIELD, out, False).address
 """
     in_process(script, DIFFSOLVE_CACHE_DIR=str(tmp_path / "new"))
     assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="modes tell nothing here")
+def test_a_file_that_others_may_write_is_not_used(tmp_path, monkeypatch):
+    name, body = "ab" * 32, b"machine code"
+    monkeypatch.setenv("DIFFSOLVE_CACHE_DIR", str(tmp_path / "cache"))
+    cache.cache_folder.cache_clear()
+    try:
+        cache.write(name, body)
+        path = tmp_path / "cache" / name
+        assert path.stat().st_mode & 0o777 == 0o600
+        for mode, expected in ((0o600, body), (0o620, None), (0o602, None), (0o644, body)):
+            path.chmod(mode)
+            assert cache.read(name) == expected
+    finally:
+        cache.cache_folder.cache_clear()
+
+
+def test_a_file_under_another_name_is_not_run(tmp_path, monkeypatch):
+    """The name of a file is part of what is in it."""
+    monkeypatch.setenv("DIFFSOLVE_CACHE_DIR", str(tmp_path / "cache"))
+    cache.cache_folder.cache_clear()
+    try:
+        u = Pool().inputs("u", 2)
+        outputs = [[llvm.Output("out", 0, y)] for y in (u[0] + u[1], u[0] - u[1])]
+        llvm.compile_function(llvm.FIELD, outputs[0], False)
+        (first,) = (tmp_path / "cache").iterdir()
+        llvm.compile_function(llvm.FIELD, outputs[1], False)
+        (second,) = set((tmp_path / "cache").iterdir()) - {first}
+        shutil.copy(first, second)
+        with pytest.raises(RuntimeError, match="Symbols not found"):
+            llvm.compile_function(llvm.FIELD, outputs[1], False)
+    finally:
+        cache.cache_folder.cache_clear()
 
 
 def test_no_folder_for_the_cache(tmp_path, monkeypatch):

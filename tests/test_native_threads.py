@@ -22,7 +22,7 @@ from diffsolve import (
     solve,
 )
 from diffsolve.engines.native.locks import compiling
-from diffsolve.engines.native.tracing.trace import _Stance, _uncompiled
+from diffsolve.engines.native.tracing.trace import CompilerStance, without_compiler
 
 
 def oscillator(t, u, p):
@@ -214,7 +214,7 @@ def test_fork_waits_for_the_locks_and_restores_the_stance():
         return -u
 
     def traces():
-        with _uncompiled():
+        with without_compiler():
             f(0.0, torch.ones(1))
 
     thread = threading.Thread(target=traces)
@@ -222,7 +222,7 @@ def test_fork_waits_for_the_locks_and_restores_the_stance():
     inside.wait(60)
     child = os.fork()
     if child == 0:
-        free = _Stance.turn.acquire(timeout=1) and compiling.acquire(timeout=1)
+        free = CompilerStance.turn.acquire(timeout=1) and compiling.acquire(timeout=1)
         stance = torch._dynamo.eval_frame._stance.stance
         os._exit(0 if free and stance == "default" else 1)
     leave.set()

@@ -1,8 +1,8 @@
 """The locks of the native engine, which are held while the process forks.
 
-A child has a copy of the thread that forked, and of no other. A lock that another thread held would
-never be free again, and what it was changing would stay half done. So a fork waits until no
-thread is in the middle of something, and its child begins with locks that nobody holds.
+A forked child has only the thread that forked. A lock that another thread held would never be
+released in the child, and the data behind it could be half changed. So a fork takes all locks
+first: it waits until no other thread holds one. Parent and child then release them.
 """
 
 from __future__ import annotations
@@ -15,53 +15,53 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-#: To differentiate expressions, and to be inside of LLVM or Numba.
+#: Held while expressions are differentiated, and while LLVM or Numba work.
 compiling = threading.RLock()
-#: To change what is remembered of functions and solves.
+#: Held while the tables of known functions and solves are read or changed.
 tables = threading.RLock()
 
 
-class _Held:
-    """The locks that the thread that forks has taken."""
+class _TakenForFork:
+    """The locks that the forking thread has taken."""
 
     locks: list[AbstractContextManager[Any]] = []  # noqa: RUF012
 
 
 def _all() -> list[AbstractContextManager[Any]]:
-    """In the order in which threads take them; those of libraries if these are loaded."""
+    """All locks in the order in which threads take them, with those of Numba and llvmlite."""
     numba: Any = sys.modules.get("numba.core.compiler_lock")
     ffi: Any = sys.modules.get("llvmlite.binding.ffi")
-    theirs = (
+    of_libraries = (
         getattr(numba, "global_compiler_lock", None),
         getattr(getattr(ffi, "lib", None), "_lock", None),
     )
-    return [compiling, *(x for x in theirs if x is not None), tables]
+    return [compiling, *(x for x in of_libraries if x is not None), tables]
 
 
 def _take() -> None:
-    _Held.locks = _all()
-    for lock in _Held.locks:
+    _TakenForFork.locks = _all()
+    for lock in _TakenForFork.locks:
         lock.__enter__()
 
 
 def _give_back() -> None:
-    for lock in reversed(_Held.locks):
+    for lock in reversed(_TakenForFork.locks):
         lock.__exit__(None, None, None)
-    _Held.locks = []
+    _TakenForFork.locks = []
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_take, after_in_parent=_give_back, after_in_child=_give_back)
 
 
-def _end() -> None:
-    """Wait for daemon threads: Python aborts where it ends one inside of LLVM or PyTorch.
+def _stop_compiling() -> None:
+    """At exit, keep daemon threads out of LLVM: Python aborts if it ends a thread inside of it.
 
-    One that solves on comes to the lock before it compiles again, and waits there.
+    The lock is never released again. A thread that still solves waits for it before it compiles.
     """
     compiling.acquire()
     if threading.active_count() > 1:
         time.sleep(0.1)
 
 
-atexit.register(_end)
+atexit.register(_stop_compiling)

@@ -1,8 +1,10 @@
 """The cache on disk: object files of compiled functions, and of the kernels.
 
-Every file begins with a checksum, and comes into being at once, by a new name. So whatever happens
-to a process, its disk or the folder, a file that can be read is right, or is not used. Processes
-need not know of each other: a file that vanishes is compiled again.
+Every file begins with a checksum. It is written under a temporary name and then renamed. So a file
+that a killed process, a full disk or a damaged one left behind is recognised, and not used.
+Processes need no locks between them: a file that disappears is compiled again.
+
+What lies in the folder is run. SECURITY.md says what is checked before.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ import tempfile
 import time
 from pathlib import Path
 
-KERNEL = ".kernel"  # ends the names of kernels, which take seconds to build
+KERNEL = ".kernel"  # suffix of the names of kernels, which take seconds to build
 _CHECKSUM = 32  # bytes of it before each object file
-_PREFIX, _SUFFIX = "diffsolve_", ".tmp"  # of files that are being written
+_PREFIX, _SUFFIX = "diffsolve_", ".tmp"  # of temporary files
 _OURS = re.compile(rf"[0-9a-f]{{64}}({re.escape(KERNEL)})?")
 _UNFINISHED = re.compile(rf"{_PREFIX}\w+{re.escape(_SUFFIX)}")
 _PAGE = 4_096  # a file takes whole ones
 _DEFAULT_SIZE = 250  # megabytes
-_LEFT = 0.75  # of the limit, after cleaning
+_LEFT = 0.75  # part of the limit that files may take after cleaning
 _HOUR = 3_600
 _MONTH = 30 * 24 * _HOUR
 _log = logging.getLogger("diffsolve")
@@ -52,7 +54,7 @@ def cache_folder() -> Path | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         problem = "" if os.access(folder, os.W_OK) else "it cannot be written"
-        if not problem and not _is_private(folder):
+        if not problem and not _is_private(folder.stat()):
             problem = "others than its owner may write there"
     except (OSError, RuntimeError) as error:
         problem = str(error)
@@ -66,10 +68,10 @@ def cache_folder() -> Path | None:
     return None if problem else folder
 
 
-def _is_private(path: Path) -> bool:
-    if not hasattr(os, "getuid"):
+def _is_private(status: os.stat_result) -> bool:
+    """Whether a file or folder belongs to this user, and nobody else may write to it."""
+    if not hasattr(os, "getuid"):  # Windows, where the mode tells nothing
         return True
-    status = path.stat()
     return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
@@ -99,11 +101,13 @@ def read(name: str) -> bytes | None:
         return None
     path = folder / name
     try:
-        if not _is_private(path):
-            return None
-        data = path.read_bytes()
-        if path.stat().st_mtime < time.time() - _HOUR:
-            os.utime(path)  # it is in use: others go first
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())  # of what is read, whatever has its name by now
+            if not _is_private(status):
+                return None
+            data = file.read()
+        if status.st_mtime < time.time() - _HOUR:
+            os.utime(path)  # it is in use: others are removed first
     except OSError:
         return None
     body = data[_CHECKSUM:]
@@ -111,7 +115,7 @@ def read(name: str) -> bytes | None:
 
 
 class _Written:
-    """What this process wrote since it last looked at the size of the folder."""
+    """Bytes that this process wrote since it last looked at the size of the folder."""
 
     size = 0
 
@@ -136,7 +140,7 @@ def write(name: str, body: bytes) -> None:
             raise
         return
     _Written.size += _pages(len(body))
-    # names are hashes: this is so for one in 256, whichever process writes
+    # names are hashes, so that one file in 256 makes its process look
     if name.startswith("00") or _Written.size > cache_size() / 8:
         _Written.size = 0
         clean(folder, cache_size())
@@ -147,12 +151,12 @@ def _pages(size: int) -> int:
 
 
 def clean(folder: Path, limit: float) -> None:
-    """Remove the files that were not used for longest, if all of them take more than ``limit``.
+    """If all files take more than ``limit`` bytes, remove the least recently used ones.
 
-    Kernels count as if they had been used a month later. Other processes may read, write and
-    clean at the same time.
+    Kernels count as used a month later than they were. Other processes may read, write and clean
+    at the same time.
     """
-    now, found, total = time.time(), [], 0
+    now, files, total = time.time(), [], 0
     for entry in _files(folder):
         try:
             status = entry.stat(follow_symlinks=False)
@@ -164,12 +168,12 @@ def clean(folder: Path, limit: float) -> None:
             size = _pages(status.st_size)
             total += size
             last_use = status.st_mtime + (_MONTH if entry.name.endswith(KERNEL) else 0)
-            found.append((last_use, entry.path, size))
+            files.append((last_use, entry.path, size))
         elif _UNFINISHED.fullmatch(entry.name) and status.st_mtime < now - _HOUR:
             _remove(entry.path)  # of a process that was killed
     if total <= limit:
         return
-    for _, path, size in sorted(found):
+    for _, path, size in sorted(files):
         if total <= _LEFT * limit:
             return
         _remove(path)

@@ -1,20 +1,21 @@
-"""Functions of a batch of any size as LLVM IR: a routine for a vector of rows, in a loop over all.
+"""LLVM IR of row functions: a loop over a batch of any size, around a routine for a vector of rows.
 
-The loop takes rows apart into vectors of their entries, calls the routine, and puts the results
-together. Behind the last full vector it works on copies, so that arrays hold no more than their
-rows. The number of rows is read in front of the parameters (``p[-8 bytes]``): one code serves every
-size of a batch.
+The loop deinterleaves rows into vectors of their entries, calls the routine, and interleaves the
+results. Rows that do not fill a vector are copied to a buffer first, so that nothing is read or
+written behind the arrays. The number of rows stands in memory before the parameters (at
+``p - 8 bytes``), so that one code serves every size of a batch.
 """
 
 from __future__ import annotations
 
-from diffsolve.engines.native.codegen.llvm import NEVER, Code, cached_code, number, once
+from diffsolve.engines.native.codegen.emitter import NEVER, declared_once, number
+from diffsolve.engines.native.codegen.llvm import Code, cached_code
 from diffsolve.engines.native.codegen.rows import Array, Routine, RoutineEmitter
 from diffsolve.engines.native.codegen.vector_math import definitions
 
-_MOST_SHUFFLED = 8  # entries of a row that are taken apart in registers
+_MOST_SHUFFLED = 8  # entries of a row that are deinterleaved in registers
 _MOST_STACK = 1_000_000  # bytes
-_FEW = 32  # sums of lanes that are kept in registers over the rows
+_MOST_LOCAL_SUMS = 32  # vectors of an array of kind "lanes" that the loop sums up on its stack
 _ATTRIBUTES = (
     "attributes #0 = { nounwind }\n"
     "attributes #1 = { nounwind willreturn memory(none) }\n"
@@ -28,7 +29,7 @@ class TooWide(Exception):
 
 
 class _Loop:
-    """Text of a row function around a routine."""
+    """Writes the IR of a row function around a routine."""
 
     def __init__(self, routine: Routine, kind: str, lanes: int):
         self.routine, self.kind, self.lanes = routine, kind, lanes
@@ -38,7 +39,7 @@ class _Loop:
         self.lines: list[str] = []
         self.count = 0
         self.rows = [a for a in routine.arrays if a.kind in ("in", "bar", "out") and a.width]
-        #: What the routine is given a vector for each entry of.
+        #: Arrays that the routine gets in a buffer, with a vector for each entry.
         self.pieces = [a for a in routine.arrays if a.kind != "shared" and not self.is_long(a)]
         stack = sum(2 * a.width for a in self.pieces)
         stack += sum(routine.locals.values())
@@ -47,10 +48,11 @@ class _Loop:
 
     @staticmethod
     def is_long(a: Array) -> bool:
-        """Whether the sums of an array's lanes are kept where the caller has them."""
-        return a.kind == "lanes" and a.width > _FEW
+        """Whether an array of kind "lanes" is added to in the caller's memory at each vector."""
+        return a.kind == "lanes" and a.width > _MOST_LOCAL_SUMS
 
     def fresh(self, text: str) -> str:
+        """Emit an instruction; the name of its result."""
         self.count += 1
         self.lines.append(f"%x{self.count} = {text}")
         return f"%x{self.count}"
@@ -59,6 +61,7 @@ class _Loop:
         self.lines += lines
 
     def at(self, base: str, index: str | int, kind: str | None = None) -> str:
+        """The address of an entry."""
         return self.fresh(f"getelementptr inbounds {kind or self.kind}, ptr {base}, i64 {index}")
 
     def text(self) -> str:
@@ -95,7 +98,7 @@ class _Loop:
         return "\n".join([f"define void @{{name}}({heads}) #0 {{", *self.lines, "ret void\n}"])
 
     def fill_tails(self) -> None:
-        """Copies of the rows behind the last full vector, for the arrays that are read."""
+        """Copy the rows behind the last full vector to buffers, for the arrays that are read."""
         for a in self.rows:
             if a.kind == "out":
                 continue
@@ -107,10 +110,10 @@ class _Loop:
             )
 
     def body(self) -> None:
-        """A vector of rows: take apart, call, put together."""
+        """One vector of rows: deinterleave, call the routine, interleave."""
         lanes = self.lanes
         places = {}
-        there = self.there()
+        in_batch = self.mask()
         self.add("%is_whole = icmp ult i64 %i, %whole")
         for a in self.rows:
             offset = self.fresh(f"mul i64 %i, {a.width}")
@@ -126,11 +129,11 @@ class _Loop:
                 one, zero = self.splat(1.0), self.splat(0.0)
                 x = one
                 if lanes > 1:
-                    x = f"select {self.truth} {there}, {self.vector} {one}, {self.vector} {zero}"
+                    x = f"select {self.truth} {in_batch}, {self.vector} {one}, {self.vector} {zero}"
                     x = self.fresh(x)
                 self.add(f"store {self.vector} {x}, ptr %{a.name}.v")
             if a in self.rows and a.kind != "out":
-                self.take_apart(a, places[a.name])
+                self.deinterleave(a, places[a.name])
         self.add(f"call void @{self.routine.name}({', '.join(passed)})")
         for a in self.routine.arrays:
             if a in self.rows and a.kind == "out":
@@ -138,28 +141,28 @@ class _Loop:
                     to = places[a.name]
                     self.add(f"call void @together(ptr {to}, ptr %{a.name}.v, i64 {a.width})")
                 else:
-                    self.together(self.loaded(f"%{a.name}.v", a.width), places[a.name])
+                    self.interleave(self.loaded(f"%{a.name}.v", a.width), places[a.name])
             elif a.kind == "sums":
-                self.sum_up(a, there)
+                self.sum_up(a, in_batch)
 
     def loaded(self, base: str, count: int) -> list[str]:
         places = [self.at(base, c, self.vector) for c in range(count)]
         return [self.fresh(f"load {self.vector}, ptr {place}") for place in places]
 
     def is_wide(self, a: Array) -> bool:
-        """Whether rows are taken apart and put together by a loop."""
+        """Whether rows are too wide to be deinterleaved in registers: a loop does it."""
         return a.width > _MOST_SHUFFLED
 
-    def take_apart(self, a: Array, place: str) -> None:
+    def deinterleave(self, a: Array, place: str) -> None:
         if self.is_wide(a):
             self.add(f"call void @apart(ptr %{a.name}.v, ptr {place}, i64 {a.width})")
             return
-        for c, x in enumerate(self.apart(place, a.width)):
+        for c, x in enumerate(self.deinterleaved(place, a.width)):
             to = self.at(f"%{a.name}.v", c, self.vector)
             self.add(f"store {self.vector} {x}, ptr {to}")
 
-    def there(self) -> str:
-        """Which of the rows of the vector at hand there are."""
+    def mask(self) -> str:
+        """Which rows of the current vector belong to the batch."""
         if self.lanes == 1:
             return "true"
         left = self.fresh("sub i64 %rows, %i")
@@ -176,19 +179,19 @@ class _Loop:
             return number(x)
         return "<" + ", ".join([f"{self.kind} {number(x)}"] * self.lanes) + ">"
 
-    def sum_up(self, a: Array, there: str) -> None:
-        """Add to the sums what the rows have, but not what lies behind the last."""
+    def sum_up(self, a: Array, in_batch: str) -> None:
+        """Add the values of the rows to the sums, but for those that fill up the last vector."""
         for i, x in enumerate(self.loaded(f"%{a.name}.v", a.width)):
             if self.lanes > 1:
-                chosen = f"select {self.truth} {there}, {self.vector} {x}, {self.vector} "
+                chosen = f"select {self.truth} {in_batch}, {self.vector} {x}, {self.vector} "
                 x = self.fresh(f"{chosen}zeroinitializer")
             place = self.at(f"%{a.name}.s", i, self.vector)
             before = self.fresh(f"load {self.vector}, ptr {place}")
             total = self.fresh(f"fadd {self.vector} {before}, {x}")
             self.add(f"store {self.vector} {total}, ptr {place}")
 
-    def apart(self, place: str, width: int) -> list[str]:
-        """Vectors of the entries of the rows that lie at an address."""
+    def deinterleaved(self, place: str, width: int) -> list[str]:
+        """Load a vector of rows: a vector for each entry."""
         lanes, kind, align = self.lanes, self.kind, f"align {self.size}"
         if lanes == 1 or width == 1:
             return [
@@ -205,8 +208,8 @@ class _Loop:
             for c in range(width)
         ]
 
-    def together(self, values: list[str], place: str) -> None:
-        """The reverse of ``apart``."""
+    def interleave(self, values: list[str], place: str) -> None:
+        """Store a vector of rows: the reverse of ``deinterleaved``."""
         lanes, kind, align, width = self.lanes, self.kind, f"align {self.size}", len(values)
         if lanes == 1 or width == 1:
             for c, x in enumerate(values):
@@ -231,7 +234,7 @@ class _Loop:
         self.add(f"store <{lanes * width} x {kind}> {x}, ptr {place}, {align}")
 
     def finish(self) -> None:
-        """Rows behind the last full vector to their places; sums."""
+        """After the loop: store the sums, and the rows behind the last full vector."""
         for a in self.routine.arrays:
             if a.kind == "lanes" and not self.is_long(a):
                 for i, x in enumerate(self.loaded(f"%{a.name}.v", a.width)):
@@ -242,7 +245,7 @@ class _Loop:
             elif a.kind == "sums":
                 for i, x in enumerate(self.loaded(f"%{a.name}.s", a.width)):
                     place = self.at(f"%{a.name}", i)
-                    self.add(f"store {self.kind} {self.over_lanes(x)}, ptr {place}")
+                    self.add(f"store {self.kind} {self.sum_of_lanes(x)}, ptr {place}")
         outs = [a for a in self.rows if a.kind == "out"]
         if self.lanes == 1 or not outs:
             return
@@ -255,7 +258,7 @@ class _Loop:
             )
         self.add("br label %end", "end:")
 
-    def over_lanes(self, x: str) -> str:
+    def sum_of_lanes(self, x: str) -> str:
         lanes = self.lanes
         while lanes > 1:
             vector, half = f"<{lanes} x {self.kind}>", lanes // 2
@@ -275,7 +278,7 @@ class _Loop:
 
 
 def _pads(lanes: int) -> str:
-    """Fill a vector of rows: with zeros, or with the last row there is."""
+    """IR of functions that fill up a vector of rows, with zeros or with copies of the last row."""
     return f"""
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
@@ -308,7 +311,7 @@ ret void
 
 
 def _transpositions(lanes: int, kind: str) -> str:
-    """Take wide rows apart, and put them together: a loop over their entries."""
+    """IR of functions that deinterleave and interleave wide rows, in a loop over their entries."""
     size, vector = 8 if kind == "double" else 4, kind if lanes == 1 else f"<{lanes} x {kind}>"
 
     def looped(name: str, lines: list[str]) -> str:
@@ -342,15 +345,15 @@ def _transpositions(lanes: int, kind: str) -> str:
     return looped("apart", apart) + "\n" + looped("together", together)
 
 
-def row_function_ir(routine: Routine, lanes: int, single: bool) -> str:
-    """IR of the row function of a routine; its name stands as ``{name}``.
+def row_function_ir(routine: Routine, lanes: int, is_float32: bool) -> str:
+    """IR of the row function of a routine, in which its name stands as ``{name}``.
 
     Raises
     ------
     TooWide
         If the rows have more entries than fit on the stack.
     """
-    kind = "float" if single else "double"
+    kind = "float" if is_float32 else "double"
     parts = [_Loop(routine, kind, lanes).text()]
     declared: list[str] = []
     functions: dict[str, tuple[str, int, str]] = {}
@@ -364,12 +367,12 @@ def row_function_ir(routine: Routine, lanes: int, single: bool) -> str:
     if lanes > 1:
         parts.append(_pads(lanes))
         for op, arguments, library in functions.values():
-            parts += definitions(op, arguments, library, lanes, single)
+            parts += definitions(op, arguments, library, lanes, is_float32)
     text = "\n".join([*parts, *declared, _ATTRIBUTES])
-    return once(text)
+    return declared_once(text)
 
 
-def compile_rows(routine: Routine, lanes: int, single: bool) -> Code:
-    """Machine code of the row function of a routine, from the disk where it was compiled before."""
-    text = row_function_ir(routine, lanes, single)
+def compile_rows(routine: Routine, lanes: int, is_float32: bool) -> Code:
+    """Machine code of the row function of a routine, from the cache if it is there."""
+    text = row_function_ir(routine, lanes, is_float32)
     return cached_code(text, lambda: text, NEVER not in text)

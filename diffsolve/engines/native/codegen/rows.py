@@ -1,12 +1,12 @@
-"""What is done with many independent rows, as LLVM IR that takes a vector of them at a time.
+"""LLVM IR of routines: work on many independent rows, a vector of rows at a time.
 
-The state of a batch lies row by row, entry ``c`` of row ``i`` at ``i * width + c``. A *routine* is
-what is done with as many rows as a vector register has numbers: its arrays hold vectors, one for
-each entry, with a number for each row. It consists of expressions, and of calls of other routines
-for what is too long to be repeated. The loop over a batch is in ``row_functions.py``.
+The state of a batch lies row by row, entry ``c`` of row ``i`` at ``i * width + c``. A *routine*
+works on as many rows as a vector register holds numbers. Its arrays hold a vector for each entry of
+a row, with a number for each row. A routine is made of expressions, and of calls of other routines
+where an expression would be too long to repeat. The loop over a batch is in ``row_functions.py``.
 
-What depends on no row (the time, parameters, and what is computed of them) stays a single number
-until it meets a row.
+Values that are the same for all rows (the time, parameters, and what is computed from them) are
+single numbers. They become vectors where they are used with values of rows.
 """
 
 from __future__ import annotations
@@ -15,17 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffsolve.engines.native.codegen.llvm import (
-    Emitter,
-    Output,
-    Signature,
-    number,
-)
+from diffsolve.engines.native.codegen.emitter import Emitter, Output, Signature, number
 from diffsolve.engines.native.codegen.vector_math import function_name
 from diffsolve.engines.native.graph.expression import Node, needed
 
-_SHORT = 60  # lines of a routine that is put in wherever it is called
-#: Index of the entry at hand in a loop over the entries of a row.
+_MOST_INLINED = 60  # lines of a routine that LLVM inlines in every caller
+#: Stands for the index of the current entry, in a loop over the entries of a row.
 ENTRY: Any = "c"
 _NATIVE_VECTORS = {"abs", "floor", "ceil", "trunc", "round", "sqrt"}
 
@@ -37,15 +32,18 @@ class Array:
     Attributes
     ----------
     name
-        As the blocks of expressions name it.
+        The name of its block of inputs in expressions.
     kind
-        ``"in"`` and ``"bar"``: rows that are read; what stands for rows behind the last is a copy
-        of that, or zero. ``"out"``: rows that are written. ``"shared"``: numbers that all rows
-        read. ``"mask"``: no argument, one for a row that is there and zero behind the last.
-        ``"lanes"``: vectors that are added to, whose entries are to be summed up; ``"sums"``:
-        numbers, set to the sums over the rows.
+        - ``"in"``: rows that are read. The last vector is filled up with copies of the last row.
+        - ``"bar"``: the same for cotangents; the last vector is filled up with zeros.
+        - ``"out"``: rows that are written.
+        - ``"shared"``: numbers that all rows read.
+        - ``"mask"``: one for each row of the batch, zero for rows that fill up the last vector. It
+          is made by the loop, and is no argument of the row function.
+        - ``"lanes"``: vectors that each row adds to; the caller sums up their entries.
+        - ``"sums"``: numbers that are set to sums over the rows.
     width
-        Numbers in a row, or for ``"lanes"`` and ``"sums"`` how many there are.
+        Numbers in a row; for ``"lanes"`` and ``"sums"``, the number of vectors or sums.
     """
 
     name: str
@@ -55,17 +53,17 @@ class Array:
 
 @dataclass
 class Call:
-    """A statement: another routine, called with numbers and arrays.
+    """A statement that calls another routine.
 
     Attributes
     ----------
     routine
-        Which.
+        The routine that is called.
     scalars
-        Nodes that no row moves.
+        Nodes for its scalars, which are the same for all rows.
     arrays
-        For each array of the routine: nodes, which are written to memory, or the name of an array
-        or of a local one.
+        For each of its arrays either nodes, whose values are written to a buffer, or the name of an
+        array of the caller.
     """
 
     routine: Routine
@@ -75,9 +73,9 @@ class Call:
 
 @dataclass
 class Each:
-    """A statement: outputs for each entry of a row, in a loop over them.
+    """A statement that computes outputs for each of ``count`` entries of a row, in a loop.
 
-    In its nodes, and where its outputs go, the index `ENTRY` stands for the entry.
+    The index ``ENTRY``, in its nodes and outputs, stands for the current entry.
     """
 
     count: int
@@ -86,18 +84,18 @@ class Each:
 
 @dataclass
 class Routine:
-    """What is done with a vector of rows.
+    """A function of a vector of rows.
 
     Attributes
     ----------
     name
-        Unique in its module.
+        Unique in its LLVM module.
     scalars, arrays
         Arguments. The first array is called ``u``.
     statements
-        In order; ``Output`` writes to an array of rows, or adds to one.
+        Run in order. An ``Output`` writes to an array of rows, or adds to one.
     locals
-        Arrays of its own, vectors as those of its arguments, and how many they hold.
+        Local arrays by name, with the number of vectors that each holds.
     """
 
     name: str
@@ -107,16 +105,16 @@ class Routine:
     locals: dict[str, int] = field(default_factory=dict)
 
     def routines(self) -> list[Routine]:
-        """This one and all that it calls."""
-        found = {self.name: self}
+        """This routine and all that it calls."""
+        by_name = {self.name: self}
         for x in self.statements:
             if isinstance(x, Call):
-                found |= {y.name: y for y in x.routine.routines()}
-        return list(found.values())
+                by_name |= {y.name: y for y in x.routine.routines()}
+        return list(by_name.values())
 
 
 class RoutineEmitter(Emitter):
-    """Text of a routine."""
+    """Writes the IR of a routine."""
 
     longest = 1_000
 
@@ -125,10 +123,11 @@ class RoutineEmitter(Emitter):
         self.routine, self.lanes = routine, lanes
         self.vector = kind if lanes == 1 else f"<{lanes} x {kind}>"
         self.kinds = {a.name: a.kind for a in routine.arrays}
-        self.vectors: dict[int, str] = {}  # values of nodes that rows move
-        self.splats: dict[int, str] = {}
+        self.vectors: dict[int, str] = {}  # of nodes that depend on the row
+        self.splats: dict[int, str] = {}  # vectors of nodes that do not
         self.head: list[str] = []
-        self.functions: dict[str, tuple[str, int, str]] = {}  # of vectors, from the library
+        #: Functions of vectors that are called: operation, number of arguments, library's name.
+        self.functions: dict[str, tuple[str, int, str]] = {}
         self.buffers = self.loops = 0
 
     def _use(self, vectors: bool) -> None:
@@ -175,7 +174,7 @@ class RoutineEmitter(Emitter):
             return x
         self._use(False)
         if node.op == "input" and node.data[0] not in self.signature.scalars:
-            return ""  # of the parameters: loaded where it is used
+            return ""  # a parameter: it is loaded where it is used
         if node.args:
             return self.operation(node, [self._narrow(a) for a in node.args])
         return super().emit(node)
@@ -185,7 +184,7 @@ class RoutineEmitter(Emitter):
         return self.fresh(f"getelementptr inbounds {self.vector}, ptr %{block}, i64 {index}")
 
     def _narrow(self, node: Node) -> str:
-        """The value of a node that no row moves."""
+        """The value of a node that is the same for all rows."""
         name = self.names[node.index]
         if name:
             return name
@@ -215,7 +214,7 @@ class RoutineEmitter(Emitter):
         return x
 
     def make(self, nodes: Sequence[Node]) -> None:
-        """Emit what these nodes need and is not there yet."""
+        """Emit these nodes and all that they need, unless it was emitted before."""
         for node in needed(nodes, self.names):
             self.names[node.index] = self.emit(node)
 
@@ -238,13 +237,13 @@ class RoutineEmitter(Emitter):
 
     def loop(self, each: Each) -> None:
         nodes = needed([x.node for x in each.outputs])
-        moving = {x.index for x in nodes if x.op == "input" and x.data[1] == ENTRY}
-        for node in nodes:  # what is the same for all entries comes before the loop
-            if any(a.index in moving for a in node.args):
-                moving.add(node.index)
-        still = [x for x in nodes if x.index not in moving]
-        self.make(still)
-        for node in still:
+        varying = {x.index for x in nodes if x.op == "input" and x.data[1] == ENTRY}
+        for node in nodes:
+            if any(a.index in varying for a in node.args):
+                varying.add(node.index)
+        invariant = [x for x in nodes if x.index not in varying]  # these come before the loop
+        self.make(invariant)
+        for node in invariant:
             if node.index in self.vectors or not (node.is_const or self.names[node.index] == ""):
                 self._use(True)
                 self._wide(node)
@@ -277,7 +276,7 @@ class RoutineEmitter(Emitter):
             block = first.data[0]
             whole = [("input", (block, i)) for i in range(len(nodes))]
             if [(x.op, x.data) for x in nodes] == whole:
-                return block  # it is there
+                return block  # the nodes are an array of this routine, as it is
         self.make(nodes)
         self.buffers += 1
         buffer = f"buffer{self.buffers}"
@@ -305,6 +304,6 @@ class RoutineEmitter(Emitter):
                 self.write(statement)
         scalars = [f"{self.kind} %{s}" for s in routine.scalars]
         arrays = [f"ptr noalias %{a.name}" for a in routine.arrays]
-        attribute = "#3" if len(self.lines) <= _SHORT else "#0"
+        attribute = "#3" if len(self.lines) <= _MOST_INLINED else "#0"
         head = f"define internal void @{routine.name}({', '.join(scalars + arrays)}) {attribute} {{"
         return "\n".join([head, *self.head, self.body(), "ret void\n}"])

@@ -1,11 +1,11 @@
 """Elementary functions of vectors of numbers, as LLVM IR.
 
-The mathematical library takes one number at a time; these take as many as a processor's register
-holds, without branches, and err by two units in the last place at most. Infinities, NaN, signed
-zeros and subnormal numbers are treated as there. What has no such form here goes to the library,
-lane by lane.
+The mathematical library takes one number at a time. These functions take as many as a register of
+the processor holds, without branches. They err by two units in the last place at most, and treat
+infinities, NaN, signed zeros and subnormal numbers as the library does. Other functions call the
+library for each entry of a vector.
 
-Single precision is computed in double, and rounded.
+Single precision is computed in double precision, and rounded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _EXP = tuple(1.0 / math.factorial(i) for i in range(2, 14))
 
 
 class _Vector:
-    """Text of a function of one vector of float64 numbers."""
+    """Writes the IR of a function of one vector of float64 numbers."""
 
     def __init__(self, lanes: int):
         self.lanes = lanes
@@ -108,7 +108,7 @@ class _Vector:
         return self.of_bits(shifted)
 
     def polynomial(self, coefficients: Sequence[float], x: str) -> str:
-        """By pairs (Estrin): the chain of operations that wait for each other is short."""
+        """A polynomial, lowest power first, by Estrin's scheme: few operations wait for another."""
         terms = [self.number(c) for c in coefficients]
         while len(terms) > 1:
             pairs = [self.fma(terms[i + 1], x, terms[i]) for i in range(0, len(terms) - 1, 2)]
@@ -120,7 +120,7 @@ class _Vector:
     # -- the functions -----------------------------------------------------------------------------
 
     def _reduced(self, x: str) -> tuple[str, str, str]:
-        """The nearest multiple ``n`` of ln 2: shifted by the magic number, itself, and the rest."""
+        """``x`` as ``n ln 2 + r``: ``n`` plus the magic number, ``n``, and ``r``."""
         shifted = self.fma(x, self.number(1.0 / math.log(2)), self.number(_MAGIC))
         n = self.op("fsub", shifted, self.number(_MAGIC))
         r = self.fma(n, self.number(-_LN2_HIGH), x)
@@ -147,10 +147,10 @@ class _Vector:
         shift = self.op("fsub", half, self.number(0.5))
         value = self.fma(half, below, shift)
         value = self.op("fadd", value, value)
-        return self._exact(x, value)
+        return self._with_signed_zero(x, value)
 
-    def _exact(self, x: str, value: str) -> str:
-        """Zero keeps its sign."""
+    def _with_signed_zero(self, x: str, value: str) -> str:
+        """``value`` where ``x`` is not zero, else ``x``: zero keeps its sign."""
         return self.where(self.is_true("oeq", x, self.number(0.0)), x, value)
 
     def tanh(self, x: str) -> str:
@@ -202,7 +202,7 @@ class _Vector:
             r = self.fma(n, self.number(-part), r)
         z = self.op("fmul", r, r)
         sine = self.fma(self.op("fmul", z, r), self.polynomial(_SIN, z), r)
-        sine = self._exact(x, sine)
+        sine = self._with_signed_zero(x, sine)
         below = self.fma(z, self.number(-0.5), self.number(1.0))
         cosine = self.fma(self.op("fmul", z, z), self.polynomial(_COS, z), below)
         quarter = self.bit_op("add", self.as_bits(shifted), self.integer(turned))
@@ -222,12 +222,12 @@ class _Vector:
 _OWN = ("exp", "expm1", "tanh", "log", "log1p", "sin", "cos")
 
 
-def function_name(op: str, single: bool) -> str:
-    """Of the function for vectors; ``definitions`` makes it."""
-    return f"vector_{op}{'f' if single else ''}"
+def function_name(op: str, is_float32: bool) -> str:
+    """Name of the function for vectors, which ``definitions`` writes."""
+    return f"vector_{op}{'f' if is_float32 else ''}"
 
 
-def definitions(op: str, arguments: int, library: str, lanes: int, single: bool) -> list[str]:
+def definitions(op: str, arguments: int, library: str, lanes: int, is_float32: bool) -> list[str]:
     """IR of the function ``op`` of vectors, and of what it needs.
 
     Parameters
@@ -240,22 +240,23 @@ def definitions(op: str, arguments: int, library: str, lanes: int, single: bool)
         Numbers in a vector.
     """
     if op not in _OWN:
-        kind = "float" if single else "double"
-        return [_by_lanes(function_name(op, single), library, kind, arguments, lanes)]
-    found = _own(op, lanes)
-    if single:
+        kind = "float" if is_float32 else "double"
+        return [_by_lanes(function_name(op, is_float32), library, kind, arguments, lanes)]
+    texts = _own(op, lanes)
+    if is_float32:
         wide, narrow = f"<{lanes} x double>", f"<{lanes} x float>"
-        found.append(
+        texts.append(
             f"define internal {narrow} @{function_name(op, True)}({narrow} %x) #2 {{\n"
             f"%wide = fpext {narrow} %x to {wide}\n"
             f"%y = call {wide} @{function_name(op, False)}({wide} %wide)\n"
             f"%narrow = fptrunc {wide} %y to {narrow}\n"
             f"ret {narrow} %narrow\n}}"
         )
-    return found
+    return texts
 
 
 def _own(op: str, lanes: int) -> list[str]:
+    """IR of one of the functions above, for float64."""
     text = _Vector(lanes)
     method: Callable[[str], str] = getattr(text, op)
     result = method("%x")

@@ -1,7 +1,10 @@
 """Exact derivatives of expressions: products with the Jacobian, the Jacobian and its pattern.
 
-The conventions at corners are those of torch's autograd: ``abs`` and ``sign`` have slope 0 at 0,
-ties of ``max`` and ``min`` share the slope, ``clamp`` keeps it at its bounds.
+A *cotangent* of a number is called its ``bar``, a *tangent* its ``dot``.
+
+Where a function has no derivative, the conventions are those of torch's autograd: ``abs`` and
+``sign`` have slope 0 at 0, equal arguments of ``max`` and ``min`` share the slope, and ``clamp``
+has slope 1 at its bounds.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ from diffsolve.engines.native.graph.expression import Node, Pool, needed
 
 Partial = Node | float
 _SQRT_PI = math.sqrt(math.pi)
-_ENDLESS = {"sqrt", "pow", "asin", "acos", "acosh"}  # finite where their slope is infinite
-_FLAT = {"sign", "floor", "ceil", "trunc", "round", "held"}
+#: Operations with an infinite slope where their value is finite.
+_INFINITE_SLOPE = {"sqrt", "pow", "asin", "acos", "acosh"}
+_ZERO_SLOPE = {"sign", "floor", "ceil", "trunc", "round", "stop_gradient"}
 
 
 def _d_pow(node: Node) -> list[tuple[int, Partial]]:
@@ -50,9 +54,9 @@ def _d_extreme(node: Node) -> list[tuple[int, Partial]]:
 
 
 def partials(node: Node) -> list[tuple[int, Partial]]:
-    """Position of each argument that moves the node, and the partial derivative by it."""
+    """The partial derivatives that are not zero, each with the position of its argument."""
     pool, op, args = node.pool, node.op, node.args
-    if op in ("const", "input") or op in _FLAT or node.is_bool:
+    if op in ("const", "input") or op in _ZERO_SLOPE or node.is_bool:
         return []
     if op == "add":
         return [(0, 1.0), (1, 1.0)]
@@ -139,7 +143,7 @@ def _slope(pool: Pool, node: Node, x: Node) -> Partial:
 
 
 def _times(partial: Partial, bar: Node) -> Node:
-    """``partial * bar``; a masked slope masks the product, so that 0 times Inf is not met."""
+    """``partial * bar``; a branch 0 of a choice gives 0, even where ``bar`` is infinite."""
     if isinstance(partial, Node):
         if partial.is_const and partial.data == 1.0:
             return bar
@@ -153,44 +157,46 @@ def _times(partial: Partial, bar: Node) -> Node:
     return bar * partial
 
 
-def _pushed(node: Node, partial: Partial, dot: Node) -> Node:
-    """The same forward, where ``dot`` is what lies below ``node``.
+def _times_forward(node: Node, partial: Partial, dot: Node) -> Node:
+    """``partial * dot`` for a forward product, where ``dot`` is the tangent of an argument.
 
-    A mask below comes first in torch's reverse pass, so that it does not meet the infinite slope of
-    a root after it.
+    It is 0 where the tangent is 0, even if the slope is infinite. So are the products of torch's
+    reverse pass, which masks before it multiplies.
     """
-    if node.op in _ENDLESS and not dot.is_const:
+    if node.op in _INFINITE_SLOPE and not dot.is_const:
         pool = node.pool
         return pool.where(pool.binary("eq", dot, 0.0), 0.0, _times(partial, dot))
     return _times(partial, dot)
 
 
 def _choices(node: Node) -> list[Node]:
-    """What a choice, or a choice of choices, is made from."""
-    found = []
+    """The branches of a choice, and of the choices among them."""
+    branches = []
     for x in node.args[1:]:
-        found += _choices(x) if x.op == "where" else [x]
-    return found
+        branches += _choices(x) if x.op == "where" else [x]
+    return branches
 
 
-def _moving(nodes: Sequence[Node], wrt: Sequence[Node]) -> set[int]:
-    """Indices of the nodes that depend on one of ``wrt``, through arguments that move them."""
-    moving = {x.index for x in wrt}
+def _varying(nodes: Sequence[Node], wrt: Sequence[Node]) -> set[int]:
+    """Indices of the nodes whose derivative by one of ``wrt`` may be other than zero."""
+    varying = {x.index for x in wrt}
     for node in nodes:
-        if any(a.index in moving for a in node.args) and not (node.is_bool or node.op in _FLAT):
-            moving.add(node.index)
-    return moving
+        if node.is_bool or node.op in _ZERO_SLOPE:
+            continue
+        if any(a.index in varying for a in node.args):
+            varying.add(node.index)
+    return varying
 
 
 def vjp(outputs: Sequence[Node], bars: Sequence[Node], wrt: Sequence[Node]) -> list[Node | None]:
     """``sum_i bars[i] d outputs[i] / d x`` for each ``x`` of ``wrt``; None where it is zero."""
     nodes = needed(outputs)
-    moving = _moving(nodes, wrt)
+    varying = _varying(nodes, wrt)
     total: dict[int, list[Node]] = {}
     for y, bar in zip(outputs, bars, strict=True):
-        if y.index in moving:
+        if y.index in varying:
             total.setdefault(y.index, []).append(bar)
-    found: dict[int, Node] = {}
+    bars_of_inputs: dict[int, Node] = {}
     wanted = {x.index for x in wrt}
     for node in reversed(nodes):
         terms = total.pop(node.index, None)
@@ -198,12 +204,12 @@ def vjp(outputs: Sequence[Node], bars: Sequence[Node], wrt: Sequence[Node]) -> l
             continue
         bar = node.pool.sum(terms)
         if node.index in wanted:
-            found[node.index] = bar
+            bars_of_inputs[node.index] = bar
         args = node.args
         for i, partial in partials(node):
-            if args[i].index in moving:
+            if args[i].index in varying:
                 total.setdefault(args[i].index, []).append(_times(partial, bar))
-    return [found.get(x.index) for x in wrt]
+    return [bars_of_inputs.get(x.index) for x in wrt]
 
 
 def jvp(outputs: Sequence[Node], tangents: Mapping[Node, Any]) -> list[Node | None]:
@@ -215,7 +221,7 @@ def jvp(outputs: Sequence[Node], tangents: Mapping[Node, Any]) -> list[Node | No
         terms = [by_index[node.index]] if node.index in by_index else []
         if any(a.index in dots for a in node.args):
             terms += [
-                _pushed(node, partial, dots[node.args[i].index])
+                _times_forward(node, partial, dots[node.args[i].index])
                 for i, partial in partials(node)
                 if node.args[i].index in dots
             ]
@@ -225,7 +231,7 @@ def jvp(outputs: Sequence[Node], tangents: Mapping[Node, Any]) -> list[Node | No
 
 
 def time_derivative(outputs: Sequence[Node], t: Node) -> list[Node | None]:
-    """Partial derivatives of the outputs by the time, the states held."""
+    """Partial derivatives of the outputs by the time, at constant states."""
     return jvp(outputs, {t: 1.0})
 
 
@@ -241,7 +247,7 @@ def jacobian(outputs: Sequence[Node], wrt: Sequence[Node]) -> dict[tuple[int, in
         if any(a.index in rows for a in node.args):
             for i, partial in partials(node):
                 for j, entry in rows.get(node.args[i].index, {}).items():
-                    terms.setdefault(j, []).append(_pushed(node, partial, entry))
+                    terms.setdefault(j, []).append(_times_forward(node, partial, entry))
         row = {j: node.pool.sum(parts) for j, parts in terms.items()}
         row = {j: x for j, x in row.items() if not (x.is_const and x.data == 0)}
         if row:
@@ -254,18 +260,21 @@ def sparsity(outputs: Sequence[Node], wrt: Sequence[Node]) -> set[tuple[int, int
     column = {x.index: j for j, x in enumerate(wrt)}
     reach: dict[int, frozenset[int]] = {}
     for node in needed(outputs):
-        found = frozenset([column[node.index]] if node.index in column else [])
-        if not (node.is_bool or node.op in _FLAT):
+        columns = frozenset([column[node.index]] if node.index in column else [])
+        if not (node.is_bool or node.op in _ZERO_SLOPE):
             for i, a in enumerate(node.args):
                 if a.index in reach and not annuls(node, i):
-                    found |= reach[a.index]
-        if found:
-            reach[node.index] = found
+                    columns |= reach[a.index]
+        if columns:
+            reach[node.index] = columns
     return {(i, j) for i, y in enumerate(outputs) for j in reach.get(y.index, ())}
 
 
 def annuls(node: Node, i: int) -> bool:
-    """Whether the product is by a zero: ``0 * x`` is kept for its NaN, but has no slope."""
+    """Whether a node is zero times its argument ``i``, and has no slope by it.
+
+    Such a product is not folded, since it is NaN where the argument is NaN or infinite.
+    """
     if node.op != "mul":
         return False
     other = node.args[1 - i]
@@ -280,7 +289,7 @@ def second_order(
 ) -> list[Node | None]:
     """Gradient of the scalar ``w^T J v`` by each of ``wrt``; None where it is zero.
 
-    It is what Rosenbrock methods and gradients of reverse passes ask of second derivatives.
+    Rosenbrock methods and gradients of reverse passes need no other second derivatives.
     """
     dots = jvp(outputs, v)
     pairs = [(dot, bar) for dot, bar in zip(dots, w, strict=True) if dot is not None]

@@ -1,8 +1,8 @@
-"""Scalar expressions as a directed acyclic graph, each distinct expression held once.
+"""Scalar expressions as a directed acyclic graph, in which each distinct expression is one node.
 
-A ``Pool`` makes the nodes of one right-hand side. Equal expressions are one node (hash-consing),
-constants are folded, and a few identities that hold for every number, NaN and infinities included,
-are applied. NumPy object arrays of nodes give matrices, views and reductions for nothing.
+A ``Pool`` makes the nodes of one right-hand side. It returns the same node for equal expressions
+(hash-consing), folds constants, and applies a few identities that hold for every number, NaN and
+infinities included. Matrices of expressions are NumPy object arrays of nodes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 
 from diffsolve.engines.declined import Declined
 
-#: More nodes than this take a second or more to compile, with the derivative.
+#: Most nodes of a right-hand side. More take a second or longer to compile, with the derivative.
 MOST_NODES = 10_000
 
-#: One argument, a number in and out. The names are those of LLVM's emitter and of NumPy's folding.
+#: Operations on one number, with what folds constants.
 UNARY = {
     "neg": np.negative,
     "abs": np.abs,
@@ -47,8 +47,9 @@ UNARY = {
     "erf": np.vectorize(math.erf, otypes=[float]),
     "erfc": np.vectorize(math.erfc, otypes=[float]),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "held": lambda x: x,  # the number itself, without slope
+    "stop_gradient": lambda x: x,
 }
+#: Operations on two numbers.
 BINARY = {
     "add": np.add,
     "sub": np.subtract,
@@ -60,7 +61,7 @@ BINARY = {
     "max": np.maximum,
     "min": np.minimum,
 }
-#: Two numbers in, a truth value out.
+#: Comparisons of two numbers, which give a truth value.
 COMPARE = {
     "lt": np.less,
     "le": np.less_equal,
@@ -69,6 +70,7 @@ COMPARE = {
     "eq": np.equal,
     "ne": np.not_equal,
 }
+#: Operations on two truth values.
 LOGICAL = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 _COMMUTATIVE = {"add", "mul", "eq", "ne", "and", "or", "xor"}
 
@@ -86,7 +88,7 @@ class Node:
     data
         Value of a constant, ``(block, index)`` of an input, else None.
     index
-        Position in the pool: arguments come before what uses them.
+        Position in the pool. Arguments have smaller ones than the nodes that use them.
     """
 
     __slots__ = ("args", "data", "index", "op", "pool")
@@ -158,7 +160,7 @@ class Pool:
         self._table: dict[Any, Node] = {}
 
     def release(self) -> None:
-        """Let go of the nodes, which refer to it: they are then freed at once, with their users."""
+        """Drop the nodes. They refer to the pool, and need not wait for the garbage collector."""
         self.nodes, self._table, self.most = [], {}, 0
 
     def _make(self, op: str, args: tuple[Node, ...], data: Any = None) -> Node:
@@ -214,7 +216,7 @@ class Pool:
             return self.const(f(*values))
 
     def again(self, node: Node, args: Sequence[Node]) -> Node:
-        """The same operation, as it is, of other arguments; an input stays what it is."""
+        """The operation of a node on other arguments, without simplification."""
         return self._make(node.op, tuple(args), node.data)
 
     def unary(self, op: str, x: Any) -> Node:
@@ -278,12 +280,12 @@ class Pool:
         return a if a is b else self._make("where", (condition, a, b))
 
     def extreme(self, op: str, xs: Sequence[Any]) -> Node:
-        """``"largest"`` or ``"smallest"`` of some numbers; NaN if one is."""
+        """The ``"largest"`` or ``"smallest"`` of some numbers; NaN if one of them is."""
         nodes = [self.number(x) for x in xs]
         return nodes[0] if len(nodes) == 1 else self._make(op, tuple(nodes))
 
     def sum(self, xs: Sequence[Any]) -> Node:
-        """Sum, added up in pairs: more accurate, and no long chain for the processor."""
+        """The sum, added up in pairs: more accurate, and few additions wait for another."""
         return self._reduce("add", xs, 0.0)
 
     def prod(self, xs: Sequence[Any]) -> Node:
@@ -361,30 +363,30 @@ def array(nodes: Iterable[Any], shape: tuple[int, ...] | None = None) -> np.ndar
 
 
 def needed(outputs: Iterable[Node | None], known: Container[int] = ()) -> list[Node]:
-    """The nodes that some outputs are made of, arguments before what uses them.
+    """The nodes that the outputs depend on, in topological order: arguments come first.
 
     Parameters
     ----------
     known
-        Indices of nodes to leave out, with what only they are made of.
+        Indices of nodes to leave out, with the nodes that only these depend on.
     """
-    found: dict[int, Node] = {}
+    by_index: dict[int, Node] = {}
     stack = [y for y in outputs if y is not None]
     while stack:
         node = stack.pop()
-        if node.index not in found and node.index not in known:
-            found[node.index] = node
+        if node.index not in by_index and node.index not in known:
+            by_index[node.index] = node
             stack.extend(node.args)
-    return [found[i] for i in sorted(found)]
+    return [by_index[i] for i in sorted(by_index)]
 
 
 def substitute(outputs: Sequence[Node], table: dict[Any, Node], pool: Pool) -> list[Node]:
-    """The outputs in another pool, with inputs replaced by what ``table`` has for them.
+    """The outputs in another pool, with inputs replaced.
 
     Parameters
     ----------
     table
-        ``(block, index)`` of an input to a node of ``pool``; other inputs stay as they are.
+        For ``(block, index)`` of an input the node of ``pool`` that replaces it. Other inputs stay.
     """
     made: dict[int, Node] = {}
     for node in needed(outputs):
@@ -410,7 +412,7 @@ def _rebuilt(pool: Pool, op: str, args: Sequence[Node]) -> Node:
 
 
 def content(outputs: Sequence[Node]) -> tuple[Any, ...]:
-    """What tells one set of outputs from another, and nothing else: equal for equal graphs."""
+    """A key of the graph: equal for equal graphs, whichever pools they are from."""
     order = needed(outputs)
     position = {node.index: i for i, node in enumerate(order)}
     nodes = tuple(
@@ -423,12 +425,12 @@ def content(outputs: Sequence[Node]) -> tuple[Any, ...]:
 
 
 def evaluate(outputs: Sequence[Node], blocks: dict[str, Any], dtype: Any = np.float64) -> list[Any]:
-    """Values of the outputs, by NumPy: for tests and for checks.
+    """Values of the outputs, computed by NumPy, for tests and checks.
 
     Parameters
     ----------
     blocks
-        Name of each block of inputs to its values.
+        The values of each block of inputs.
     """
     kind = np.dtype(dtype).type
     values: dict[int, Any] = {}

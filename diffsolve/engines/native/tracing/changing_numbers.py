@@ -1,8 +1,8 @@
-"""Numbers in the code of a right-hand side that change from solve to solve become its inputs.
+"""Constants of a trace that change from solve to solve become inputs of the compiled code.
 
-Every trace has the numbers that Python computed as constants. Traces that differ in nothing but
-constants share one code: where they differ, the code reads an input. Each solve was traced, so that
-nothing is assumed of where its numbers come from; only compiling is saved.
+A trace contains the numbers that Python computed as constants. Traces that differ only in constants
+share one code, which reads an input where they differ. Every such solve is still traced, so that
+nothing is assumed about where its numbers come from. Only compiling is saved.
 """
 
 from __future__ import annotations
@@ -20,38 +20,39 @@ from diffsolve.engines.native.graph.expression import Node, Pool, needed
 from diffsolve.engines.native.locks import tables
 
 _MOST = 1_000
-#: For graphs that are equal but for their constants: these, and which of them have changed.
+#: For graphs that are equal but for constants: the first graph's constants, and which have changed.
 _families: OrderedDict[bytes, tuple[list[str], set[int]]] = OrderedDict()
-_COMMON = {0.0, 0.5, 1.0, 2.0}  # as likely the code's own
+_COMMON = {0.0, 0.5, 1.0, 2.0}  # these are as likely written in the code of f
 
 
-def numbers_of(leaves: Sequence[Any], single: bool) -> set[float]:
-    """Numbers among the leaves of ``p``, as constants of the code show them."""
-    found: list[float] = []
+def numbers_of(leaves: Sequence[Any], is_float32: bool) -> set[float]:
+    """Sizes of the numbers among the leaves of ``p``, as they appear among the constants."""
+    numbers: list[float] = []
     for x in leaves:
         if isinstance(x, (float, np.floating)):
-            found.append(float(x))
+            numbers.append(float(x))
         elif isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.size <= _MOST:
-            found += x.reshape(-1).tolist()
-    sizes = {abs(float(np.float32(x)) if single else x) for x in found if math.isfinite(x)}
+            numbers += x.reshape(-1).tolist()
+    finite = [x for x in numbers if math.isfinite(x)]
+    sizes = {abs(float(np.float32(x)) if is_float32 else x) for x in finite}
     return sizes - _COMMON
 
 
 def with_inputs(
     outputs: Sequence[Node], kind: Any, count: int, expected: set[float]
 ) -> tuple[list[Node], list[float]]:
-    """The outputs with inputs for the constants that change, and the numbers that they stand for.
+    """The outputs with inputs in place of constants that change, and the values of these.
 
     Parameters
     ----------
     outputs
-        What a trace found.
+        Of a trace.
     kind
-        What else tells graphs apart.
+        Graphs of different kinds share no code.
     count
-        Entries of the flat parameters, behind which the numbers come.
+        Length of the flat parameters. The new inputs come behind them.
     expected
-        Sizes of constants that will change, it is to be expected.
+        Sizes of constants that are expected to change.
     """
     order = needed(outputs)
     constants = [x for x in order if x.is_const and not x.is_bool]
@@ -87,7 +88,7 @@ def with_inputs(
 
 
 def _family(order: list[Node], outputs: Sequence[Node], kind: Any) -> bytes:
-    """What is equal for graphs that differ in constants alone."""
+    """A key that is equal for graphs that differ only in constants."""
     position = {x.index: i for i, x in enumerate(order)}
     nodes = [
         (x.op, *[position[a.index] for a in x.args])

@@ -22,7 +22,7 @@ from diffsolve.engines.native.tracing.registry import TABLE, Unsupported, words
 
 __all__ = ["Rule", "Unsupported", "rule_of"]
 
-#: Operations whose result lies in the memory of their argument, though they don't declare it so.
+#: Operations whose result is a view of their argument, though their schema does not say so.
 VIEWS = set(
     words(
         "_unsafe_view _reshape_alias unsafe_split unsafe_split_with_sizes unsafe_chunk lift "
@@ -31,9 +31,9 @@ VIEWS = set(
 )
 #: Operations that never read their first argument.
 OVERWRITES = {"copy_", "fill_", "zero_"}
-#: Operations whose result was not written yet.
+#: Operations whose result is not initialised.
 UNWRITTEN = set(words("empty empty_like empty_strided empty_permuted new_empty new_empty_strided"))
-#: Operations that ask a tensor for its shape and type only.
+#: Operations that read only the shape and type of a tensor.
 SHAPE_ONLY = set(
     words(
         "zeros_like ones_like new_zeros new_ones new_full "
@@ -41,7 +41,7 @@ SHAPE_ONLY = set(
         "_has_same_storage_numel"
     )
 )
-#: Operations whose result, or its shape, must be known to go on.
+#: Operations whose result is a number or a shape, which Python needs at once.
 DATA_DEPENDENT = set(
     words(
         "_local_scalar_dense item is_nonzero nonzero nonzero_static nonzero_numpy argwhere unique "
@@ -49,8 +49,8 @@ DATA_DEPENDENT = set(
         "histc repeat_interleave"
     )
 )
-#: What users call some operations.
-SPOKEN = {
+#: Names of operations as users know them, where they differ from those of the dispatcher.
+PUBLIC_NAMES = {
     "_local_scalar_dense": "Tensor.item",
     "_to_copy": "Tensor.to",
     "_unique2": "torch.unique",
@@ -71,22 +71,26 @@ SPOKEN = {
 
 @dataclass
 class Rule:
-    """What is known of an operation of torch.
+    """How the tracer treats an operation of torch.
 
     Attributes
     ----------
     handler
-        What makes expressions of it, if something does.
+        Makes the expressions of its result; None if the operation has no rule.
     name
         As users know it.
     is_view
-        Whether its result lies in the memory of its argument.
+        Whether its result is a view of its argument.
     is_shape_only
-        Whether it uses no values.
+        Whether it reads no values.
     is_unwritten
-        Whether its result holds nothing yet.
+        Whether its result is not initialised.
+    is_random
+        Whether it draws random numbers.
+    is_data_dependent
+        Whether Python needs its result at once.
     overwrites
-        Number of first arguments whose values do not count: 1 or 0.
+        1 if it never reads its first argument, else 0.
     writes
         Positions and names of the arguments that it changes.
     """
@@ -119,7 +123,7 @@ def rule_of(func: Any) -> Rule:
     aliases = bool(returned) and all(a is not None and not a.is_write for a in returned)
     return Rule(
         TABLE.get(base),
-        _spoken(space, base),
+        _public_name(space, base),
         aliases or name in VIEWS,
         base in SHAPE_ONLY or base in UNWRITTEN,
         base in UNWRITTEN,
@@ -130,10 +134,10 @@ def rule_of(func: Any) -> Rule:
     )
 
 
-def _spoken(space: str, base: str) -> str:
+def _public_name(space: str, base: str) -> str:
     """An operation's name as users know it."""
-    if space != "aten" or base in SPOKEN:
-        return SPOKEN.get(base, base)
+    if space != "aten" or base in PUBLIC_NAMES:
+        return PUBLIC_NAMES.get(base, base)
     for module, prefix in ((torch, "torch"), (torch.nn.functional, "torch.nn.functional")):
         if hasattr(module, base):
             return f"{prefix}.{base}"

@@ -212,18 +212,18 @@ def _std_mean(pool: Pool, x: Any, dim: Any = None, correction: Any = 1, keepdim:
     ]
 
 
-# -- exponentials, shifted by the largest entry, which is held: its slope would cancel ------------
+# -- exponentials, shifted by the largest entry: the gradient through the shift would cancel -------
 
 
 def _shifted(pool: Pool, row: list[Any]) -> tuple[Node, list[Node]]:
-    top = pool.unary("held", pool.extreme("largest", row))
+    top = pool.unary("stop_gradient", pool.extreme("largest", row))
     return top, [pool.number(x) - top for x in row]
 
 
 @operation("logsumexp")
 def logsumexp(pool: Pool, x: Any, dim: Any, keepdim: bool = False) -> np.ndarray:
     def one(row: list[Any]) -> Node:
-        top = pool.unary("held", pool.extreme("largest", row))
+        top = pool.unary("stop_gradient", pool.extreme("largest", row))
         infinite = pool.binary("eq", pool.unary("abs", top), math.inf)
         top = pool.where(infinite, 0.0, top)
         total = pool.sum([pool.unary("exp", pool.number(a) - top) for a in row])

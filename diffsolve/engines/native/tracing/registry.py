@@ -1,7 +1,8 @@
-"""Table of the operations of torch that become expressions, and what their rules share.
+"""The table of rules, each for an operation of torch, and functions that rules share.
 
-A rule is called with the pool and the operation's own arguments: tensors that depend on an input
-are object arrays of nodes, others NumPy arrays of their values. It gives an array for each result.
+A rule is called with the pool and the operation's own arguments. A tensor that depends on an input
+is an object array of nodes, another tensor a NumPy array of its values. The rule returns the
+expressions of the result: an array for each tensor.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.expression import Pool
 
 Rule = Callable[..., Any]
-#: Name of an operation, without namespace and the underscore of its in-place form, to its rule.
+#: Rules by the operation's name, without the namespace and the underscore of its in-place form.
 TABLE: dict[str, Rule] = {}
 
 
 class Unsupported(Exception):
-    """A form of an operation that has no rule: ``"with mode='x'"``."""
+    """The rule of an operation does not cover this form of it: ``"with mode='x'"``."""
 
 
 def operation(*names: str) -> Callable[[Rule], Rule]:
@@ -46,13 +47,13 @@ def each(pool: Pool, f: Callable[..., Any], *arrays: Any) -> np.ndarray:
 
 
 def check_room(pool: Pool, count: int) -> None:
-    """Decline work that would overflow the pool, before it is done."""
+    """Decline an operation on more numbers than the pool has room for, before it is run."""
     if count > pool.most:
         raise Declined(f"it is too large: an operation on {count:,} numbers")
 
 
 def constant_index(index: Any) -> np.ndarray:
-    """An index tensor, which must not depend on an input."""
+    """The values of an index tensor; declined if it depends on an input."""
     index = np.asarray(index)
     if index.dtype == object:
         raise Declined("it indexes by values that are known only while solving")
@@ -60,7 +61,7 @@ def constant_index(index: Any) -> np.ndarray:
 
 
 def axes_of(dim: Any, ndim: int) -> tuple[int, ...]:
-    """Dimensions as torch takes them, all for None or none given, as non-negative numbers."""
+    """Dimensions as non-negative numbers; all of them if ``dim`` is None or empty, as in torch."""
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return tuple(range(ndim))
     dims: Sequence[int] = dim if isinstance(dim, (list, tuple)) else (dim,)
@@ -68,7 +69,7 @@ def axes_of(dim: Any, ndim: int) -> tuple[int, ...]:
 
 
 def along(x: np.ndarray, dim: Any, keepdim: bool, f: Callable[[list[Any]], Any]) -> np.ndarray:
-    """``f`` of the entries along some dimensions, which vanish or are left with one entry."""
+    """``f`` of the entries along some dimensions; these are removed, or kept with length 1."""
     x = np.asarray(x, dtype=object)
     axes = axes_of(dim, x.ndim)
     kept = [i for i in range(x.ndim) if i not in axes]
@@ -83,7 +84,7 @@ def along(x: np.ndarray, dim: Any, keepdim: bool, f: Callable[[list[Any]], Any])
 
 
 def lines(x: np.ndarray, dim: int, f: Callable[[list[Any]], list[Any]]) -> np.ndarray:
-    """``f`` of each line along a dimension; it gives as many entries as it takes."""
+    """``f`` of each line along a dimension, which returns as many entries as it gets."""
     x = np.asarray(x, dtype=object)
     if x.ndim == 0:
         return filled(f([x.item()]), ())

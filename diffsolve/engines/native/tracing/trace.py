@@ -1,8 +1,8 @@
-"""Capture of a right-hand side: one run of it, with an expression kept for each number.
+"""Traces a right-hand side: runs it once, and notes an expression for each number it computes.
 
-``f`` runs once, really, under a dispatch mode of torch. Beside each piece of memory that depends
-on the inputs lies an array of expression nodes of the same length, so that views of tensors need
-no care: they see the same memory, and the nodes through the same strides.
+``f`` runs under a dispatch mode of torch (``tracer.py``), with real values. For each piece of
+memory that depends on the inputs the tracer keeps an array of expressions of the same length. Views
+need no rules: a view reads that array through its own strides.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from diffsolve.problems.structure import StateStructure
 
 _NUMPY = {torch.float64: np.float64, torch.float32: np.float32}
 _GRAD_MODE: str = os.path.join(TORCH, "autograd", "grad_mode.py")
-#: Methods of tensors that read or write memory without an operation.
-_RAW = {
+#: Methods of tensors that read or write memory without an operation that the dispatcher sees.
+_RAW_ACCESS = {
     "tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "const_data_ptr", "mutable_data_ptr",
     "untyped_storage", "storage", "_typed_storage", "apply_", "map_", "map2_", "__deepcopy__",
     "__reduce_ex__", "__repr__", "share_memory_",
 }  # fmt: skip
 
 
-#: What torch.DoubleTensor([u[0]]) reads a number by; float(u[0]) would reach the dispatcher.
-_SCALARS = {"__float__", "__int__", "__index__", "__complex__"}
+#: Methods by which torch.DoubleTensor([u[0]]) reads a number; float(u[0]) reaches the dispatcher.
+_RAW_NUMBERS = {"__float__", "__int__", "__index__", "__complex__"}
 
 
 @dataclass
 class Trace:
-    """What ``f`` computes.
+    """The expressions of what ``f`` computes.
 
     Attributes
     ----------
@@ -53,13 +53,13 @@ class Trace:
     t, u
         Inputs: the time, and the flat state.
     inputs
-        The leaves of ``p``, then the captured tensors in the order of their first use.
+        Further inputs: the leaves of ``p``, then captured tensors in the order of their first use.
     outputs
         The flat derivative.
     constants
-        Tensors whose values were taken as they are, each with its version then.
+        Tensors whose values became constants, each with its version at the trace.
     detached
-        Where ``f`` keeps gradients from flowing, if it does: the expressions don't know of it.
+        How ``f`` keeps gradients from flowing, if it does. The expressions do not show it.
     """
 
     pool: Pool
@@ -81,7 +81,7 @@ def trace(
     flat: Callable[[Any, StateStructure, Tracer], list[Node]] | None = None,
     recorder: CodeRecorder | None = None,
 ) -> Trace:
-    """Run ``f(t0, u0, p)`` once and write down what it computes.
+    """Run ``f(t0, u0, p)`` once, and return expressions for what it computes.
 
     Parameters
     ----------
@@ -92,17 +92,18 @@ def trace(
     u0
         Flat state; it is not changed.
     most
-        Number of operations beyond which it is declined.
+        Largest number of operations.
     flat
-        Makes the outputs of what ``f`` returned. Default: the flat derivative.
+        Makes the outputs from what ``f`` returned. Default: the flat derivative.
     recorder
-        Notes what code runs.
+        Records the code that runs.
 
     Raises
     ------
     Declined
         If ``f`` does something that cannot be written as an expression of its inputs; the reason
-        names the operation, and the line of the user's code. Errors of ``f`` itself come through.
+        names the operation and the line of the user's code. An error of ``f`` itself is raised as
+        it is.
     """
     if structure.dtype not in _NUMPY:
         raise Declined(f"the state is {structure.dtype}, not float64 or float32")
@@ -117,13 +118,13 @@ def trace(
         t = torch.as_tensor(t0, dtype=structure.time_dtype, device="cpu").detach().clone()
         u = u0.detach().clone()
         t_node, u_nodes = pool.input("t", 0), list(pool.inputs("u", structure.size))
-        tracer.own(t, [t_node])
-        tracer.own(u, u_nodes)
+        tracer.add_input(t, [t_node])
+        tracer.add_input(u, u_nodes)
         state = structure.unravel(u)
-        tracer.keep([t, u, *pytree.tree_leaves(state)])
-        args = () if p is None else (_stand_in(p, tracer),)
+        tracer.keep_alive([t, u, *pytree.tree_leaves(state)])
+        args = () if p is None else (_copied(p, tracer),)
         try:
-            with _uncompiled(), _Reads(tracer), tracer, recorder:
+            with without_compiler(), _RawAccess(tracer), tracer, recorder:
                 du = f(t, state, *args)
         except Exception as error:
             if tracer.declined is not None:
@@ -131,7 +132,7 @@ def trace(
             if type(error).__module__.startswith("torch._dynamo"):
                 raise Declined(f"it compiles itself: {error}") from error
             raise
-        if tracer.declined is not None:  # f caught it
+        if tracer.declined is not None:  # f caught the exception
             raise tracer.declined
         if recorder.exported_memory:
             raise Declined("torch.to_dlpack needs values that are known only while solving")
@@ -140,34 +141,42 @@ def trace(
 
 
 @contextmanager
-def _uncompiled() -> Iterator[None]:
-    """A block in which what was compiled by torch runs as it was written."""
-    # asking loads the compiler, which takes a second; what was compiled has loaded it
+def without_compiler() -> Iterator[None]:
+    """A block in which functions compiled by ``torch.compile`` run as they were written."""
+    # set_stance would load the compiler, which takes a second; a compiled function has loaded it
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with _Stance.turn:
+    with CompilerStance.turn:
         stance = torch.compiler.set_stance("force_eager")
-        _Stance.taken.append((threading.get_ident(), stance))
+        CompilerStance.taken.append((threading.get_ident(), stance))
         try:
             with stance:
                 yield
         finally:
-            _Stance.taken.pop()
+            CompilerStance.taken.pop()
 
 
-class _Stance:
-    """The stance is one for all threads: they take turns, so that each restores the right one."""
+class CompilerStance:
+    """The stance of ``torch.compile``, which is one for all threads: they take turns to change it.
+
+    Attributes
+    ----------
+    turn
+        Held by the thread that has changed the stance.
+    taken
+        The changes that are to be undone, each with its thread.
+    """
 
     turn = threading.RLock()
-    taken: list[tuple[int, Any]] = []  # noqa: RUF012  # by which threads
+    taken: list[tuple[int, Any]] = []  # noqa: RUF012
 
 
 def _restore_for_others() -> None:
-    """Restore the stance in a forked child, where the threads that changed it are not."""
-    others = [stance for thread, stance in _Stance.taken if thread != threading.get_ident()]
+    """Restore the stance in a forked child, which has no copy of the thread that changed it."""
+    others = [stance for thread, stance in CompilerStance.taken if thread != threading.get_ident()]
     if others:
-        _Stance.turn, _Stance.taken = threading.RLock(), []
+        CompilerStance.turn, CompilerStance.taken = threading.RLock(), []
         for stance in reversed(others):
             stance.__exit__(None, None, None)
 
@@ -176,8 +185,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_restore_for_others)
 
 
-def _stand_in(p: Any, tracer: Tracer) -> Any:
-    """``p`` with copies for its tensors: memory that nothing else uses tells them apart."""
+def _copied(p: Any, tracer: Tracer) -> Any:
+    """``p`` with copies of its tensors as inputs, which share no memory with any other tensor."""
     leaves, spec = pytree.tree_flatten(p)
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.dtype is tracer.dtype:
@@ -188,19 +197,20 @@ def _stand_in(p: Any, tracer: Tracer) -> Any:
 
 
 def flat_result(du: Any, structure: StateStructure, tracer: Tracer) -> list[Node]:
+    """The expressions of what ``f`` returned, in the order of the flat state."""
     mismatch = structure.describe_mismatch(du)
     if mismatch is not None:
         raise Declined(mismatch)
     leaves = structure.spec.flatten_up_to(du)
-    found: list[Node] = []
+    nodes: list[Node] = []
     for leaf in leaves:
         tracer.meets(leaf)
-        found += [tracer.pool.number(x) for x in tracer.nodes(leaf).reshape(-1)]
-    return found
+        nodes += [tracer.pool.number(x) for x in tracer.nodes(leaf).reshape(-1)]
+    return nodes
 
 
-class _Reads(TorchFunctionMode):
-    """Sees what reaches no dispatcher: memory read by other libraries, gradients switched off."""
+class _RawAccess(TorchFunctionMode):
+    """Sees calls of torch that the dispatcher does not: raw access to memory, detached tensors."""
 
     def __init__(self, tracer: Tracer):
         super().__init__()
@@ -214,7 +224,7 @@ class _Reads(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         try:
-            self._look(name, func, args)
+            self._check(name, func, args)
         except Declined as reason:
             tracer.declined = tracer.declined or reason
             raise
@@ -224,11 +234,11 @@ class _Reads(TorchFunctionMode):
         finally:
             tracer.call = before
 
-    def _look(self, name: str, func: Any, args: tuple) -> None:
+    def _check(self, name: str, func: Any, args: tuple) -> None:
         tracer = self._tracer
-        if name in _RAW:
+        if name in _RAW_ACCESS:
             tracer.read_raw(name, args)
-        elif name in _SCALARS:
+        elif name in _RAW_NUMBERS:
             tracer.read_raw("item", args)
         elif name in ("detach", "detach_") or (name == "__get__" and func.__self__ is Tensor.data):
             if is_wrapped(args[0]) or tracer.meets(args[0]):
@@ -242,6 +252,7 @@ class _Reads(TorchFunctionMode):
 
 
 def _leaves_grad_mode() -> bool:
+    """Whether the call comes from the end of a block of ``torch.no_grad`` or the like."""
     frame: Any = sys._getframe(3)
     while frame is not None and frame.f_code.co_filename == _GRAD_MODE:
         if frame.f_code.co_name == "__exit__":

@@ -1,4 +1,13 @@
-"""Expressions for all the tensors of a run: what ``trace`` runs a right-hand side under."""
+"""The dispatch mode under which ``trace`` runs a right-hand side: expressions for its tensors.
+
+Memory of a tensor is in one of these states, by the address of its storage:
+
+- symbolic: it depends on inputs, and has an array of expressions (``_cells``);
+- constant: its values are those of the trace (``_constant``);
+- blank: no operation has written it (``_blank``);
+- unknown: it holds a result that has no expressions (``_unknown``);
+- not met so far: a tensor from outside of ``f``. It becomes an input, or a constant.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +36,21 @@ _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-de
 _internals: Any = torch._C
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 _LISTS = (list, tuple, deque)
-#: Objects whose numbers are not those of tensors.
+#: Kinds of objects that hold no tensors.
 _WITHOUT_TENSORS = (Number, str, bytes, bytearray, memoryview, range, array_of_c, np.ndarray)
-_TO_WHOLE = {"Tensor.to", "torch.count_nonzero"}  # their rules make numbers whole
+_GIVES_INTEGERS = {"Tensor.to", "torch.count_nonzero"}  # by their rules
 
 
 @dataclass
 class Lifted:
-    """A tensor that ``f`` uses besides ``t`` and ``u``: a block of the inputs ``p``.
+    """A tensor that became an input, besides ``t`` and ``u``: a block of the flat parameters.
 
     Attributes
     ----------
     tensor
         The captured tensor; None for a leaf of ``p``.
     p_position
-        Which of ``tree_leaves(p)`` it is; None for a captured tensor.
+        Its position in ``tree_leaves(p)``; None for a captured tensor.
     offset, count
         Its entries, in C order, are the inputs ``("p", offset)`` to ``("p", offset + count - 1)``.
     """
@@ -53,54 +62,75 @@ class Lifted:
 
 
 class _Cells:
-    """The nodes of one piece of memory; ``theirs`` if it is not ``f``'s to change."""
+    """The expressions of one piece of memory; ``is_input`` if ``f`` did not make it."""
 
-    __slots__ = ("nodes", "theirs")
+    __slots__ = ("is_input", "nodes")
 
-    def __init__(self, nodes: np.ndarray, theirs: bool):
-        self.nodes, self.theirs = nodes, theirs
+    def __init__(self, nodes: np.ndarray, is_input: bool):
+        self.nodes, self.is_input = nodes, is_input
 
 
 class Tracer(TorchDispatchMode):
-    """Keeps nodes for every tensor that depends on an input, as operations run."""
+    """Keeps expressions for every tensor that depends on an input, as operations run.
 
-    supports_higher_order_operators = True  # they are refused here, with a reason
+    Attributes
+    ----------
+    pool
+        Owner of the nodes.
+    dtype
+        Of the state.
+    inputs
+        Tensors that became inputs, in the order of their first use.
+    constants
+        Tensors from outside whose values became constants, each with its version.
+    detached
+        How gradients are kept from flowing, if they are.
+    declined
+        Why the run cannot be compiled, once that is known. It is kept because ``f`` may catch the
+        exception.
+    busy
+        Whether the tracer itself works: calls of torch are then not those of ``f``.
+    call
+        The function of torch that runs, and its arguments.
+    """
+
+    supports_higher_order_operators = True  # they are declined here, with a reason
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # to skip it takes its import, of a second
+        return False  # True would import it, which takes a second
 
     def __init__(self, pool: Pool, dtype: torch.dtype, root: CodeType, recorder: CodeRecorder):
         super().__init__()
         self.pool, self.dtype, self._recorder = pool, dtype, recorder
-        self._root = root  # no line of the user's is below it
+        self._root = root  # frames below this code are not the user's
         self.inputs: list[Lifted] = []
         self.constants: list[tuple[Tensor, int]] = []
         self.detached: str | None = None
         self.declined: Declined | None = None
         self.busy = False
-        self.call: tuple[str, tuple] = "", ()  # of torch, that runs: its name and arguments
-        self._count = 0  # of lifted numbers
+        self.call: tuple[str, tuple] = "", ()
+        self._count = 0  # of the flat parameters so far
         self._cells: dict[int, _Cells] = {}
-        self._fresh: set[int] = set()  # memory of constants
-        self._blank: set[int] = set()  # memory that nothing was written to
-        self._unknown: dict[int, str] = {}  # memory of results that have no expressions
-        self._made: dict[int, Tensor] = {}  # kept alive, so that no address is used twice
+        self._constant: set[int] = set()
+        self._blank: set[int] = set()
+        self._unknown: dict[int, str] = {}  # with the operation that made it
+        self._known: dict[int, Tensor] = {}  # tensors by identity; alive, so that it is not reused
         self._inference = torch.is_inference_mode_enabled()
 
     # -- bookkeeping ---------------------------------------------------------------------------
 
-    def own(self, x: Tensor, nodes: Iterable[Node]) -> None:
-        """``x`` is an input with these nodes."""
+    def add_input(self, x: Tensor, nodes: Iterable[Node]) -> None:
+        """Make ``x`` an input with these nodes."""
         self._cells[_memory(x)] = _Cells(array(nodes), True)
 
-    def keep(self, tensors: Any) -> None:
-        """These tensors were made under the trace."""
+    def keep_alive(self, tensors: Any) -> None:
+        """Note tensors that were made under the trace."""
         for x in tensors:
-            self._made[id(x)] = x
+            self._known[id(x)] = x
 
     def lift(self, x: Tensor, p_position: int | None = None) -> None:
-        """``x`` becomes an input: a leaf of ``p``, or a captured tensor."""
+        """Make ``x`` an input: a leaf of ``p``, or a captured tensor."""
         count = x.numel()
         if count > self.pool.most:
             self.decline(f"it uses a tensor of {count:,} numbers")
@@ -109,25 +139,27 @@ class Tracer(TorchDispatchMode):
             size = x.untyped_storage().nbytes() // x.element_size()
             cells = self._cells[_memory(x)] = _Cells(np.empty(size, dtype=object), True)
         view = _strided(cells.nodes, x)
-        taken = [y is not None for y in view.reshape(-1)]
-        if any(taken):
-            tied = x.requires_grad or any(y.requires_grad for y in self._captured_beside(x))
-            if tied or not all(taken):
+        is_taken = [y is not None for y in view.reshape(-1)]
+        if any(is_taken):
+            has_gradient = x.requires_grad or any(y.requires_grad for y in self._captured_beside(x))
+            if has_gradient or not all(is_taken):
                 self.decline("two of the tensors that it uses share memory")
         else:
             nodes = [self.pool.input("p", self._count + k) for k in range(count)]
             _fill(view, nodes)
-            kept = x if p_position is None else None
-            self.inputs.append(Lifted(kept, p_position, self._count, count))
+            captured = x if p_position is None else None
+            self.inputs.append(Lifted(captured, p_position, self._count, count))
             self._count += count
-        self._made[id(x)] = x
+        self._known[id(x)] = x
 
     def _captured_beside(self, x: Tensor) -> list[Tensor]:
+        """Captured tensors with the memory of ``x``."""
         memory = _memory(x)
         captured = [y.tensor for y in self.inputs if y.tensor is not None]
         return [y for y in captured if _memory(y) == memory]
 
     def check_plain(self, x: Tensor) -> None:
+        """Decline tensors that have no plain memory of real numbers on the CPU."""
         if type(x) not in _PLAIN:
             self.decline(f"it uses a {type(x).__name__}, not a plain tensor")
         if x.layout is not torch.strided or x.is_quantized:
@@ -138,16 +170,16 @@ class Tracer(TorchDispatchMode):
             self.decline("it uses complex numbers")
 
     def meets(self, x: Tensor) -> bool:
-        """Whether ``x`` depends on an input; a tensor from outside becomes one."""
+        """Whether ``x`` is symbolic. A tensor from outside first becomes an input or a constant."""
         if x.layout is not torch.strided:
             self.check_plain(x)
         memory = _memory(x)
         cells = self._cells.get(memory)
         if cells is not None:
-            if cells.theirs and id(x) not in self._made:
+            if cells.is_input and id(x) not in self._known:
                 self.lift(x)
             return True
-        if memory in self._fresh or x.device.type == "meta":  # without values
+        if memory in self._constant or x.device.type == "meta":  # without values
             return False
         if memory in self._unknown:
             self.decline(f"it uses a result of {self._unknown[memory]} that it can't compile")
@@ -157,13 +189,13 @@ class Tracer(TorchDispatchMode):
             return True
         if x.requires_grad:
             self.decline(f"it uses a tensor of {x.dtype}, while the state is {self.dtype}")
-        self._fresh.add(memory)
-        self._made[id(x)] = x
+        self._constant.add(memory)
+        self._known[id(x)] = x
         self.constants.append((x, 0 if x.is_inference() else x._version))
         return False
 
     def nodes(self, x: Tensor) -> np.ndarray:
-        """Nodes of ``x`` where it depends on an input, else its values."""
+        """The expressions of ``x`` if it is symbolic, else its values."""
         memory = _memory(x)
         cells = self._cells.get(memory)
         if cells is not None:
@@ -224,7 +256,7 @@ class Tracer(TorchDispatchMode):
             out = func(*args, **kwargs)
             if any(x.dtype is not args[0].dtype for x in tensors_in((out,))):
                 self.decline(f"{rule.name} reads numbers as of another type")
-            self.keep(tensors_in((out,)))
+            self.keep_alive(tensors_in((out,)))
             return out
         arrays = self._arrays(func, rule, args, kwargs)
         out = func(*args, **kwargs)
@@ -237,7 +269,7 @@ class Tracer(TorchDispatchMode):
                 self._unknown[_memory(x)] = rule.name
             else:
                 self._write(rule, x, result, types)
-        self.keep(tensors_in(outs))
+        self.keep_alive(tensors_in(outs))
         return out
 
     def _arrays(self, func: Any, rule: Rule, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -247,7 +279,7 @@ class Tracer(TorchDispatchMode):
             self.decline(f"{rule.name} is not among the operations it can compile")
         written = {name for _, name in rule.writes}
         values = [self._value(x) for x in args[rule.overwrites :]]
-        if rule.overwrites:  # what was there may be anything
+        if rule.overwrites:  # the rule does not look at what was there
             values.insert(0, np.empty(tuple(args[0].shape), dtype=object))
         named = {k: self._value(x) for k, x in kwargs.items() if k not in written}
         try:
@@ -257,7 +289,7 @@ class Tracer(TorchDispatchMode):
         except Unsupported as reason:
             self.decline(f"{rule.name} {reason} is not among the operations it can compile")
         except Exception:
-            func(*args, **kwargs)  # if its arguments are wrong, it says so best
+            func(*args, **kwargs)  # wrong arguments raise torch's own error
             self.decline(f"{rule.name} is not among the operations it can compile in this form")
         return arrays if isinstance(arrays, (list, tuple)) else (arrays,)
 
@@ -269,12 +301,12 @@ class Tracer(TorchDispatchMode):
         return x
 
     def _write(self, rule: Rule, x: Tensor, result: Any, types: set[torch.dtype]) -> None:
-        """``result`` is what an operation on tensors of these types put into ``x``."""
+        """Note the expressions that an operation on tensors of these types wrote to ``x``."""
         pool = self.pool
         if x.dtype is not self.dtype and x.dtype is not torch.bool:
-            to_whole = self.dtype in types and rule.name not in _TO_WHOLE
+            rounds = self.dtype in types and rule.name not in _GIVES_INTEGERS
             is_switch = types <= {torch.bool, x.dtype} and _is_exact_switch(x, result)
-            if to_whole or ((x.is_floating_point() or x.is_complex()) and not is_switch):
+            if rounds or ((x.is_floating_point() or x.is_complex()) and not is_switch):
                 self.decline(f"{rule.name} gives {x.dtype}, while the state is {self.dtype}")
         result = np.asarray(result, dtype=object)
         if result.shape != x.shape:
@@ -292,7 +324,7 @@ class Tracer(TorchDispatchMode):
         self._blank.discard(memory)
 
     def _memory_nodes(self, x: Tensor, rule: Rule) -> np.ndarray:
-        """Nodes of the memory of ``x`` as it was."""
+        """Expressions of the memory of ``x``, from what it held before."""
         memory, storage = _memory(x), x.untyped_storage()
         size = storage.nbytes() // x.element_size()
         if size > self.pool.most:
@@ -300,31 +332,32 @@ class Tracer(TorchDispatchMode):
         nodes = np.empty(size, dtype=object)
         if memory in self._blank:
             nodes[:] = self.pool.const(float("nan"))
-        elif memory in self._fresh:
+        elif memory in self._constant:
             values = torch.empty(0, dtype=x.dtype, device="cpu").set_(storage).tolist()
             nodes[:] = [self.pool.const(v) for v in values]
-            self._fresh.discard(memory)
+            self._constant.discard(memory)
         return nodes
 
     def _note_results(self, out: Any) -> None:
         for x in tensors_in((out,)):
             if x.layout is not torch.strided:
                 self.check_plain(x)
-            self._made[id(x)] = x
+            self._known[id(x)] = x
             memory = _memory(x)
             if memory not in self._cells:
-                self._fresh.add(memory)
+                self._constant.add(memory)
 
     def _check_write(self, written: Any) -> None:
+        """Decline to write to a tensor from outside."""
         for x in tensors_in((written,)):
             memory = _memory(x)
             cells = self._cells.get(memory)
-            theirs = any(_memory(y) == memory for y, _ in self.constants)
-            if theirs or (cells is not None and cells.theirs):
+            is_outside = any(_memory(y) == memory for y, _ in self.constants)
+            if is_outside or (cells is not None and cells.is_input):
                 self.decline("it changes a tensor in place that it did not make")
 
     def _check_constant(self) -> None:
-        """Decline a new tensor whose numbers may be those of tensors: torch reads them unseen."""
+        """Decline a new tensor that torch may make from tensors in a list: it reads them unseen."""
         name, args = self.call
         if torch._C._is_torch_function_all_disabled():
             self.decline("it makes a tensor where torch does not tell of what")
@@ -341,13 +374,15 @@ class Tracer(TorchDispatchMode):
             return False
         return hasattr(x, "__getitem__") or hasattr(x, "__float__")
 
-    # -- what the expressions would not know -----------------------------------------------------
+    # -- what the expressions do not show --------------------------------------------------------
 
     def note_detached(self, how: str) -> None:
+        """Note that gradients do not flow here. The first place stays."""
         if self.detached is None:
-            self.detached = how + self.place()
+            self.detached = how + self.line()
 
     def _note_gradients(self) -> None:
+        """Note where autograd would not record the operation that runs."""
         if self.detached is not None:
             return
         if torch.is_inference_mode_enabled() and not self._inference:
@@ -365,23 +400,23 @@ class Tracer(TorchDispatchMode):
         return isinstance(x, Tensor) and (is_wrapped(x) or self.meets(x))
 
     def read_raw(self, name: str, args: tuple) -> None:
-        """A method that reads memory without an operation is about to be called."""
+        """Decline a method that is about to read the memory of a symbolic tensor."""
         for x in tensors_in(args[:1]):
             if self.meets_symbolic(x):
                 self.decline(f"Tensor.{name} needs values that are known only while solving")
 
-    def place(self) -> str:
+    def line(self) -> str:
         """The line of the user's code that is running, in brackets."""
         return user_line(self._root)
 
     def decline(self, reason: str) -> NoReturn:
-        raise Declined(reason + self.place())
+        raise Declined(reason + self.line())
 
 
 def _is_exact_switch(x: Tensor, result: Any) -> bool:
-    """Whether ``x`` is a choice between numbers of the code that its type holds exactly.
+    """Whether ``x`` is a choice between constants that float32 holds exactly.
 
-    ``torch.where(t < 1, 0.0, 1.0)`` has torch's default type, whatever ``t`` has.
+    ``torch.where(t < 1, 0.0, 1.0)`` has torch's default type, also in a float64 problem.
     """
     if x.dtype is not torch.float32:
         return False
@@ -392,11 +427,12 @@ def _is_exact_switch(x: Tensor, result: Any) -> bool:
 
 
 def _memory(x: Tensor) -> int:
+    """What tells the memory of a tensor from all other."""
     return x.untyped_storage()._cdata
 
 
 def _strided(nodes: np.ndarray, x: Tensor) -> np.ndarray:
-    """The nodes that ``x`` sees of its memory."""
+    """The expressions of ``x`` as a view of those of its memory."""
     strides = tuple([8 * s for s in x.stride()])
     return np.ndarray(tuple(x.shape), object, nodes, 8 * x.storage_offset(), strides)
 
