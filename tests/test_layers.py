@@ -112,6 +112,11 @@ def test_files_are_short() -> None:
     assert long == sorted(KNOWN_LONG_FILES)
 
 
+def test_test_files_are_short() -> None:
+    paths = (layers.ROOT / "tests").glob("*.py")
+    assert not [x.name for x in paths if len(x.read_text().splitlines()) > MOST_LINES]
+
+
 def _settings() -> dict[str, Any]:
     return tomllib.loads((layers.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
 
