@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from diffsolve.engines.plan import SolveContext
+from diffsolve.engines.plan import AdjointEquation, SolveContext
 from diffsolve.engines.reverse_solves import in_tolerances
 from diffsolve.engines.torch.reverse import ReverseField
 from diffsolve.solvers.norms import Tolerance
-
-if TYPE_CHECKING:
-    from diffsolve.adjoints.backsolve import BacksolveAdjoint
 
 
 class BacksolveWarning(UserWarning):
@@ -32,7 +27,7 @@ class Reconstruction(ReverseField):
         Its largest distance from a known state so far, in tolerances.
     """
 
-    def expect(self, sensealg: BacksolveAdjoint, context: SolveContext, u0: Tensor) -> None:
+    def expect(self, sensealg: AdjointEquation, context: SolveContext, u0: Tensor) -> None:
         """Begin; called before the reverse solve."""
         self.sensealg, self.context, self.u0 = sensealg, context, u0
         self.worst = 0.0
@@ -60,7 +55,7 @@ class Reconstruction(ReverseField):
 
     def at_save(self, z: Tensor, bar: Tensor, u: Tensor) -> Tensor:
         z = super().at_save(z, bar, u)
-        if self.sensealg.checkpointing:
+        if self.sensealg.resets_state:
             self._compare(z, u)
             z[self.n : 2 * self.n] = u
         return z
