@@ -59,7 +59,7 @@ def test_memory_is_freed_after_backward(sensealg):
     del sol
     gc.collect()
     slots = (L.STATES, L.DENSE, L.OUT_U)
-    assert not set(slots) & set(memory.held)
+    assert not set(slots) & set(memory.arrays)
     assert all(x() is None for x in kept)
 
 

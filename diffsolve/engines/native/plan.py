@@ -216,7 +216,7 @@ class NativePlan(Plan):
             kept = [memory.give_states() if keeps_states else memory.give_dense()]
             if not context.dense:
                 trajectory.dense = None
-                memory.held.pop(L.DENSE, None)
+                memory.arrays.pop(L.DENSE, None)
         return trajectory, kept, memory.records()
 
     def solve_adjoint(

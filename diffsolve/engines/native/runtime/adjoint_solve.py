@@ -187,7 +187,7 @@ def solve_reverse(
     if problem.saved is not None:
         memory.hold(L.RESET, problem.saved.detach().contiguous())
         slots = L.FORWARD_RTOL, L.FORWARD_RTOL_STRIDE, L.FORWARD_ATOL, L.FORWARD_ATOL_STRIDE
-        write_tolerance(forward_tolerance, slots, integers, memory.held)
+        write_tolerance(forward_tolerance, slots, integers, memory.arrays)
     if problem.path is not None:
         integers[L.PATH_OUT] = integers[L.PARAMS] + len(bound.params) * memory.dtype.itemsize
         problem.path.give(memory, start, start)

@@ -83,13 +83,13 @@ class SolveMemory:
                 self.jacobian_at_work = other_jacobian = self.jacobian()
                 integers[L.JAC : L.N_COLUMNS + 1] = other_jacobian.slots
         self._work = template.work(n, other_jacobian) if layout is None else layout.work
-        self.held: dict[int, Any] = {L.PARAMS: params}  # beside what the template holds
+        self.arrays: dict[int, Any] = {L.PARAMS: params}  # beside what the template holds
         integers[L.PARAMS] = params.data_ptr()
         if breaks:
             self.hold(L.BREAKS, np.asarray(breaks, dtype=np.float64))
             integers[L.N_BREAKS] = len(breaks)
         if layout is not None and request is not None and work is not None:  # all, or none
-            self.held[L.WORK] = work.array
+            self.arrays[L.WORK] = work.array
             self._make_first_room(layout, request.times)
         else:
             self.work()
@@ -100,7 +100,7 @@ class SolveMemory:
     def work(self) -> None:
         """A work space, which each call of a kernel that may run beside others needs."""
         implicit = self.template.method.is_implicit
-        self.held[L.WORK] = self._work.lay(self.integers, zero=implicit)
+        self.arrays[L.WORK] = self._work.lay(self.integers, zero=implicit)
         if implicit:
             self._forget_jacobian()
 
@@ -116,7 +116,7 @@ class SolveMemory:
 
     def give_back_work(self) -> None:
         """Let another solve use it."""
-        self.held.pop(L.WORK, None)
+        self.arrays.pop(L.WORK, None)
         if self.layout is not None and self.work_space is not None:
             self.layout.give_back(self.work_space)
             self.work_space = None
@@ -126,7 +126,7 @@ class SolveMemory:
         self.jacobian_at_work = jacobian = self.jacobian()  # whose arrays the kernels read
         self.integers[L.JAC : L.N_COLUMNS + 1] = jacobian.slots
         block = Block(self.method.family.room(self.n, jacobian))
-        self.held[L.MATRIX] = block.lay(self.integers, zero=True)
+        self.arrays[L.MATRIX] = block.lay(self.integers, zero=True)
         self._forget_jacobian()
 
     def _forget_jacobian(self) -> None:
@@ -134,12 +134,12 @@ class SolveMemory:
 
     def records(self) -> SolveMemory:
         """What is noted of the steps, to be kept: without states, stages and results."""
-        if L.DENSE not in self.held:
-            self.held.pop(L.OUT_U, None)
+        if L.DENSE not in self.arrays:
+            self.arrays.pop(L.OUT_U, None)
             return self
         records = self.copy()  # dense output keeps this memory, too
         records.source = None
-        records.held = {slot: self.held[slot] for slot in _RECORDS if slot in self.held}
+        records.arrays = {slot: self.arrays[slot] for slot in _RECORDS if slot in self.arrays}
         return records
 
     def copy(self) -> SolveMemory:
@@ -148,7 +148,7 @@ class SolveMemory:
         copy.__dict__ = self.__dict__.copy()
         copy.integers, copy.reals = self.integers[:], self.reals[:]
         copy.arguments = copy.integers.buffer_info()[0], copy.reals.buffer_info()[0]
-        copy.source, copy.held = self, {}
+        copy.source, copy.arrays = self, {}
         copy.integers[L.BLOCK_ENDS] = copy.arguments[0] + 8 * L.N
         copy.integers[L.STOPS] = copy.arguments[1] + 8 * L.T_END  # read only while going forward
         return copy
@@ -164,7 +164,7 @@ class SolveMemory:
 
     def steps(self) -> np.ndarray:
         """Start, size and estimates of each step, in rows."""
-        return self.held[L.STEP_T][:, : self.integers[L.ACCEPTED]]
+        return self.arrays[L.STEP_T][:, : self.integers[L.ACCEPTED]]
 
     def give_states(self) -> Tensor:
         """States and marks of the steps, which the caller keeps alive from now on."""
@@ -174,26 +174,26 @@ class SolveMemory:
 
     def take_states(self, records: Tensor) -> None:
         """Use what ``give_states`` gave, which may have been moved in between."""
-        self.held[L.STATES] = records
+        self.arrays[L.STATES] = records
         self.block_of(self.integers[L.STEP_ROOM]).lay_at(records.data_ptr(), self.integers)
 
     def give_dense(self) -> Tensor:
         """The dense records, which the caller keeps alive."""
-        return torch.from_numpy(self.held[L.DENSE])
+        return torch.from_numpy(self.arrays[L.DENSE])
 
     def hold(self, slot: int, array: Any) -> None:
         """Keep an array alive, and note its address."""
-        self.held[slot] = array
+        self.arrays[slot] = array
         self.integers[slot] = array.data_ptr() if isinstance(array, Tensor) else address(array)
 
     def hold_new(self, slot: int, array: np.ndarray) -> None:
         """The same, for an array that was made for this."""
-        self.held[slot] = array
+        self.arrays[slot] = array
         self.integers[slot] = place(array)
 
     def hold_steps(self, table: np.ndarray) -> None:
         """The same for the rows of the table of steps; float32 numbers fill half of a row."""
-        self.held[L.STEP_T] = table
+        self.arrays[L.STEP_T] = table
         start, size = place(table), 8 * table.shape[1]
         for slot in STEPS:
             self.integers[slot] = start
@@ -221,19 +221,19 @@ class SolveMemory:
         self.hold(L.START, u.contiguous())
 
     def state(self) -> Tensor:
-        return torch.from_numpy(self.held[L.WORK].view(self.dtype)[: self.n].copy())
+        return torch.from_numpy(self.arrays[L.WORK].view(self.dtype)[: self.n].copy())
 
     def _make_first_room(self, layout: RecordLayout, times: Any) -> None:
         integers, room = self.integers, layout.room
         if times is not None:
-            self.held[L.SAVES], integers[L.SAVES] = layout.placed(times)
+            self.arrays[L.SAVES], integers[L.SAVES] = layout.placed(times)
             integers[L.N_SAVES] = integers[L.SAVE_ROOM] = room = len(times)
         self.hold_new(L.OUT_U, np.empty((room, self.n), self.dtype))
         self.hold_steps(np.empty((len(STEPS), layout.room)))
         if layout.block is not None:
             self.block = layout.block.lay(integers)
             if layout.params:
-                params = self.held.pop(L.PARAMS)
+                params = self.arrays.pop(L.PARAMS)
                 size = layout.params * self.dtype.itemsize
                 ctypes.memmove(integers[L.PARAMS], params.data_ptr(), size)
         if layout.dense is not None:
@@ -247,13 +247,13 @@ class SolveMemory:
             before = integers[L.STEP_ROOM]
             integers[L.STEP_ROOM] = after = 2 * before
             table = np.empty((len(STEPS), after))
-            table[:, :before] = self.held[L.STEP_T]
+            table[:, :before] = self.arrays[L.STEP_T]
             self.hold_steps(table)
             if self.block is not None:
                 wider = self.block_of(after)
                 self.block = self.block_of(before).move(self.block, wider, integers)
             for slot in (L.DENSE, L.COMPLETE):
-                if slot in self.held:
+                if slot in self.arrays:
                     self._double(slot)
         if integers[L.N_SAVES] < 0 and integers[L.SAVED] >= integers[L.SAVE_ROOM]:
             integers[L.SAVE_ROOM] *= 2
@@ -261,7 +261,7 @@ class SolveMemory:
         count = integers[L.ACCEPTED] // max(integers[L.STRIDE], 1)
         if integers[L.STRIDE] and not integers[L.THINNING] and count >= integers[L.STATE_ROOM]:
             integers[L.STATE_ROOM] *= 2
-            if L.STATES in self.held:
+            if L.STATES in self.arrays:
                 self._double(L.STATES)
 
     def block_of(self, room: int) -> Block:
@@ -270,7 +270,7 @@ class SolveMemory:
         return self.layout.block_of(room)
 
     def _double(self, slot: int) -> None:
-        old = self.held[slot]
+        old = self.arrays[slot]
         new = np.empty((2 * len(old), *old.shape[1:]), old.dtype)
         new[: len(old)] = old
         self.hold_new(slot, new)

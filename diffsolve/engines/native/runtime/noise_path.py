@@ -84,7 +84,10 @@ def tell_path(path: Any, share: ThreadShare, t0: float) -> None:
     for piece, (last, end) in enumerate(pairwise([t0, *ends])):
         intervals[piece] = (last, end) if last < end else (end, last)
     divisions = []
-    log, log_times = share.held[L.LOG][:count].tolist(), share.held[L.LOG_TIMES][:count].tolist()
+    log, log_times = (
+        share.arrays[L.LOG][:count].tolist(),
+        share.arrays[L.LOG_TIMES][:count].tolist(),
+    )
     for (parent, counter), (left, middle, right) in zip(log, log_times, strict=True):
         if parent == L.FRESH_INTERVAL:
             intervals[counter] = left, right
@@ -108,8 +111,8 @@ def dense_output(
 ) -> DenseOutput:
     """Interpolants along the path of the solve."""
     states = trajectory.u.clone()
-    if L.DENSE in share.held:
-        starts_of_steps = share.held[L.DENSE][: len(trajectory.steps), 0]
+    if L.DENSE in share.arrays:
+        starts_of_steps = share.arrays[L.DENSE][: len(trajectory.steps), 0]
         states = torch.cat([torch.from_numpy(starts_of_steps), share.state()[None]])
     dense = DenseOutput(t0, share.reals[L.DIRECTION], u0)
     starts = share.steps()[0].tolist()

@@ -79,7 +79,7 @@ class RowRuntime(Runtime):
             trajectory.dense = dense_output(bound, field, trajectory, share, context.t0, u0)
         for share in records.shares:
             for slot in _FREED:
-                share.held.pop(slot, None)
+                share.arrays.pop(slot, None)
 
     def begin_sweep(
         self, records: ThreadShares, states: Tensor, active: tuple[bool, ...], whole: bool
@@ -124,8 +124,8 @@ class RowRuntime(Runtime):
         program = passes[0].program
         # the kernel writes the cotangent of a state to one of two rows by turns
         slot = L.BAR if passes[0].integers[L.ACCEPTED] % 2 else L.STATE_BAR
-        u_bar = np.concatenate([share.held[slot] for share in passes])
-        lanes = np.sum([share.held[L.P_BAR] for share in passes], axis=0)
+        u_bar = np.concatenate([share.arrays[slot] for share in passes])
+        lanes = np.sum([share.arrays[L.P_BAR] for share in passes], axis=0)
         entries = program.active_entries(active)
         p_bar = np.zeros(program.n_params, passes[0].dtype)
         p_bar[entries] = lanes.reshape(-1, program.lanes).sum(1)[: len(entries)]
@@ -225,4 +225,4 @@ def _join_estimates(shares: list[ThreadShare]) -> None:
         stiffness = np.where(below > 0, np.sqrt(above / below), 0.0)
     has_estimate, zero = first.template.formulas.has_estimate, np.zeros(count)
     error, norm = (np.sqrt(x / n) if has_estimate else zero for x in (scaled, plain))
-    first.held[L.STEP_T][2:].view(first.dtype)[:, :count] = np.stack([error, norm, stiffness])
+    first.arrays[L.STEP_T][2:].view(first.dtype)[:, :count] = np.stack([error, norm, stiffness])

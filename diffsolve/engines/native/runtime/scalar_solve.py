@@ -62,8 +62,8 @@ class ScalarRuntime(Runtime):
         trajectory: Trajectory,
     ) -> None:
         records.give_back_work()
-        del records.held[L.START]
-        records.held.pop(L.MATRIX, None)
+        del records.arrays[L.START]
+        records.arrays.pop(L.MATRIX, None)
         if request.dense:
             if len(records.runs) > 1:
                 join_dense(records)
@@ -106,7 +106,7 @@ class ScalarRuntime(Runtime):
         self, passes: list[SolveMemory], active: tuple[bool, ...]
     ) -> tuple[np.ndarray, Tensor]:
         (memory,) = passes
-        bars, n = memory.held[L.STATE_BAR], memory.n
+        bars, n = memory.arrays[L.STATE_BAR], memory.n
         return bars[:n], torch.from_numpy(bars[2 * n :])
 
 

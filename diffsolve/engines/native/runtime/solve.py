@@ -225,17 +225,17 @@ def _trajectory_of(
     memory: SolveMemory, records: Any, status: int, request: SaveRequest, kernel_s: float
 ) -> Trajectory:
     """What kernels have left in memory."""
-    integers, reals, held = memory.integers, memory.reals, memory.held
+    integers, reals, arrays = memory.integers, memory.reals, memory.arrays
     saved, times = integers[L.SAVED], request.times
     if times is None:
         reached: Any = [*memory.steps()[0].tolist(), reals[L.T]][:saved]
     else:
         reached = times if saved == integers[L.N_SAVES] else times[:saved]
-    out = held[L.OUT_U]
+    out = arrays[L.OUT_U]
     return Trajectory(
         t=reached,
         u=torch.from_numpy(out if saved == len(out) else out[:saved]),
-        steps=StepColumns(held[L.STEP_T], integers[L.ACCEPTED], memory.dtype),
+        steps=StepColumns(arrays[L.STEP_T], integers[L.ACCEPTED], memory.dtype),
         counts=memory.counts(),
         nreject=integers[L.REJECTED],
         final_t=reals[L.T],

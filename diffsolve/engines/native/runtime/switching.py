@@ -102,12 +102,12 @@ def as_polynomials(dense: np.ndarray, run: Run, degree: int) -> np.ndarray:
     The form is that of ``Interpolant.bernstein``.
     """
     method = run.template.method
-    found = np.empty((len(dense), 1 + degree, dense.shape[2]), dense.dtype)
+    coefficients = np.empty((len(dense), 1 + degree, dense.shape[2]), dense.dtype)
     weights = elevated(method.stages.interpolant.bernstein, degree)
-    found[:, 0] = dense[:, 0]
+    coefficients[:, 0] = dense[:, 0]
     stages = dense[:, 1 : 1 + method.rows]
-    found[:, 1:] = np.einsum("jd,sjn->sdn", weights, stages)
-    return found
+    coefficients[:, 1:] = np.einsum("jd,sjn->sdn", weights, stages)
+    return coefficients
 
 
 def use_polynomials(memory: SolveMemory, degree: int) -> None:
@@ -121,7 +121,7 @@ def use_polynomials(memory: SolveMemory, degree: int) -> None:
 
 def join_dense(memory: SolveMemory) -> None:
     """Records of the stages of both methods as polynomials of one form, which any kernel reads."""
-    dense, degree = memory.held[L.DENSE], degree_of(memory)
+    dense, degree = memory.arrays[L.DENSE], degree_of(memory)
     parts = [as_polynomials(dense[run.begin : run.end], run, degree) for run in runs_of(memory)]
     joined = np.concatenate(parts)
     memory.hold_new(L.DENSE, joined)

@@ -48,11 +48,11 @@ Reverse = tuple[int, int, int, Kernel]
 
 
 def write_tolerance(
-    tolerance: Tolerance, slots: Sequence[int], integers: Any, held: dict[int, Any]
+    tolerance: Tolerance, slots: Sequence[int], integers: Any, arrays: dict[int, Any]
 ) -> None:
     """Write both tolerances to the slots of ``rtol``, its stride, ``atol`` and its stride."""
     for values, slot, stride in zip(tolerance.doubles, slots[::2], slots[1::2], strict=True):
-        held[slot] = values
+        arrays[slot] = values
         integers[slot], integers[stride] = address(values), len(values) > 1
 
 
@@ -65,8 +65,10 @@ class Template:
     ----------
     method
         Numbers of the method that takes the first steps.
-    integers, reals, held
-        The arrays, and what their addresses point to.
+    integers, reals
+        The two arrays of a kernel.
+    arrays
+        What their addresses point to, by slot.
     advance
         The kernel that integrates.
     stiff, other
@@ -91,13 +93,13 @@ class Template:
         self.integers = integers = array("q", method.integers.tobytes())
         self.reals = reals = array("d", bytes(8 * L.N_REALS))
         set_controller(settings.controller, integers, reals)
-        self.held: dict[int, Any] = {}
+        self.arrays: dict[int, Any] = {}
         self._program = weakref.ref(program)  # which keeps the template
         self.dtype = _FLOAT32 if program.is_float32 else _FLOAT64
         self.advance = kernel("advance", method.family, program.is_float32)
         integers[L.FUSED] = method.family.fused_step(program, method.stages)
         slots = L.RTOL, L.RTOL_STRIDE, L.ATOL, L.ATOL_STRIDE
-        write_tolerance(settings.tolerance, slots, integers, self.held)
+        write_tolerance(settings.tolerance, slots, integers, self.arrays)
         integers[L.ADAPTIVE] = settings.adaptive
         integers[L.MAXITERS] = min(settings.maxiters, _MOST_ATTEMPTS)
         reals[L.SIZE] = reals[L.DT] = math.nan if settings.dt is None else settings.dt
@@ -172,7 +174,7 @@ class ScalarTemplate(Template):
             integers[L.DENSE_ROWS], reals[L.STIFF_ABOVE] = 1 + self.most_rows, limit
         if settings.stable_steps and settings.adaptive and alg.stable_sizes is not None:
             sizes, evaluations = alg.stable_sizes
-            self.held[L.STABLE] = sizes
+            self.arrays[L.STABLE] = sizes
             integers[L.STABLE] = address(sizes)
             integers[L.STABLE_MOST_WAIT] = most_wait(evaluations)
         integers[L.CHUNK] = self._steps_a_call(program)

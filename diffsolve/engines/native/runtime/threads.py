@@ -67,7 +67,7 @@ class ThreadShare(SolveMemory):
         self.stop = threading.Event()
         arguments = bound.arguments(rows)
         super().__init__(bound, template, rows * program.d, bound.params, breaks)
-        self.held[L.PARAMS] = arguments
+        self.arrays[L.PARAMS] = arguments
         integers = self.integers
         integers[L.PARAMS] = address(arguments) + 8
         integers[L.NOISE_SIZE] = size = rows * program.m
@@ -111,8 +111,8 @@ class ThreadShare(SolveMemory):
             (L.KNOWN_PLACE, np.arange(room)),
             (L.KNOWN_VALUES, np.empty((room, 2 * size))),
         ):
-            if slot in self.held:
-                new[: integers[L.KNOWN_ROOM]] = self.held[slot]
+            if slot in self.arrays:
+                new[: integers[L.KNOWN_ROOM]] = self.arrays[slot]
             self.hold_new(slot, new)
         integers[L.KNOWN_ROOM] = room
 
@@ -122,8 +122,8 @@ class ThreadShare(SolveMemory):
             (L.LOG, np.zeros((room, 2), np.int64)),
             (L.LOG_TIMES, np.zeros((room, 3))),
         ):
-            if slot in self.held:
-                new[:done] = self.held[slot][:done]
+            if slot in self.arrays:
+                new[:done] = self.arrays[slot][:done]
             self.hold_new(slot, new)
         integers[L.LOG_ROOM] = room
 
@@ -146,7 +146,7 @@ class ThreadShare(SolveMemory):
         else:
             self.hold_new(L.SAVES, np.asarray(times, dtype=np.float64))
             integers[L.N_SAVES] = integers[L.SAVE_ROOM] = len(out)
-        self.held[L.OUT_U] = out
+        self.arrays[L.OUT_U] = out
         integers[L.OUT_STRIDE], integers[L.N_ALL] = out.shape[1], out.shape[1]
         integers[L.OUT_U] = address(out) + self.first_entry * self.dtype.itemsize
         integers[L.STEP_ROOM] = room
@@ -224,11 +224,11 @@ class ThreadShares:
         if len(self.shares) > 1:
             states, self.states = self.states, None
             for share in self.shares:
-                share.held.pop(slot, None)
+                share.arrays.pop(slot, None)
             assert states is not None
             return torch.from_numpy(states)
         self.states = None
-        return torch.from_numpy(self.shares[0].held.pop(slot)).reshape(-1)
+        return torch.from_numpy(self.shares[0].arrays.pop(slot)).reshape(-1)
 
     def records(self) -> ThreadShares:
         """What is noted of the steps, to be kept."""
@@ -240,7 +240,7 @@ class ThreadShares:
                 *(L.PARAMS, L.STEP_T, L.SAVES, L.STOPS, L.BREAKS),
                 *(L.STEP_SUMS, L.SAVE_NOISE),
             )
-            copy.held = {slot: share.held[slot] for slot in slots if slot in share.held}
+            copy.arrays = {slot: share.arrays[slot] for slot in slots if slot in share.arrays}
             copy.stop = threading.Event()
             kept.append(copy)
         return ThreadShares(kept, None)
