@@ -1,9 +1,6 @@
 """The structure of the package is the one that docs/architecture.md tells.
 
 The source is parsed, not imported. ``docs/layers.py`` reads the imports and the table of layers.
-
-Each set ``KNOWN_...`` holds what is still to be mended. A test fails when an entry of it is no
-longer needed, so that the sets only shrink.
 """
 
 import ast
@@ -11,24 +8,12 @@ import tomllib
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
 import layers
 
 FAMILIES = "solvers/explicit_rk/", "solvers/rosenbrock/", "solvers/sdirk/", "solvers/stochastic/"
 MOST_LINES = 500  # of a file
 MOST_LINES_OF_FUNCTION = 60  # without its docstring
-
-#: Imports that point up the table, or that close a circle.
-KNOWN_LONG_FILES = {
-    "engines/native/runtime/loop.py",
-    "problems/vector_field.py",
-    "solvers/stochastic/kernel.py",
-}
-KNOWN_LONG_FUNCTIONS = {
-    ("engines/native/runtime/template.py", "__init__"),
-    ("solve.py", "solve"),
-}
+LONGEST = ("solve.py", "solve")  # half of it are its arguments
 
 
 def _points_up(module: str, imported: str) -> bool:
@@ -48,13 +33,6 @@ def _all_imports() -> Iterator[tuple[str, str]]:
             yield module, other
 
 
-def _without(edges: set[tuple[str, str]]) -> dict[str, frozenset[str]]:
-    return {
-        name: frozenset(other for other in imported if (name, other) not in edges)
-        for name, imported in layers.imports().items()
-    }
-
-
 def test_every_module_has_a_layer() -> None:
     lost = [x for x in layers.modules() if "." in x and layers.entry_of(x) is None]
     assert not [x for x in lost if layers.modules()[x].name != "__init__.py"], (
@@ -71,21 +49,12 @@ def test_every_entry_of_the_table_exists() -> None:
 
 
 def test_imports_point_down_the_table() -> None:
-    wrong = [x for x in _all_imports() if _points_up(*x) and x not in KNOWN_IMPORTS]
+    wrong = [x for x in _all_imports() if _points_up(*x)]
     assert wrong == []
 
 
 def test_no_module_imports_itself_through_others() -> None:
-    assert layers.circles(_without(KNOWN_IMPORTS)) == []
-
-
-@pytest.mark.parametrize("edge", sorted(KNOWN_IMPORTS))
-def test_known_imports_are_still_there(edge: tuple[str, str]) -> None:
-    module, imported = edge
-    is_there = imported in layers.imports().get(module, ())
-    assert is_there, "it is gone: remove it from KNOWN_IMPORTS"
-    closes_circle = layers.circles(_without(KNOWN_IMPORTS - {edge}))
-    assert _points_up(module, imported) or closes_circle, "it is fine: remove it from KNOWN_IMPORTS"
+    assert layers.circles(layers.imports()) == []
 
 
 def test_the_figure_is_that_of_the_code() -> None:
@@ -100,7 +69,12 @@ def test_files_are_short() -> None:
         for path in layers.modules().values()
     }
     long = sorted(name for name, size in sizes.items() if size > MOST_LINES)
-    assert long == sorted(KNOWN_LONG_FILES)
+    assert long == []
+
+
+def test_test_files_are_short() -> None:
+    paths = (layers.ROOT / "tests").glob("*.py")
+    assert not [x.name for x in paths if len(x.read_text().splitlines()) > MOST_LINES]
 
 
 def _settings() -> dict[str, Any]:
@@ -133,4 +107,4 @@ def _lines_of(function: ast.FunctionDef) -> int:
 
 
 def test_functions_are_short() -> None:
-    assert sorted(_long_functions()) == sorted(KNOWN_LONG_FUNCTIONS)
+    assert sorted(_long_functions()) == [LONGEST]

@@ -339,8 +339,8 @@ def test_sizes():
 def test_generic_step_is_the_fused_one(alg, monkeypatch):
     """The same solve and gradient by the kernels' own step, which large states need."""
     found = []
-    for most in (explicit_rk._MOST_IN_STEP, 0):
-        monkeypatch.setattr(explicit_rk, "_MOST_IN_STEP", most)
+    for most in (explicit_rk.MOST_IN_STEP, 0):
+        monkeypatch.setattr(explicit_rk, "MOST_IN_STEP", most)
         traces.clear_caches()
         rate = leaf(0.3)
         u0, p = leaf([1.0, 1.0]), leaf([1.5, 1.0, 3.0, 1.0])

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,22 @@ from diffsolve.problems.capture import (
     reached_objects,
 )
 from diffsolve.problems.probe import CUT, STOPPED, Probe, Watched, has_module_hooks, unhooked
+from diffsolve.problems.structure import StateStructure
 
-if TYPE_CHECKING:
-    from diffsolve.problems.vector_field import VectorField
+
+class Learner(Protocol):
+    """A right-hand side that learns from its first call; see ``VectorField`` for what each is."""
+
+    p: Any
+    structure: StateStructure
+    params: list[Tensor]
+    used: set[int]
+    work: int
+    cut: str
+    compares: bool
+    reverse_in_turn: bool
+    _args: tuple[Any, ...]
+    _signature: str
 
 
 @dataclass
@@ -53,7 +66,7 @@ class FirstCall:
 
 
 def call_first(
-    field: VectorField,
+    field: Learner,
     f: Callable[..., Any],
     name: str,
     t: Tensor,
@@ -99,9 +112,7 @@ def call_first(
     return FirstCall(f, name, value, probe, leaf, reached)
 
 
-def learn_from(
-    field: VectorField, call: FirstCall, flat: Tensor, by_state: bool
-) -> Callable[..., Any]:
+def learn_from(field: Learner, call: FirstCall, flat: Tensor, by_state: bool) -> Callable[..., Any]:
     """Add what a function depends on to the attributes of ``field`` that ``discover`` fills.
 
     Parameters
@@ -155,7 +166,7 @@ def learn_from(
     return Watched(call.f, name) if probe.reads else call.f
 
 
-def _how_to_call(field: VectorField, f: Callable[..., Any], name: str) -> str:
+def _how_to_call(field: Learner, f: Callable[..., Any], name: str) -> str:
     """What to do with an ``f`` that takes other arguments than it is given."""
     if _can_call(f, 1):
         takes = f"lambda {field._signature}: {name}(u)"

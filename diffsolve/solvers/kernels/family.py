@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -50,12 +50,19 @@ class KernelSet:
     """
 
     has_long_loops = False
+    #: Loads a kernel ``(name, kernel_set)`` for float64, or gives None where none can be made. Set
+    #: by the native engine, which lies above the methods that ask for such a kernel.
+    loader: ClassVar[Callable[[str, KernelSet], Callable[..., int] | None]]
 
     def __init__(self, name: str, root: str):
         self.name, self.root = name, root
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
+
+    def load(self, name: str) -> Callable[..., int] | None:
+        """A kernel for float64, or None where it cannot be made (which is logged)."""
+        return KernelSet.loader(name, self)
 
     def kernels(self) -> Mapping[str, Callable[..., Any]]:
         """Kernels ``(I, R, like)`` by name: ``KERNELS`` of the root, which loads Numba."""

@@ -22,7 +22,7 @@ STEP_VJP = Signature(
     ),
 )
 #: A step is one function where it has no more operations than this.
-_MOST_IN_STEP = 3_000
+MOST_IN_STEP = 3_000
 
 
 class ExplicitStep:
@@ -38,7 +38,7 @@ class ExplicitStep:
 
     def __init__(self, outputs: Sequence[Node], stages: Stages):
         self.n = n = len(outputs)
-        pool = self.pool = Pool(outputs[0].pool.dtype, 20 * _MOST_IN_STEP)
+        pool = self.pool = Pool(outputs[0].pool.dtype, 20 * MOST_IN_STEP)
         h = pool.input("h", 0)
         u = list(pool.inputs("u", n))
         k = [list(pool.inputs("k", n))]
@@ -68,7 +68,7 @@ class ExplicitStep:
     @staticmethod
     def fits(size: int, n: int, stages: Stages) -> bool:
         """Whether the step of a right-hand side of ``size`` operations is short enough."""
-        return (size + stages.n * n) * stages.n <= _MOST_IN_STEP
+        return (size + stages.n * n) * stages.n <= MOST_IN_STEP
 
     def outputs(self) -> list[Output]:
         """What ``STEP`` writes."""

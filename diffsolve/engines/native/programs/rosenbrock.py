@@ -19,8 +19,8 @@ from diffsolve.engines.native.graph.expression import Node, Pool, needed, substi
 from diffsolve.solvers.rosenbrock.tableau import RosenbrockStages
 
 #: Operations of a step, and of its reverse, up to which they are made one function.
-_MOST = 8_000
-_MOST_IN_REVERSE = 16_000
+MOST_IN_STEP = 8_000
+MOST_IN_REVERSE = 16_000
 Row = list[Node]
 Entries = dict[tuple[int, int], Node]
 Triangle = list[list[tuple[int, Node]]]
@@ -124,9 +124,9 @@ class RosenbrockStep:
     def __init__(self, outputs: Sequence[Node], jacobian: Any, stages: RosenbrockStages):
         self.n, self.stages = len(outputs), stages
         size = len(needed([*outputs, *jacobian.nodes]))
-        if (size + 2 * stages.n * self.n) * stages.n > 4 * _MOST:
+        if (size + 2 * stages.n * self.n) * stages.n > 4 * MOST_IN_STEP:
             raise TooLong
-        self.pool = pool = Pool(outputs[0].pool.dtype, 20 * _MOST)
+        self.pool = pool = Pool(outputs[0].pool.dtype, 20 * MOST_IN_STEP)
         self.h = h = pool.input("h", 0)
         self.u = list(pool.inputs("u", self.n))
         self.right = outputs
@@ -187,7 +187,7 @@ class RosenbrockStep:
         k = [list(self.pool.inputs("k", n))]
         for i in range(1, last):
             k.append(self.lu.solve(self._right(i, k)))
-            if len(needed([x for row in k for x in row])) > _MOST:
+            if len(needed([x for row in k for x in row])) > MOST_IN_STEP:
                 raise TooLong
         new = self.state(last, k)
         k.append(self.field(last, new))
@@ -231,7 +231,7 @@ class RosenbrockStep:
         at ``entries``.
         """
         found = _Reverse(self, entries).outputs()
-        if len(needed([x.node for x in found])) > _MOST_IN_REVERSE:
+        if len(needed([x.node for x in found])) > MOST_IN_REVERSE:
             raise TooLong
         return found
 

@@ -18,16 +18,9 @@ _WORD64 = (1 << 64) - 1
 
 
 @functools.cache
-def compiled(name: str) -> Callable[[Any, Any], int] | None:
+def compiled(name: str) -> Callable[..., int] | None:
     """A kernel of ``kernel.py`` for float64, or None where it cannot be made (which is logged)."""
-    # the one place where a solver asks for machine code: the loader belongs to the engine
-    from diffsolve.engines.declined import Declined
-    from diffsolve.engines.native.runtime.kernels import kernel
-
-    try:
-        return kernel(name, NOISE, False)
-    except Declined:
-        return None
+    return NOISE.load(name)
 
 
 def signed(seed: int) -> int:
@@ -77,7 +70,7 @@ class Draws:
         self._for_bridge = (ctypes.c_int64 * 9)(*at, 0, rows, m, 0, 0, work.data_ptr())
         self._reals = (ctypes.c_double * 4)()
 
-    def kernel(self, name: str) -> Callable[[Any, Any], int] | None:
+    def kernel(self, name: str) -> Callable[..., int] | None:
         """A compiled kernel where these numbers can come from one; it takes arrays of ctypes."""
         return compiled(name) if self.device.type == "cpu" else None
 
