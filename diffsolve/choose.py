@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffsolve.adjoints.select import choose, refuse_for_noise
+from diffsolve.adjoints.select import choose_sensealg, refuse_for_noise
 from diffsolve.adjoints.sensealg import Sensealg
 from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.plan import NativePlan
@@ -65,7 +65,7 @@ class Request:
     def chosen_sensealg(self) -> Sensealg:
         """The sensealg, once the parameters are known that a gradient is wanted of."""
         wants = self.recording and self.wants_gradients
-        return choose(self.sensealg, wants, self.transformed)
+        return choose_sensealg(self.sensealg, wants, self.transformed)
 
 
 def choose_plan(request: Request) -> tuple[Plan, Sensealg, Tensor | None]:

@@ -1,7 +1,7 @@
 """What a solve needs besides the values of its tensors: its arguments, checked and normalised.
 
 A training solves the same problem with the same arguments again and again. What was made of them is
-kept with the problem, and used as long as none of them could have changed.
+kept with the problem (``SolveCache``), and used as long as none of them could have changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffsolve.engines.settings import Settings
 from diffsolve.problems.autocast import is_autocasting
-from diffsolve.problems.ode import PREPARED, ODEProblem
+from diffsolve.problems.ode import ODEProblem
 from diffsolve.problems.sde import SDEProblem
 from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import StateStructure, detached
@@ -99,11 +99,12 @@ class Prepared:
         TypeError, ValueError
             If one of them is wrong.
         """
-        latest: Prepared | None = getattr(prob, "__dict__", {}).get(PREPARED)
-        if latest is not None and latest.still_holds(prob, alg, values, transformed):
-            return latest
+        if isinstance(prob, ODEProblem):
+            latest = prob._solve_cache.prepared
+            if isinstance(latest, Prepared) and latest.still_holds(prob, alg, values, transformed):
+                return latest
         options = Options(*values)
-        field, alg_given = _field_of(prob), alg
+        alg_given, field = alg, _field_of(prob)
         if isinstance(prob, SDEProblem):
             alg = stochastic_method(alg, prob)
         else:
@@ -115,12 +116,12 @@ class Prepared:
         settings = _settings(alg, field, options, stops)
         field.accuracy, field.retries = settings.accuracy, settings.adaptive
         direction = 1.0 if t1 >= t0 else -1.0
-        keeps = not transformed and _may_be_kept(prob, options, field)
-        given = (alg_given, options) if keeps else None
-        found = cls(alg, t0, t1, direction, settings, given, field)
-        if keeps:
-            prob.__dict__[PREPARED] = found
-        return found
+        reusable = not transformed and _is_reusable(prob, options, field)
+        given = (alg_given, options) if reusable else None
+        prepared = cls(alg, t0, t1, direction, settings, given, field)
+        if given is not None and isinstance(prob, ODEProblem):
+            prob._solve_cache.prepared = prepared
+        return prepared
 
     def still_holds(self, prob: Any, alg: Any, values: tuple[Any, ...], transformed: bool) -> bool:
         """Whether the same arguments, as far as they are numbers and methods, mean the same now."""
@@ -168,7 +169,7 @@ def _are_equal(values: tuple[Any, ...], known: Options) -> bool:
     return plain and all(map(is_, values[8:], known[8:]))
 
 
-def _may_be_kept(prob: ODEProblem | SDEProblem, options: Options, field: VectorField) -> bool:
+def _is_reusable(prob: ODEProblem | SDEProblem, options: Options, field: VectorField) -> bool:
     """Whether all arguments are such that nothing can change in them without being seen."""
     return (
         isinstance(prob, ODEProblem)

@@ -1,8 +1,7 @@
-"""What a solve gives back: times, states and steps, and the gradients that they have or refuse."""
+"""From the results of an engine to a ``Solution``, whose parts have gradients or refuse them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,7 +33,7 @@ _DENSE_NEEDS_TAPE = (
 
 
 def solution_of(context: SolveContext, sensealg: Sensealg, outputs: Outputs) -> Solution:
-    """The result of a solve: times, states and steps, with gradients or with a refusal of them."""
+    """The solution, whose times, states and steps have gradients or refuse them."""
     trajectory, field, stats = outputs.trajectory, context.field, context.stats
     u, saves = outputs.u, context.saves
     times: Any = saves.array
@@ -42,7 +41,7 @@ def solution_of(context: SolveContext, sensealg: Sensealg, outputs: Outputs) -> 
         times = saves.as_tensor(context.span, trajectory.t)
         moving = saves.inside(times, context.span) if sensealg.handles_time else times
         u = attach_saved(u, moving, field, context.t0, context.t1)
-    # made when they are read: most users never look
+    # made when they are read, since most users never look
     steps: Any = partial(trajectory.steps.steps, outputs.estimates)
     if u.requires_grad and not sensealg.handles_steps:
         steps = _refusing_gradients(steps(), u, sensealg)
@@ -50,6 +49,9 @@ def solution_of(context: SolveContext, sensealg: Sensealg, outputs: Outputs) -> 
         steps = _refusing_missing(steps(), u, context.alg)
     stats.count(field.counts() if trajectory.counts is None else trajectory.counts)
     stats.naccept, stats.nreject = len(trajectory.steps), trajectory.nreject
+    read_dense = None
+    if trajectory.dense is not None:
+        read_dense = _DenseReader(context, sensealg, trajectory.dense, u)
     return Solution(
         _t=times,
         u=field.structure.unravel(u),
@@ -58,59 +60,54 @@ def solution_of(context: SolveContext, sensealg: Sensealg, outputs: Outputs) -> 
         _steps=steps,
         message=trajectory.message,
         noise=field.path,
-        _interpolate=_dense_reader(context, sensealg, trajectory.dense, u),
+        _interpolate=read_dense,
         _context=context,
     )
 
 
-def _dense_reader(
-    context: SolveContext, sensealg: Sensealg, dense: Dense | None, anchor: Tensor
-) -> Callable[[Any, int], Any] | None:
-    """``sol(t)``; its values are on the tape where the whole solve is, and else say that not."""
-    if dense is None:
-        return None
-    structure = context.field.structure
-    ends = (context.t0, dense.direction * dense.ends[-1])
-    on_tape = isinstance(sensealg, DiscreteAdjoint) and sensealg.tape
-    noisy = context.field.is_stochastic
+class _DenseReader:
+    """``sol(t)``: states with gradients where the whole solve is on the tape, else a refusal.
 
-    def interpolate(t: Any, derivative: int) -> Any:
+    Gradients by ``t`` are there in both cases. It does not refer to the solution, which keeps it.
+
+    Parameters
+    ----------
+    anchor
+        The saved states, which tell whether anything requires a gradient.
+    """
+
+    def __init__(self, context: SolveContext, sensealg: Sensealg, dense: Dense, anchor: Tensor):
+        self.dense, self.anchor = dense, anchor
+        self.structure = context.field.structure
+        self.ends = (context.t0, dense.direction * dense.ends[-1])
+        self.on_tape = isinstance(sensealg, DiscreteAdjoint) and sensealg.tape
+        self.is_noisy = context.field.is_stochastic
+        self.refusal = _DENSE_NEEDS_TAPE.format(sensealg=sensealg)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _DenseReader:
+        return self  # nothing changes it
+
+    def __call__(self, t: Any, derivative: int) -> Any:
         if not isinstance(derivative, int) or derivative < 0:
             raise ValueError(f"derivative must be 0, 1, 2, ..., got {derivative!r}")
         eps = torch.finfo(t.dtype).eps if isinstance(t, Tensor) and t.is_floating_point() else 0.0
         at = torch.as_tensor(t, dtype=torch.float64, device="cpu")
-        times = [snapped(x, ends, eps) for x in at.detach().reshape(-1).tolist()]
-        if noisy and at.requires_grad and torch.is_grad_enabled():
-            dense(times, 1)  # raises: a path has no derivative
-        flat = _read_dense(dense, on_tape, anchor, why, at.reshape(-1), times, derivative)
-        return structure.unravel(flat.reshape(*at.shape, structure.size))
+        times = [snapped(x, self.ends, eps) for x in at.detach().reshape(-1).tolist()]
+        if self.is_noisy and at.requires_grad and torch.is_grad_enabled():
+            self.dense(times, 1)  # raises: a path has no derivative
+        flat = self._read(at.reshape(-1), times, derivative)
+        return self.structure.unravel(flat.reshape(*at.shape, self.structure.size))
 
-    why = _DENSE_NEEDS_TAPE.format(sensealg=sensealg)
-    return interpolate
-
-
-def _read_dense(
-    dense: Dense,
-    on_tape: bool,
-    anchor: Tensor,
-    why: str,
-    at: Tensor,
-    times: list[float],
-    derivative: int,
-) -> Tensor:
-    """Flat states at ``times``, with gradients by ``at``, or with ``why`` there are none.
-
-    It stands alone: a closure that names itself would keep the solution alive.
-    """
-    recording = torch.is_grad_enabled()
-    with torch.set_grad_enabled(on_tape and recording):
-        flat = dense(times, derivative)
-    if recording and not on_tape and anchor.requires_grad:
-        flat = undifferentiable(flat, anchor, why)
-    if recording and at.requires_grad:
-        again = partial(_read_dense, dense, on_tape, anchor, why)
-        flat = attach_slopes(flat, at, lambda at: again(at, times, derivative + 1))
-    return flat
+    def _read(self, at: Tensor, times: list[float], derivative: int) -> Tensor:
+        """Flat states at ``times``, the values of ``at``."""
+        recording = torch.is_grad_enabled()
+        with torch.set_grad_enabled(self.on_tape and recording):
+            flat = self.dense(times, derivative)
+        if recording and not self.on_tape and self.anchor.requires_grad:
+            flat = undifferentiable(flat, self.anchor, self.refusal)
+        if recording and at.requires_grad:
+            flat = attach_slopes(flat, at, lambda at: self._read(at, times, derivative + 1))
+        return flat
 
 
 def _refusing_gradients(steps: Steps, anchor: Tensor, sensealg: Sensealg) -> Steps:
@@ -122,7 +119,7 @@ def _refusing_gradients(steps: Steps, anchor: Tensor, sensealg: Sensealg) -> Ste
 
 
 def _refusing_missing(steps: Steps, anchor: Tensor, alg: Any) -> Steps:
-    """Estimates that a method lacks are zero: to optimise them would do nothing, silently."""
+    """Refuse gradients of estimates that a method lacks: these are zero, and so would those be."""
     missing = [] if alg.adaptive else ["error", "error_norm"]
     missing += [] if alg.estimates_stiffness else ["stiffness"]
     refusing = {

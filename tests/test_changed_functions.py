@@ -27,7 +27,7 @@ from diffsolve import (
     Tsit5,
     Vern7,
 )
-from diffsolve.engines.torch.reverse import Reverse
+from diffsolve.engines.torch.reverse_field import ReverseODE
 from diffsolve.problems.capture import Substitute
 from diffsolve.problems.vector_field import VectorField
 
@@ -210,14 +210,14 @@ def test_parameters_that_f_never_calls_do_not_lengthen_the_reverse_state(
             return self.net(u)
 
     sizes: list[int] = []
-    original = Reverse.start
+    original = ReverseODE.start
 
-    def start(self: Reverse, bar: Tensor, u: Tensor) -> Tensor:
+    def start(self: ReverseODE, bar: Tensor, u: Tensor) -> Tensor:
         z = original(self, bar, u)
         sizes.append(len(z))
         return z
 
-    monkeypatch.setattr(Reverse, "start", start)
+    monkeypatch.setattr(ReverseODE, "start", start)
     model = Model()
     sol = solve(ODEProblem(model.f, torch.ones(2), (0.0, 1.0)), Tsit5(), sensealg=sensealg)
     sol.u[-1].sum().backward()

@@ -22,7 +22,7 @@ from diffsolve import (
     Vern7,
     solve,
 )
-from diffsolve.problems.ode import PREPARED
+from diffsolve.problems.solve_cache import SolveCache
 
 F64 = torch.float64
 ENGINES = pytest.mark.parametrize("engine", ["auto", "native", "torch"])
@@ -205,7 +205,8 @@ def test_copies_of_a_problem_that_was_solved() -> None:
     prob = problem()
     solve(prob, Tsit5())
     for other in (copy.copy(prob), copy.deepcopy(prob), pickle.loads(pickle.dumps(prob))):
-        assert PREPARED not in vars(other)
+        assert not any(isinstance(x, SolveCache) for x in vars(other).values())
+        assert "SolveCache" not in repr(prob)
         torch.testing.assert_close(solve(other, Tsit5()).u, solve(prob, Tsit5()).u)
 
 

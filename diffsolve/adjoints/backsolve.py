@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from diffsolve.adjoints.backsolved_state import BacksolvedState, BacksolveWarning
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore
-from diffsolve.adjoints.reconstruction import BacksolveWarning, Reconstruction
-from diffsolve.adjoints.stochastic import ForwardSteps, StochasticBacksolve, diffusion_at_start
+from diffsolve.adjoints.reverse_sde import BacksolveSDE, ForwardSteps, diffusion_at_start
 from diffsolve.engines.plan import SolveContext
 from diffsolve.engines.settings import Settings
 from diffsolve.engines.torch.forward import integrate_with_torch
-from diffsolve.engines.torch.reverse import Reverse, ReverseField
+from diffsolve.engines.torch.reverse_field import ReverseField, ReverseODE
 from diffsolve.engines.torch.reverse_jacobian import Lagrangian
 from diffsolve.engines.torch.step_log import StepLog
 from diffsolve.problems.sde_field import SDEField
@@ -28,11 +28,11 @@ from diffsolve.solvers.norms import Tolerance
 class BacksolveAdjoint(ContinuousAdjoint):
     """Solve state and adjoint together, backward in time; memory independent of the steps.
 
-    The reconstruction is compared with the initial state, and with every saved state, and a
+    The state that is solved again is compared with the initial state and with every saved one. A
     ``BacksolveWarning`` tells when it is off by more than ``warn_above`` tolerances: backward in
     time, stable dynamics are unstable, and the gradient is then wrong. On a stiff problem it is
-    always wrong, or the reverse solve fails: it takes at most 50 times the steps of the forward one
-    (and at least 10,000).
+    always wrong, or the reverse solve fails: it may take 50 times the steps of the forward one, or
+    10,000 where that is more.
 
     Of an SDE, the adjoint is a Stratonovich equation along the same Brownian path, also for Ito
     equations, whose drift is corrected by vector-Jacobian products of ``g`` with itself (one for
@@ -67,7 +67,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
     #: Warn above this multiple of the tolerance (in the scaled norm).
     warn_above: ClassVar[float] = 1000.0
 
-    #: Most steps of the reverse solve, as a multiple of the forward attempts, and at least.
+    #: Bound on the reverse steps: a multiple of the forward attempts, or a number if that is more.
     most_steps: ClassVar[tuple[int, int]] = (50, 10_000)
 
     @property
@@ -77,7 +77,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
     def reverse_settings(
         self, context: SolveContext, tolerance: Tolerance, stops: Sequence[float]
     ) -> Settings:
-        """With a bound on the steps: an unstable reconstruction can ask for any number of them."""
+        """With a bound on the steps: an unstable reverse solve can ask for any number of them."""
         settings = super().reverse_settings(context, tolerance, stops)
         times, least = self.most_steps
         most = max(least, times * (context.stats.naccept + context.stats.nreject)) + len(stops)
@@ -92,7 +92,7 @@ class BacksolveAdjoint(ContinuousAdjoint):
         return log, [u0, G0], lambda tensors: (steps, *tensors)
 
     def warn_of(self, worst: float) -> None:
-        """Warn where the reconstruction was off by more tolerances than is safe."""
+        """Warn where the state that was solved again is off by more tolerances than is safe."""
         if not worst <= self.warn_above:
             warnings.warn(
                 f"BacksolveAdjoint reconstructed the solution backward in time with an error of "
@@ -106,23 +106,14 @@ class BacksolveAdjoint(ContinuousAdjoint):
     def reverse(
         self, context: SolveContext, kept: Any, field: VectorField, params: list[Tensor]
     ) -> ReverseField:
-        if not isinstance(context.field, SDEField):
-            return _BacksolveReverse(self, context, kept, field, params)
-        return StochasticBacksolve(self, context, field, params, *kept)
+        if isinstance(context.field, SDEField):
+            return BacksolveSDE(self, context, field, params, *kept)
+        reverse = _BacksolveODE(field, params, extra=field.structure.size)
+        reverse.expect(self, context, kept)
+        return reverse
 
 
-class _BacksolveReverse(Reconstruction, Reverse):
-    def __init__(
-        self,
-        sensealg: BacksolveAdjoint,
-        context: SolveContext,
-        u0: Tensor,
-        field: VectorField,
-        params: list[Tensor],
-    ):
-        super().__init__(field, params, extra=field.structure.size)
-        self.expect(sensealg, context, u0)
-
+class _BacksolveODE(BacksolvedState, ReverseODE):
     def derivative(self, t: Tensor, z: Tensor) -> Tensor:
         bar, u, _ = self.blocks(z)
         du, u_bar, p_bars = self.products(t, u, bar)

@@ -2,31 +2,28 @@
 
 With ``L`` a function of the saved states, ``lambda = dL/du(t)`` obeys ``d lambda/dt = -J^T lambda``
 and jumps by ``dL/du_i`` at each saved time; ``dL/dp`` is the integral of ``f_p^T lambda``
-(Pontryagin 1962; Cao, Li, Petzold, Serban, SIAM J. Sci. Comput. 24 (2003) 1076). The reverse state
-is ``[lambda, (u,) mu]``: one solve from the last saved time to the first, with stops at the saves.
+(Pontryagin 1962; Cao, Li, Petzold, Serban, SIAM J. Sci. Comput. 24 (2003) 1076). One solve from the
+last saved time to the start, with stops at the saved times, gives both: its state is
+``[lambda, (u,) mu]``, see ``engines/torch/reverse_field.py``.
 """
 
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffsolve.adjoints.reverse_sde import check_explicit, check_reverse_method, reverse_method
 from diffsolve.adjoints.sensealg import Handover, Outputs, Sensealg, forbid_double_backward
-from diffsolve.adjoints.stochastic import check_explicit, check_reverse_method, reverse_method
 from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.plan import NativePlan
-from diffsolve.engines.plan import ForwardSolve, SolveContext
+from diffsolve.engines.plan import AdjointEquation, ForwardSolve, SolveContext
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.torch.reverse import ReverseField
-from diffsolve.engines.torch.step_log import StepLog
 from diffsolve.problems.sde_field import SDEField
-from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import Stats
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.norms import Tolerance
@@ -37,7 +34,7 @@ Restore = Callable[[Sequence[Tensor]], Any]
 
 
 @dataclass(frozen=True)
-class ContinuousAdjoint(Sensealg):
+class ContinuousAdjoint(Sensealg, AdjointEquation):
     """Base of the adjoints that solve the adjoint equation.
 
     Parameters
@@ -78,39 +75,12 @@ class ContinuousAdjoint(Sensealg):
             )
         return settings
 
-    @abstractmethod
-    def forward(self, context: SolveContext, u0: Tensor) -> tuple[StepLog, list[Tensor], Restore]:
-        """Integrate; returns also tensors for autograd to save, and what makes ``kept`` of them."""
-
-    @abstractmethod
-    def reverse(
-        self, context: SolveContext, kept: Any, field: VectorField, params: list[Tensor]
-    ) -> ReverseField:
-        """The reverse problem, from what the reverse pass needs of the forward one."""
-
-    #: Whether the reverse solve reads the forward solution, rather than solving it again.
-    along_path: ClassVar[bool] = False
-
-    @property
-    def kept_states(self) -> int | None:
-        """How many states of the forward solution are kept; None: its continuous extension."""
-        return None
-
-    @property
-    def resets_state(self) -> bool:
-        """Whether a state that is solved again is set to the stored one at saved times."""
-        return False
-
-    def warn_of(self, worst: float) -> None:
-        """Warn where a state that was solved again is off by so many tolerances."""
-
     def compile(self, plan: NativePlan, alg: Algorithm) -> None:
         if isinstance(alg, StochasticMethod):
             raise Declined("the adjoint equation of an SDE is solved by torch")
         plan.compile_adjoint(self.alg or alg, self.along_path, self.kept_states)
 
     def reverse_method(self, context: SolveContext) -> Algorithm:
-        """The method of the reverse solve."""
         if isinstance(context.field, SDEField):
             return reverse_method(self.alg, context)
         return self.alg or context.alg
@@ -131,17 +101,14 @@ class ContinuousAdjoint(Sensealg):
         forward = context.settings
         alg = self.reverse_method(context)
         same = self.alg is None and alg.name == context.alg.name
+        stiff = forward.controller_stiff if same else None
+        if not same and isinstance(alg, AutoSwitch):
+            stiff = alg.stiff.default_controller()
         return replace(
             forward,
             tolerance=tolerance,
             controller=forward.controller if same else alg.default_controller(),
-            controller_stiff=(
-                forward.controller_stiff
-                if same
-                else alg.stiff.default_controller()
-                if isinstance(alg, AutoSwitch)
-                else None
-            ),
+            controller_stiff=stiff,
             adaptive=forward.adaptive and alg.adaptive,
             to_rounding=forward.to_rounding and self.rtol is None and self.atol is None,
             dt=None if forward.adaptive else forward.dt,
@@ -161,7 +128,7 @@ class _Continuous(torch.autograd.Function):
         handover.put(trajectory)
         ctx.sensealg, ctx.context = sensealg, context.plan.for_reverse(context)
         ctx.times = trajectory.t
-        # autograd frees them after backward, and sees a parameter changed in place
+        # autograd frees these after backward, and notices a parameter that was changed in place
         ctx.save_for_backward(u0, *params, trajectory.u, *kept)
         return trajectory.u
 

@@ -1,4 +1,4 @@
-"""The states of an SDE's forward solve, read backward at any time."""
+"""The states of an SDE's forward solve at any time, for a reverse solve."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ class ForwardStates:
 
     Between the ends of a step from ``u`` to ``u_new``, a state is the step's interpolant,
     ``u + theta (u_new - u) + g(t, u) (W(t + theta h) - W(t) - theta W_step)``. With checkpoints,
-    the states of two neighbouring segments are at hand, and made again by repeating their steps.
+    the steps of a segment are repeated for its states; those of two neighbouring ones are kept.
 
     Parameters
     ----------
     context
         The forward solve.
     path
-        What ``W`` is read from: that of the reverse solve, so that both follow the same path also
-        at times that are new to it.
+        The Brownian path ``W`` of the reverse solve: both then agree at times that are new to it.
     tape
         Records of the steps.
     end, final
@@ -41,7 +40,7 @@ class ForwardStates:
     ):
         assert isinstance(context.field, SDEField)
         self.field, self.path, self.tape = context.field, path, tape
-        self.direction = 1.0 if context.t1 >= context.t0 else -1.0
+        self.direction = context.direction
         self.times = [*(record.t for record in tape.records), end]
         self.keys = [self.direction * t for t in self.times]
         self.final = final

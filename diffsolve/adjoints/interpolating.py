@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore
-from diffsolve.adjoints.stochastic import (
+from diffsolve.adjoints.reverse_sde import (
     ForwardSteps,
-    StochasticInterpolating,
+    InterpolatingSDE,
     diffusion_at_start,
 )
 from diffsolve.engines.plan import SolveContext
 from diffsolve.engines.torch.forward import integrate_with_torch
-from diffsolve.engines.torch.reverse import Reverse, ReverseField
+from diffsolve.engines.torch.reverse_field import ReverseField, ReverseODE
 from diffsolve.engines.torch.reverse_jacobian import Lagrangian
 from diffsolve.engines.torch.step_log import StepLog
 from diffsolve.engines.torch.tape import StepTape, check_checkpoints
@@ -27,7 +27,9 @@ from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.interpolation import DenseOutput
 
 
-class _Path(Protocol):
+class _Readable(Protocol):
+    """A forward solution, read at any time."""
+
     def at(self, t: float, derivative: int = 0) -> Tensor: ...
 
 
@@ -88,12 +90,12 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         tape = StepTape(self.checkpoints)
         log = integrate_with_torch(context, u0, tape)
         end = log.final_t
-        return log, tape.unload(), lambda x: _Segments(context, tape.loaded(x), end)
+        return log, tape.unload(), lambda x: _SegmentwiseOutput(context, tape.loaded(x), end)
 
     def _along_noise(
         self, context: SolveContext, u0: Tensor
     ) -> tuple[StepLog, list[Tensor], Restore]:
-        """The same for an SDE: states at the ends of the steps, and what lies between follows."""
+        """The same for an SDE: the states at the ends of its steps are kept."""
         G0 = diffusion_at_start(context, u0)
         tape = StepTape(self.checkpoints)
         log = integrate_with_torch(context, u0, tape)
@@ -109,16 +111,16 @@ class InterpolatingAdjoint(ContinuousAdjoint):
         self, context: SolveContext, kept: Any, field: VectorField, params: list[Tensor]
     ) -> ReverseField:
         if isinstance(context.field, SDEField):
-            return StochasticInterpolating(context, field, params, *kept)
-        return _InterpolatingReverse(kept, context, field, params)
+            return InterpolatingSDE(context, field, params, *kept)
+        return _InterpolatingODE(kept, context, field, params)
 
 
-class _InterpolatingReverse(Reverse):
+class _InterpolatingODE(ReverseODE):
     def __init__(
-        self, path: _Path, context: SolveContext, field: VectorField, params: list[Tensor]
+        self, solution: _Readable, context: SolveContext, field: VectorField, params: list[Tensor]
     ):
         super().__init__(field, params, extra=0)
-        self.path = path
+        self.solution = solution
         self.low, self.high = sorted((context.t0, context.t1))
 
     def derivative(self, t: Tensor, z: Tensor) -> Tensor:
@@ -127,10 +129,10 @@ class _InterpolatingReverse(Reverse):
         return torch.cat([-u_bar, *[-x for x in p_bars]])
 
     def state_at(self, time: Tensor, z: Tensor) -> Tensor:
-        return self.path.at(self._inside(time))
+        return self.solution.at(self._inside(time))
 
     def slope_at(self, time: Tensor, at: Lagrangian, by_time: Tensor | None) -> Tensor:
-        by_u, by_p = at.second(self.path.at(self._inside(time), 1), 1.0)
+        by_u, by_p = at.second(self.solution.at(self._inside(time), 1), 1.0)
         return torch.cat([-by_u, -by_p])
 
     def _inside(self, time: Tensor) -> float:
@@ -138,12 +140,12 @@ class _InterpolatingReverse(Reverse):
         return min(max(float(time), self.low), self.high)
 
 
-class _Segments:
-    """Dense output made again from checkpoints, two neighbouring segments at a time."""
+class _SegmentwiseOutput:
+    """Dense output from checkpoints, with two neighbouring segments made at a time."""
 
     def __init__(self, context: SolveContext, tape: StepTape, end: float):
         self.context, self.tape, self.end = context, tape, end
-        self.direction = 1.0 if context.t1 >= context.t0 else -1.0
+        self.direction = context.direction
         self.segments = tape.segments()
         self.starts = [self.direction * tape.records[begin].t for begin, _ in self.segments]
         self.made: dict[int, DenseOutput] = {}

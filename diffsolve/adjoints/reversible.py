@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsolve.adjoints.backsolved_state import BacksolveWarning
 from diffsolve.adjoints.discrete import run_stepwise
-from diffsolve.adjoints.reconstruction import BacksolveWarning
 from diffsolve.adjoints.sensealg import Outputs, Sensealg
 from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.plan import NativePlan

@@ -60,7 +60,7 @@ def refuse_for_noise(sensealg: Sensealg | None, moving_times: bool) -> None:
         )
 
 
-def choose(sensealg: Sensealg | None, differentiate: bool, transformed: bool) -> Sensealg:
+def choose_sensealg(sensealg: Sensealg | None, differentiate: bool, transformed: bool) -> Sensealg:
     """The sensealg of a solve, which wants gradients or not, under a transform or not.
 
     Without a choice of the user's: none where nothing requires a gradient; ``DiscreteAdjoint()``

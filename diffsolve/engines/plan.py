@@ -1,4 +1,4 @@
-"""The contract between sensealgs and engines: what is solved, what is kept, how it goes back."""
+"""The contract of sensealgs and engines: what is solved, what is kept, what is differentiated."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class SaveRequest:
     saves
         Times to save.
     states
-        Whether to keep what the reverse pass needs to go back through the steps.
+        Whether to keep the states of the steps, for a reverse pass through them.
     checkpoints
-        Of how many steps; None: of all.
+        How many states; None: those of all steps.
     dense
         Whether to keep the continuous extension.
     complete
-        Whether that has the extra stages of the interpolant from the beginning.
+        Whether to compute the extra stages of the interpolant during the solve.
     tape
-        Where the torch engine records the steps, instead of a tape of its own.
+        A ``StepTape`` for the torch engine to record the steps on; None: it makes its own.
     """
 
     saves: SaveTimes
@@ -54,7 +54,7 @@ class SaveRequest:
 
 
 class StepTable(ABC):
-    """Start, size and estimates of the accepted steps. They become tensors when they are read."""
+    """Start, size and estimates of the accepted steps; tensors are made when they are read."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -68,7 +68,7 @@ class StepTable(ABC):
         """``error, error_norm, stiffness``: ``(3, n)``."""
 
     def steps(self, estimates: Tensor | None = None) -> Steps:
-        """All columns; ``estimates`` takes the place of those here, where it is differentiated."""
+        """All columns; ``estimates`` replaces those of the table: the same, but on the tape."""
         rows = self.estimates() if estimates is None else estimates
         return Steps(*self.times(), rows[0], rows[1], rows[2])
 
@@ -84,16 +84,16 @@ class Dense(Protocol):
 
 @dataclass
 class Trajectory:
-    """What an engine gives back.
+    """A solve as an engine returns it.
 
     Attributes
     ----------
     t, u
-        Times that were saved, and the flat states there ``(T, N)``.
+        Saved times, and the flat states there, ``(T, N)``.
     steps
         The accepted steps.
     counts
-        Work done, as ``Stats.count`` takes it; None: the field has counted it.
+        Work done, as ``Stats.count`` takes it; None: ``field.counts()`` tells.
     nreject
         Rejected steps.
     final_t, final_h
@@ -105,7 +105,7 @@ class Trajectory:
     kernel_s
         Seconds in compiled code.
     records
-        What the engine's own reverse pass goes by.
+        What the engine needs for a reverse pass; it alone reads this.
     """
 
     t: Sequence[float] | np.ndarray
@@ -131,10 +131,10 @@ class SolveContext:
     field, alg
         Right-hand side over the flat state, and the method.
     u0, du0
-        Flat initial state, possibly on the tape, and the derivative there, off the tape; None where
-        it is not known.
+        Flat initial state, possibly on the tape, and ``f(t0, u0)``, off the tape; None where that
+        is not known.
     t0, t1
-        Span, floats; ``span`` holds the same as the user gave it.
+        Span, as floats; ``span`` holds what the user gave.
     settings
         How to integrate.
     saves
@@ -144,7 +144,7 @@ class SolveContext:
     plan
         The engine.
     stats
-        To be filled; ``stats.adjoint`` by the reverse pass.
+        Filled on the way; the reverse pass fills ``stats.adjoint``.
     """
 
     field: VectorField
@@ -159,6 +159,11 @@ class SolveContext:
     dense: bool
     plan: Plan
     stats: Stats
+
+    @property
+    def direction(self) -> float:
+        """1, or -1 where time runs backward."""
+        return 1.0 if self.t1 >= self.t0 else -1.0
 
     @property
     def save_times(self) -> Sequence[float] | None:
@@ -179,9 +184,9 @@ class ForwardSolve:
     u0
         Flat initial state.
     times, saved
-        Times that were saved, and the states there ``(T, N)``.
+        Saved times, and the states there, ``(T, N)``.
     kept, records
-        Tensors that autograd kept, and what else the engine wanted to know.
+        What ``Plan.forward`` gave the engine to keep: tensors, and the rest.
     """
 
     u0: Tensor
@@ -191,66 +196,69 @@ class ForwardSolve:
     records: Any
 
 
-class AdjointEquation(Protocol):
-    """What an engine asks of a continuous adjoint."""
+class AdjointEquation(ABC):
+    """What an engine asks of a continuous adjoint.
 
-    #: Whether the reverse solve reads the forward solution, rather than solving it again.
-    along_path: ClassVar[bool]
+    Attributes
+    ----------
+    along_path
+        Whether the reverse solve reads the forward solution, rather than solving it again.
+    alg, rtol, atol
+        Method and tolerances of the reverse solve; None: those of the forward one.
+    """
 
-    @property
-    def alg(self) -> Algorithm | None:
-        """Method of the reverse solve; None: that of the forward one."""
-        ...
-
-    @property
-    def rtol(self) -> float | None:
-        """Tolerances of the reverse solve; None: those of the forward one."""
-        ...
-
-    @property
-    def atol(self) -> float | None: ...
+    along_path: ClassVar[bool] = False
+    alg: Algorithm | None
+    rtol: float | None
+    atol: float | None
 
     @property
     def kept_states(self) -> int | None:
         """How many states of the forward solution are kept; None: its continuous extension."""
-        ...
+        return None
 
     @property
     def resets_state(self) -> bool:
         """Whether a state that is solved again is set to the stored one at saved times."""
-        ...
+        return False
 
+    def warn_of(self, worst: float) -> None:  # noqa: B027
+        """Warn where a state that was solved again is off by so many tolerances."""
+
+    @abstractmethod
     def reverse_method(self, context: SolveContext) -> Algorithm:
         """The method of the reverse solve."""
-        ...
 
+    @abstractmethod
     def reverse_settings(
         self, context: SolveContext, tolerance: Tolerance, stops: Sequence[float]
     ) -> Settings:
-        """Settings of the reverse solve."""
-        ...
+        """Settings of the reverse solve, which stops at ``stops``."""
 
-    def warn_of(self, worst: float) -> None:
-        """Warn where a state that was solved again is off by so many tolerances."""
-        ...
-
+    @abstractmethod
     def forward(self, context: SolveContext, u0: Tensor) -> tuple[Any, list[Tensor], Any]:
-        """Integrate with torch: the log, tensors for autograd to save, and what restores them."""
-        ...
+        """Integrate with torch.
 
+        Returns
+        -------
+        tuple
+            The ``StepLog``, tensors for autograd to save, and a function that makes ``kept`` of
+            them in the reverse pass.
+        """
+
+    @abstractmethod
     def reverse(
         self, context: SolveContext, kept: Any, field: VectorField, params: list[Tensor]
     ) -> Any:
-        """The reverse problem for torch: a ``ReverseField``."""
-        ...
+        """The reverse equation for torch, a ``ReverseField``; ``kept`` is that of ``forward``."""
 
 
 class NoSecondDerivative(Exception):
-    """A gradient is not finite, because the step's reverse needs a derivative that ``f`` lacks."""
+    """A gradient is not finite: it needs a second derivative that ``f`` does not have."""
 
 
 class Plan(ABC):
-    """How a solve runs, and how it is gone back through: an engine with all that it prepared.
+    """An engine, with all that it has prepared for one solve and its reverse pass.
 
     Attributes
     ----------
@@ -279,7 +287,7 @@ class Plan(ABC):
 
     @abstractmethod
     def keep(self, trajectory: Trajectory) -> tuple[list[Tensor], Any]:
-        """What ``pull`` needs of a solve: tensors that autograd keeps alive, and the rest."""
+        """What ``pull`` needs of a solve: tensors, which autograd keeps alive, and the rest."""
 
     @abstractmethod
     def pull(
@@ -296,7 +304,7 @@ class Plan(ABC):
         Parameters
         ----------
         kept, records
-            What ``keep`` gave.
+            What ``keep`` returned.
         u0
             Flat initial state.
         cotangents
@@ -313,14 +321,14 @@ class Plan(ABC):
         Raises
         ------
         NoSecondDerivative
-            If the gradient is not finite, and another method could tell.
+            If the gradient is not finite, but a method with first derivatives may have one.
         """
 
     @abstractmethod
     def forward(
         self, context: SolveContext, adjoint: AdjointEquation, u0: Tensor
     ) -> tuple[Trajectory, list[Tensor], Any]:
-        """Integrate forward, and keep what ``solve_adjoint`` needs: see ``keep``."""
+        """Integrate forward; the trajectory, and what ``solve_adjoint`` needs as of ``keep``."""
 
     @abstractmethod
     def solve_adjoint(
@@ -340,14 +348,14 @@ class Plan(ABC):
         """
 
     def keep_params(self) -> None:  # noqa: B027
-        """Copy the parameters, which the user may change after the solve, if they are read then."""
+        """Copy the parameters that are read after the solve, since the user may change them."""
 
     def compile_s(self) -> float:
-        """Seconds spent on tracing and compiling for this solve."""
+        """Seconds that tracing and compiling took."""
         return 0.0
 
     def refuse_changed(self, context: SolveContext, u0: Tensor) -> None:  # noqa: B027
-        """Refuse to go back through an ``f`` that gives other values than in the solve.
+        """Refuse a reverse pass through an ``f`` that gives other values than in the solve.
 
         Raises
         ------
@@ -356,10 +364,10 @@ class Plan(ABC):
         """
 
     def for_reverse(self, context: SolveContext) -> SolveContext:
-        """The context as the reverse pass keeps it."""
+        """The context for the reverse pass to keep."""
         return context
 
 
 def stacked(saved: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Saved flat states as one tensor ``(T, N)``; ``like`` is one of them where there is none."""
+    """Saved flat states as one tensor ``(T, N)``; ``like`` is another such state."""
     return torch.stack(list(saved)) if saved else like.new_empty(0, len(like))

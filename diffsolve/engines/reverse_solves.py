@@ -14,12 +14,12 @@ from diffsolve.solvers.norms import Tolerance, rms
 def reverse_stops(
     context: SolveContext, times: Sequence[float], pins: Sequence[float] = ()
 ) -> list[float]:
-    """Where a reverse solve from the last of the saved times must stop, in its order.
+    """Where the reverse solve from the last of ``times``, the saved ones, must stop, in its order.
 
-    ``pins`` are times besides those of the saves.
+    ``pins`` are further times.
     """
     start, end = times[-1], context.t0
-    direction = -1.0 if context.t1 >= context.t0 else 1.0
+    direction = -context.direction
     stops = {*times, *pins, *context.settings.tstops} - {start, end}
     inside = (t for t in stops if direction * start < direction * t < direction * end)
     return sorted(inside, reverse=direction < 0)
@@ -43,5 +43,5 @@ def reverse_failure(
 
 
 def in_tolerances(reached: Tensor, true: Tensor, tolerance: Tolerance) -> float:
-    """By how many tolerances a reconstructed state is off."""
+    """By how many tolerances a state is off."""
     return float(rms((reached - true) / tolerance.scale(true.abs())))

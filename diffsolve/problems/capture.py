@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diffsolve.problems.ode import PREPARED
+from diffsolve.problems.solve_cache import SolveCache
 
 _internals: Any = torch._C
 _LEAF = _internals._functions.AccumulateGrad  # the node of a graph that stands for a leaf
-_PLAIN = (str, bytes, int, float, complex, type(None), np.ndarray)  # hold no tensors
+# these hold no tensors of f
+_PLAIN = (str, bytes, int, float, complex, type(None), np.ndarray, SolveCache)
 _MOST_ITEMS = 10_000  # longer containers are data
 _TORCHSCRIPT = (torch.jit.ScriptFunction, torch.jit.ScriptModule)
 _DEPTH = 8  # how far to look into closures, containers and bound objects
@@ -123,8 +124,7 @@ def _children(x: Any) -> list[Any]:
     slots = [s for c in type(x).__mro__ for s in _names(getattr(c, "__slots__", ()))]
     kept = [getattr(x, s) for s in slots if hasattr(x, s)]
     called = [type(x).__call__] if callable(x) else []
-    own = [v for k, v in getattr(x, "__dict__", {}).items() if k != PREPARED]
-    return [*own, *kept, *called]
+    return [*getattr(x, "__dict__", {}).values(), *kept, *called]
 
 
 def _names(slots: Any) -> tuple[str, ...]:

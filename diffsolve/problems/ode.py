@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from diffsolve.problems.solve_cache import SolveCache
 from diffsolve.problems.structure import detached
 
-PREPARED = "_diffsolve_prepared"  # attribute where a solve leaves what its next one may use
 _SUPPORTED = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -80,9 +81,13 @@ class ODEProblem:
         check_state(self.u0)
         object.__setattr__(self, "tspan", checked_span(self.tspan))
 
+    @cached_property
+    def _solve_cache(self) -> SolveCache:
+        return SolveCache()
+
     def __getstate__(self) -> dict[str, Any]:
-        """What copies are made of: not what a solve has left here."""
-        return {name: x for name, x in self.__dict__.items() if name != PREPARED}
+        """The state for copies and pickles: the fields."""
+        return {name: x for name, x in self.__dict__.items() if type(x) is not SolveCache}
 
     def remake(self, **changes: Any) -> ODEProblem:
         """A new problem with some fields changed."""

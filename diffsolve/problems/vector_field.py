@@ -22,6 +22,7 @@ from diffsolve.problems.capture import Substitute, reachable_tensors
 from diffsolve.problems.first_call import call_first, learn_from, unwrapped
 from diffsolve.problems.jumps import refuse_moving_jumps
 from diffsolve.problems.ode import ODEProblem
+from diffsolve.problems.solve_cache import SolveMemo
 from diffsolve.problems.structure import Number, StateStructure, detached
 from diffsolve.problems.workspace import Workspace
 
@@ -37,24 +38,6 @@ CHANGED = (
 def no_buffer() -> None:
     """In the place of a weak reference, where there is no tensor to refer to."""
     return None
-
-
-class SolveMemo:
-    """What solves of a problem leave for the next one; each entry says itself whether it holds.
-
-    Attributes
-    ----------
-    lookup
-        A ``LastLookup`` of the native engine: the program that was found.
-    setup
-        What the native engine made of the program for one method, settings and sensealg.
-    """
-
-    __slots__ = ("lookup", "setup")
-
-    def __init__(self) -> None:
-        self.lookup: Any = None
-        self.setup: Any = None
 
 
 class VectorField:

@@ -11,9 +11,8 @@ from torch import Tensor
 from diffsolve.engines.plan import AdjointEquation, ForwardSolve, SolveContext
 from diffsolve.engines.reverse_solves import reverse_failure, reverse_stops
 from diffsolve.engines.torch.loop import OnStop, integrate
-from diffsolve.engines.torch.reverse import ReverseField, UsedLater
+from diffsolve.engines.torch.reverse_field import ReverseField, UsedLater
 from diffsolve.engines.torch.step_log import Saving
-from diffsolve.problems.vector_field import VectorField
 
 
 def solve_adjoint(
@@ -22,36 +21,33 @@ def solve_adjoint(
     """Gradients by the flat initial state and by each parameter; see ``Plan.solve_adjoint``."""
     field, params = context.field.for_vjp()
     kept = forward.records(forward.kept)
-    # parameters that f can reach but does not call would only make the reverse state longer
+    # a parameter that f can reach but does not call would only make the reverse state longer
     active = [i for i, p in enumerate(context.field.params) if id(p) in context.field.used]
 
-    def solve_for(indices: list[int]) -> list[Tensor]:
-        some = [params[i] for i in indices]
-        return _solve_for(context, adjoint, forward, kept, bars, field, some)
+    def gradients(indices: list[int]) -> list[Tensor]:
+        reverse = adjoint.reverse(context, kept, field, [params[i] for i in indices])
+        return _gradients(context, adjoint, reverse, forward, bars)
 
     try:
-        by_state, *by_params = solve_for(active)
+        by_state, *by_params = gradients(active)
     except UsedLater:
         active = list(range(len(params)))
-        by_state, *by_params = solve_for(active)
+        by_state, *by_params = gradients(active)
     grads = [torch.zeros_like(p) for p in params]
     for i, g in zip(active, by_params, strict=True):
         grads[i] = g
     return [by_state, *grads]
 
 
-def _solve_for(
+def _gradients(
     context: SolveContext,
     adjoint: AdjointEquation,
+    reverse: ReverseField,
     forward: ForwardSolve,
-    kept: object,
     bars: Tensor,
-    field: VectorField,
-    params: list[Tensor],
 ) -> list[Tensor]:
-    """The same by some of the parameters."""
+    """Gradients by the flat initial state and by the parameters of a reverse equation."""
     times, saved = forward.times, forward.saved
-    reverse: ReverseField = adjoint.reverse(context, kept, field, params)
     reverse.check(forward.u0, times, saved)
     row = {t: i for i, t in enumerate(times)}
 
@@ -66,7 +62,8 @@ def _solve_for(
         if times[0] == context.t0:
             z = reverse.at_save(z, bars[0], saved[0])
     parts = z.split(reverse.sizes)
-    return [parts[0], *(_like(part, p) for part, p in zip(parts[2:], params, strict=True))]
+    by_params = (_like(part, p) for part, p in zip(parts[2:], reverse.params, strict=True))
+    return [parts[0], *by_params]
 
 
 def _integrate_reverse(
@@ -80,7 +77,6 @@ def _integrate_reverse(
     """The reverse state at ``t0``, from the one at the last of the saved times."""
     alg = adjoint.reverse_method(context)
     start, end = times[-1], context.t0
-    direction = -1.0 if context.t1 >= context.t0 else 1.0
     forward = context.settings.tolerance
     tolerance = reverse.tolerance(
         float(forward.rtol.min()) if adjoint.rtol is None else adjoint.rtol,
@@ -91,7 +87,7 @@ def _integrate_reverse(
     settings = adjoint.reverse_settings(context, tolerance, stops)
     if reverse.first_size is not None:
         settings = replace(settings, dt=settings.dt or reverse.first_size)
-    du = reverse(reverse.after(start, direction), z) if alg.carries_derivative else None
+    du = reverse(reverse.after(start, -context.direction), z) if alg.carries_derivative else None
     result = integrate(reverse, alg, z, start, end, settings, Saving(times=()), du, on_stop)
     stats = context.stats.adjoint
     assert stats is not None

@@ -1,4 +1,4 @@
-"""A forward solve by torch, and what comes out of it."""
+"""A forward solve by torch, and its results as tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ESTIMATES = "error", "error_norm", "stiffness"
 
 
 class LoggedSteps(StepTable):
-    """The steps of a log, without the states."""
+    """The steps of a log; it does not keep the states alive."""
 
     def __init__(self, context: SolveContext, log: StepLog):
         self._t, self._h, self._estimates = log.step_t, log.step_h, log.estimates
@@ -49,7 +49,7 @@ def _as_column(values: Sequence[Number]) -> Tensor:
 
 @dataclass
 class TapedSteps:
-    """Steps that a solve has recorded, and the state at their end."""
+    """The recorded steps of a solve, and the state at their end."""
 
     tape: StepTape
     final: Tensor
@@ -58,23 +58,15 @@ class TapedSteps:
 def integrate_with_torch(
     context: SolveContext, u0: Tensor, recorder: Recorder | None = None, dense: bool | None = None
 ) -> StepLog:
-    """Integrate forward, off the tape; ``dense`` is by default what the user wants."""
+    """Integrate forward, off the tape; ``dense``: keep that; None: where the user wants it."""
     saving = Saving(context.save_times, context.dense if dense is None else dense, recorder)
-    with torch.no_grad(), without_autocast(context.field.device):
-        return integrate(
-            context.field,
-            context.alg,
-            u0,
-            context.t0,
-            context.t1,
-            context.settings,
-            saving,
-            context.du0,
-        )
+    field, alg, settings, du0 = context.field, context.alg, context.settings, context.du0
+    with torch.no_grad(), without_autocast(field.device):
+        return integrate(field, alg, u0, context.t0, context.t1, settings, saving, du0)
 
 
 def trajectory_of(context: SolveContext, log: StepLog, tape: StepTape | None = None) -> Trajectory:
-    """What a log says, in tensors."""
+    """A log as a trajectory; ``tape`` has the steps, if they were recorded."""
     assert log.final is not None
     return Trajectory(
         t=log.t,

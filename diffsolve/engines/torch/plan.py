@@ -1,4 +1,4 @@
-"""Solves by torch, and their reverse passes, as a plan."""
+"""The plan of the torch engine."""
 
 from __future__ import annotations
 
@@ -70,4 +70,4 @@ class TorchPlan(Plan):
 
     def refuse_changed(self, context: SolveContext, u0: Tensor) -> None:
         if context.du0 is not None:
-            context.field.refuse_changed(context.t0, context.t1 - context.t0, u0, context.du0)
+            context.field.refuse_changed(context.t0, context.direction, u0, context.du0)

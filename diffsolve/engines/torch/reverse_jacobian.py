@@ -1,4 +1,4 @@
-"""The Jacobian of a reverse problem, from that of the forward one, for implicit methods.
+"""The Jacobian of a reverse equation, made of that of the forward one, for implicit methods.
 
 With ``L = bar . f(t, u, p)`` the reverse state ``[bar, (u,) mu]`` has the derivative
 ``[-L_u, (f,) -L_p]``. Nothing depends on ``mu``, and the state does not depend on the adjoint, so
@@ -37,7 +37,7 @@ class Lagrangian:
     field, params
         Forward right-hand side, and the parameters ``p``.
     time, u, bar
-        Where.
+        The point.
     flat
         Makes the parameters' part of the reverse state from their gradients.
     """
@@ -76,8 +76,8 @@ class Lagrangian:
 
     def second(self, along: Tensor | None, d: float) -> Gradients:
         """Gradients by ``u`` and ``p`` of the change ``L_u . along + d L_t``."""
-        by_u, by_time = self._slopes
-        directions = ((by_u, along), (by_time, torch.full_like(self.time, d) if d else None))
+        slope_u, slope_t = self._slopes
+        directions = ((slope_u, along), (slope_t, torch.full_like(self.time, d) if d else None))
         pairs = [
             (slope, x)
             for slope, x in directions
@@ -87,8 +87,10 @@ class Lagrangian:
         if not pairs:
             return torch.zeros_like(self.bar), self.flat([None] * len(self.params))
         slopes, tangents = zip(*pairs, strict=True)
-        found = torch.autograd.grad(slopes, inputs, tangents, retain_graph=True, allow_unused=True)
-        return (torch.zeros_like(self.bar) if found[0] is None else found[0]), self.flat(found[1:])
+        by_u, *by_p = torch.autograd.grad(
+            slopes, inputs, tangents, retain_graph=True, allow_unused=True
+        )
+        return (torch.zeros_like(self.bar) if by_u is None else by_u), self.flat(by_p)
 
 
 class ReverseJacobian(Linearisation):
@@ -97,13 +99,13 @@ class ReverseJacobian(Linearisation):
     Parameters
     ----------
     field
-        The reverse problem; counts the work.
+        The reverse equation, which counts the work.
     blocks
-        Of the forward Jacobian ``J``, ``(B, d, d)``.
+        Those of the forward Jacobian ``J``, ``(B, d, d)``.
     at
         The Lagrangian there.
     sizes
-        Lengths of ``bar``, the reconstructed state (or 0) and ``mu``.
+        Lengths of ``bar``, the state that is solved again (or 0) and ``mu``.
     slope
         Derivative of the reverse right-hand side by time, or None.
     """
@@ -120,7 +122,7 @@ class ReverseJacobian(Linearisation):
         self.at, self.sizes = at, list(sizes)
 
     def product(self, v: Tensor) -> Tensor:
-        """Product of the diagonal blocks alone, which have all of the eigenvalues."""
+        """Product with the diagonal blocks alone, which have all of the eigenvalues."""
         bar, u, mu = v.split(self.sizes)
         shape = (*self.blocks.shape[:2], 1)
         back = -torch.bmm(self.blocks.mT, bar.reshape(shape)).reshape(-1)
@@ -159,12 +161,12 @@ class ReverseLU:
 
 
 def reverse_jacobian(reverse: Any, t: float, h: float, z: Tensor, slope: bool) -> ReverseJacobian:
-    """The Jacobian of a reverse problem at the start of a step.
+    """The Jacobian of a reverse equation at the start of a step.
 
     Parameters
     ----------
     reverse
-        The problem, a ``Reverse``.
+        The equation, a ``ReverseODE``.
     t, h, z
         The step.
     slope
@@ -179,18 +181,18 @@ def reverse_jacobian(reverse: Any, t: float, h: float, z: Tensor, slope: bool) -
         raise ValueError("an implicit method cannot solve the adjoint of a complex state")
     (time,) = reverse.times(t, h, _START)
     u, (bar, _, _) = reverse.state_at(time, z), reverse.blocks(z)
-    forward = differentiator(reverse.field)
-    found = forward.at(t, h, u, slope, exact=True)
+    forward = differentiator(reverse.forward)
+    linear = forward.at(t, h, u, slope, exact=True)
     flat = functools.partial(_flat, reverse.params, reverse.dtype, reverse.device)
-    at = Lagrangian(reverse.field, reverse.params, time, u, bar, flat)
+    at = Lagrangian(reverse.forward, reverse.params, time, u, bar, flat)
     moving = None
     if slope and forward.moves_unseen:  # autograd misses part of the time dependence
         stencil = Stencil(reverse, t, h)
         moving = stencil.slope(*(reverse.derivative(x, z) for x in stencil.times))
     elif slope:
-        moving = reverse.slope_at(time, at, found.slope)
+        moving = reverse.slope_at(time, at, linear.slope)
     sizes = (reverse.n, reverse.sizes[1], sum(reverse.sizes[2:]))
-    return ReverseJacobian(reverse, found.blocks, at, sizes, moving)
+    return ReverseJacobian(reverse, linear.blocks, at, sizes, moving)
 
 
 def _flat(

@@ -193,8 +193,8 @@ def find(field: Any, recipe: Recipe, t0: float, u0: Tensor, direction: float, ve
         If it cannot be compiled.
     """
     u0 = u0.detach()
-    last: LastLookup | None = field.memo.lookup
-    if last is not None and last.holds(field):
+    last = field.memo.lookup
+    if isinstance(last, LastLookup) and last.holds(field):
         bound = recipe.bind(last.entry, last.fingerprint, field, last.leaves(field.p))
         if not verify or recipe.is_confirmed(field, bound, field.after(t0, direction), u0):
             return bound

@@ -57,7 +57,7 @@ from diffsolve.engines.native.tracing.fingerprint.kinds import (
     plain_value,
     slots_of,
 )
-from diffsolve.problems.ode import PREPARED
+from diffsolve.problems.solve_cache import SolveCache
 
 _MOST_ITEMS = 20_000
 _MOST_DEPTH = 100
@@ -272,7 +272,7 @@ class Walk:
                 self._visit_names(table)
         if reads_all:
             for name in own:
-                if name not in MODULE_INTERNALS and name != "training" and name != PREPARED:
+                if name not in MODULE_INTERNALS and name != "training":
                     self.items.append(name)
                     self.guards.add_entry(own.get, name, own[name])
                     self._visit(own[name])
@@ -468,7 +468,7 @@ class Walk:
             self.guards.add_attribute(x, "__dict__", own)
         if type(own) is dict:
             if reads_all or has_own_getattr(kind):
-                self._visit_dict({k: v for k, v in own.items() if k != PREPARED})
+                self._visit_dict({k: v for k, v in own.items() if type(v) is not SolveCache})
                 self.guards.add_contents(own, tuple(own))
                 self.guards.add_contents(DictValues(own), tuple(own.values()))
             else:

@@ -1,7 +1,7 @@
-"""The reverse problem of a continuous adjoint: its state, and its right-hand side for an ODE.
+"""The equation that a continuous adjoint solves backward, as a field of its own.
 
-The reverse state is ``[lambda, (u,) mu]``, flat: the adjoint, what the reverse solve carries of the
-forward one, and the gradients by the parameters so far.
+Its state, the reverse state, is flat: ``[lambda, (u,) mu]``. ``lambda`` is the adjoint, and ``mu``
+holds the gradients by the parameters so far. ``u`` is the forward state, where it is solved again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class UsedLater(Exception):
 
 
 class ReverseField(VectorField, ABC):
-    """What the reverse problems of ODEs and SDEs share.
+    """What the reverse equations of ODEs and SDEs share.
 
     Parameters
     ----------
-    field, params
+    forward, params
         Forward right-hand side, and those of its parameters that gradients are taken by.
     extra
         Entries of the reverse state between ``lambda`` and ``mu``.
@@ -55,15 +55,15 @@ class ReverseField(VectorField, ABC):
     pins: Sequence[float] = ()
     first_size: float | None = None
 
-    def __init__(self, field: VectorField, params: list[Tensor], extra: int):
-        self.field = field
-        self.n = field.structure.size
-        self.sizes = [self.n, extra, *[as_reals(p, field.dtype).numel() for p in params]]
-        z = torch.empty(sum(self.sizes), dtype=field.dtype, device=field.device)
+    def __init__(self, forward: VectorField, params: list[Tensor], extra: int):
+        self.forward = forward
+        self.n = forward.structure.size
+        self.sizes = [self.n, extra, *[as_reals(p, forward.dtype).numel() for p in params]]
+        z = torch.empty(sum(self.sizes), dtype=forward.dtype, device=forward.device)
         super().__init__(_unused, None, StateStructure.of(z))
-        self.breaks = field.breaks
+        self.breaks = forward.breaks
         self.params = params
-        self.others = {id(p) for p in field.params} - {id(p) for p in params}
+        self._other_params = {id(p) for p in forward.params} - {id(p) for p in params}
 
     def pull(
         self, outputs: Sequence[Tensor], bars: Sequence[Any], inputs: Sequence[Tensor]
@@ -72,14 +72,16 @@ class ReverseField(VectorField, ABC):
 
         Raises
         ------
+        UsedLater
+            If the outputs depend on a parameter of ``f`` that is not among ``params``.
         RuntimeError
-            If the outputs depend on a tensor whose gradient would be lost.
+            If they depend on another tensor, whose gradient would be lost.
         """
         pairs = [(y, bar) for y, bar in zip(outputs, bars, strict=True) if y.requires_grad]
         grads: Sequence[Tensor | None] = (None,) * len(inputs)
         if pairs:
             leaves = reached_leaves([y for y, _ in pairs])
-            if not self.others.isdisjoint(leaves):
+            if not self._other_params.isdisjoint(leaves):
                 raise UsedLater
             refuse_unknown_leaves(leaves, [*inputs, *self.params])
             ys, y_bars = zip(*pairs, strict=True)
@@ -110,6 +112,8 @@ class ReverseField(VectorField, ABC):
         return z
 
     def tolerance(self, rtol: float, atol: float, forward: Tolerance) -> Tolerance:
+        """Tolerance of the reverse solve; ``forward`` is that of the forward one."""
+
         def tensor(x: float) -> Tensor:
             return torch.tensor(x, dtype=self.structure.time_dtype, device=self.device)
 
@@ -122,8 +126,8 @@ class ReverseField(VectorField, ABC):
         """Called with the reverse state at ``t0``."""
 
 
-class Reverse(ReverseField, ABC):
-    """Right-hand side of the reverse problem of an ODE over ``z = [lambda, ..., mu]``."""
+class ReverseODE(ReverseField, ABC):
+    """Right-hand side of the reverse equation of an ODE."""
 
     def __call__(self, t: Tensor, u: Tensor) -> Tensor:
         self.nf += 1
@@ -137,10 +141,10 @@ class Reverse(ReverseField, ABC):
         """Right-hand side of the reverse state."""
 
     def products(self, t: Tensor, u: Tensor, bar: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """``f(t, u)``, ``J^T bar`` and the contributions ``f_p^T bar``, flat."""
+        """``f(t, u)``, ``J^T bar``, and ``f_p^T bar`` for each parameter; all flat."""
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            du = self.field(t, u)
+            du = self.forward(t, u)
         full = self.pull([du], [bar], [u, *self.params])
         return du.detach(), full[0], full[1:]
 
@@ -153,11 +157,5 @@ class Reverse(ReverseField, ABC):
         """Derivative of the right-hand side by time; ``by_time`` is that of ``f``."""
 
     def linearise(self, t: float, h: float, z: Tensor, slope: bool) -> ReverseJacobian:
-        """The Jacobian at the start of a step, for implicit methods.
-
-        Raises
-        ------
-        ValueError
-            If the state is complex.
-        """
+        """The Jacobian at the start of a step, for implicit methods; see ``reverse_jacobian``."""
         return reverse_jacobian(self, t, h, z, slope)

@@ -1,4 +1,4 @@
-"""What the backsolve adjoints of ODEs and SDEs share: a reconstructed state, checked and reset."""
+"""The forward state as a backsolve adjoint solves it again: checked, and reset at saved times."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from torch import Tensor
 
 from diffsolve.engines.plan import AdjointEquation, SolveContext
 from diffsolve.engines.reverse_solves import in_tolerances
-from diffsolve.engines.torch.reverse import ReverseField
+from diffsolve.engines.torch.reverse_field import ReverseField
 from diffsolve.solvers.norms import Tolerance
 
 
 class BacksolveWarning(UserWarning):
-    """The state reconstructed backward in time is far from the true one."""
+    """The state that was solved again, backward in time, is far from the true one."""
 
 
-class Reconstruction(ReverseField):
-    """A reverse problem whose state carries ``u`` between ``lambda`` and ``mu``.
+class BacksolvedState(ReverseField):
+    """A reverse equation whose state carries ``u`` between ``lambda`` and ``mu``.
 
     Attributes
     ----------
-    sensealg, context
-        How it is differentiated, and the forward solve.
+    adjoint, context
+        The sensealg, and the forward solve.
     u0
-        The initial state that the reconstruction ought to reach.
+        The initial state, which ``u`` ought to reach.
     worst
-        Its largest distance from a known state so far, in tolerances.
+        Largest distance of ``u`` from a known state so far, in tolerances.
     """
 
-    def expect(self, sensealg: AdjointEquation, context: SolveContext, u0: Tensor) -> None:
-        """Begin; called before the reverse solve."""
-        self.sensealg, self.context, self.u0 = sensealg, context, u0
+    def expect(self, adjoint: AdjointEquation, context: SolveContext, u0: Tensor) -> None:
+        """Note what ``u`` is compared with; called before the reverse solve."""
+        self.adjoint, self.context, self.u0 = adjoint, context, u0
         self.worst = 0.0
 
     def tolerance(self, rtol: float, atol: float, forward: Tolerance) -> Tolerance:
@@ -43,8 +43,8 @@ class Reconstruction(ReverseField):
             return full
 
         return Tolerance(
-            blocks(own.rtol, forward.rtol, self.sensealg.rtol is not None),
-            blocks(own.atol, forward.atol, self.sensealg.atol is not None),
+            blocks(own.rtol, forward.rtol, self.adjoint.rtol is not None),
+            blocks(own.atol, forward.atol, self.adjoint.atol is not None),
             self.norm,
         )
 
@@ -55,17 +55,17 @@ class Reconstruction(ReverseField):
 
     def at_save(self, z: Tensor, bar: Tensor, u: Tensor) -> Tensor:
         z = super().at_save(z, bar, u)
-        if self.sensealg.resets_state:
+        if self.adjoint.resets_state:
             self._compare(z, u)
             z[self.n : 2 * self.n] = u
         return z
 
     def finish(self, z: Tensor) -> None:
         self._compare(z, self.u0)
-        self.sensealg.warn_of(self.worst)
+        self.adjoint.warn_of(self.worst)
 
     def distance(self, reached: Tensor, u: Tensor) -> float:
-        """By how many tolerances a reconstructed state is off."""
+        """By how many tolerances ``reached`` is off."""
         return in_tolerances(reached, u, self.context.settings.tolerance)
 
     def _compare(self, z: Tensor, u: Tensor) -> None:

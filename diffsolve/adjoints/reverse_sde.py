@@ -1,4 +1,4 @@
-"""The reverse problems of SDEs, whose equation for the adjoint is an SDE as well.
+"""The reverse equations of SDEs, which are SDEs as well, and the method that solves them.
 
 Of a Stratonovich equation ``du = f dt + g_j o dW_j``, the adjoint and the gradients by the
 parameters obey the Stratonovich equations
@@ -32,11 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsolve.adjoints.backsolved_state import BacksolvedState
 from diffsolve.adjoints.forward_states import ForwardStates
-from diffsolve.adjoints.reconstruction import Reconstruction
-from diffsolve.engines.plan import SolveContext
+from diffsolve.engines.plan import AdjointEquation, SolveContext
 from diffsolve.engines.settings import Settings
-from diffsolve.engines.torch.reverse import ReverseField
+from diffsolve.engines.torch.reverse_field import ReverseField
 from diffsolve.engines.torch.step_log import StepLog
 from diffsolve.engines.torch.tape import StepTape
 from diffsolve.problems.sde_field import SDEField
@@ -55,7 +55,7 @@ _TWICE = (
     "instance by a custom autograd function, use DiscreteAdjoint(), or write the equation as a "
     "Stratonovich one."
 )
-_LOOKS = 8  # saved states in which the structure of g is looked at, about
+_LOOKS = 8  # saved states where g is checked for coupled components, about
 _ROUNDING = 1e3  # units in which products that ought to be in proportion may differ
 
 
@@ -66,9 +66,9 @@ class ForwardSteps:
     Attributes
     ----------
     starts, end
-        Where they began, and where the last one ended.
+        Where the steps began, and where the last one ended.
     size
-        Size of the last ones; None where there were none.
+        The largest of the last few sizes; None where there were no steps.
     """
 
     starts: Sequence[float]
@@ -84,21 +84,20 @@ class ForwardSteps:
 
 def diffusion_at_start(context: SolveContext, u0: Tensor) -> Tensor:
     """``g(t0, u0)``."""
-    assert isinstance(context.field, SDEField)
+    field = context.field
+    assert isinstance(field, SDEField)
     with torch.no_grad():
-        return context.field.diffusion(
-            context.field.after(context.t0, context.t1 - context.t0), u0
-        ).clone()
+        return field.diffusion(field.after(context.t0, context.direction), u0).clone()
 
 
-class StochasticReverse(ReverseField):
-    """Reverse problem of an SDE.
+class ReverseSDE(ReverseField):
+    """Reverse equation of an SDE.
 
     Parameters
     ----------
     context
         The forward solve.
-    field, params, extra
+    forward, params, extra
         As in ``ReverseField``.
     steps, G0
         The forward steps, and the diffusion at their start.
@@ -113,25 +112,25 @@ class StochasticReverse(ReverseField):
         Whether the equation is an Ito one whose noise is not additive.
     """
 
-    field: SDEField
+    forward: SDEField
 
     def __init__(
         self,
         context: SolveContext,
-        field: VectorField,
+        forward: VectorField,
         params: list[Tensor],
         steps: ForwardSteps,
         G0: Tensor,
         extra: int,
     ):
-        super().__init__(field, params, extra)
-        forward = context.field
-        assert isinstance(forward, SDEField) and isinstance(forward.path, Noise)
+        super().__init__(forward, params, extra)
+        solved = context.field
+        assert isinstance(solved, SDEField) and isinstance(solved.path, Noise)
         self.context, self.G0 = context, G0
-        self.path = forward.path.fork(levy_area=False)
+        self.path = solved.path.fork(levy_area=False)
         self.ng = 0
         self.first_size = steps.size
-        self.correction = forward.interpretation == "ito" and forward.noise != "additive"
+        self.correction = solved.interpretation == "ito" and solved.noise != "additive"
         #: Whether a component of diagonal noise depends on other components of the state.
         self.coupled = False
 
@@ -152,8 +151,8 @@ class StochasticReverse(ReverseField):
         ValueError
             If it lets paths of a batch depend on each other.
         """
-        field, context = self.field, self.context
-        t = field.after(context.t0, context.t1 - context.t0)
+        field, context = self.forward, self.context
+        t = field.after(context.t0, context.direction)
         with torch.no_grad():
             now = field.diffusion(t, u0)
         if not float(field.rounding_error(now.reshape(-1), self.G0.reshape(-1))) <= 1:
@@ -164,7 +163,7 @@ class StochasticReverse(ReverseField):
             self.coupled = any([_couples(field, t, u) for t, u in at])
 
     def both_ends(self, t: float, h: float) -> Sequence[Tensor]:
-        return self.field.both_ends(t, h)
+        return self.forward.both_ends(t, h)
 
     def state_at(self, t: float, z: Tensor) -> Tensor:
         """The forward state that goes with the reverse state ``z``."""
@@ -173,10 +172,10 @@ class StochasticReverse(ReverseField):
     def moves(self, now: Tensor, t: float, h: float, w: Tensor, z: Tensor) -> Tensor:
         """Increment of the reverse state over ``(h, w)`` with everything taken at ``(t, z)``.
 
-        ``now`` is ``t`` as ``f`` and ``g`` see it. With ``h = 0``: of the noise alone.
+        ``now`` is ``t`` as ``f`` and ``g`` see it. With ``h = 0``, it is that of the noise alone.
         """
         self.nf, self.ng = self.nf + (h != 0), self.ng + 1
-        field = self.field
+        field = self.forward
         bar, u = z[: self.n], self.state_at(t, z)
         with torch.enable_grad():
             u, bar = u.detach().requires_grad_(), bar.detach().requires_grad_()
@@ -189,8 +188,8 @@ class StochasticReverse(ReverseField):
         outputs, bars = [moved], [bar.detach()]
         if correction is not None:
             # an Ito integral looks along the forward solve, whichever way its time goes
-            ahead = -h if self.context.t1 >= self.context.t0 else h
-            outputs, bars = [moved, correction], [*bars, correction.new_full((), ahead)]
+            ahead = correction.new_full((), -self.context.direction * h)
+            outputs, bars = [moved, correction], [*bars, ahead]
         try:
             by_bar, by_u, *by_p = self.pull(outputs, bars, [bar, u, *self.params])
         except RuntimeError as error:
@@ -204,10 +203,10 @@ class StochasticReverse(ReverseField):
         return torch.cat([-by_u, *[-x for x in by_p]])
 
     def _correction(self, G: Tensor, u: Tensor, bar: Tensor) -> Tensor | None:
-        """``S``, or None where it is zero."""
+        """``S`` of the module's text; None where it is zero."""
         if not G.requires_grad:
             return None
-        field = self.field
+        field = self.forward
         if field.is_diagonal and not self.coupled:
             parts = [(G, bar, G)]
         elif field.is_diagonal:
@@ -228,22 +227,22 @@ class StochasticReverse(ReverseField):
         return *super().counts(), self.ng
 
 
-class StochasticBacksolve(Reconstruction, StochasticReverse):
+class BacksolveSDE(BacksolvedState, ReverseSDE):
     """Of the backsolve adjoint: ``z = [lambda, u, mu]``."""
 
     def __init__(
         self,
-        sensealg: Any,
+        adjoint: AdjointEquation,
         context: SolveContext,
-        field: VectorField,
+        forward: VectorField,
         params: list[Tensor],
         steps: ForwardSteps,
         u0: Tensor,
         G0: Tensor,
     ):
-        super().__init__(context, field, params, steps, G0, extra=field.structure.size)
-        self.expect(sensealg, context, u0)
-        if not context.settings.adaptive:  # then the increments that are known, and no others
+        super().__init__(context, forward, params, steps, G0, extra=forward.structure.size)
+        self.expect(adjoint, context, u0)
+        if not context.settings.adaptive:  # read no increments but those of the forward steps
             self.pins = steps.starts
 
     def state_at(self, t: float, z: Tensor) -> Tensor:
@@ -257,24 +256,24 @@ class StochasticBacksolve(Reconstruction, StochasticReverse):
         return torch.cat([-by_u, du, *[-x for x in by_p]])
 
 
-class StochasticInterpolating(StochasticReverse):
+class InterpolatingSDE(ReverseSDE):
     """Of the interpolating adjoint: ``z = [lambda, mu]``.
 
-    Every forward step's ends are ends of reverse steps. Between them, where ``tape`` has no states,
-    the continuous extension of the forward step is read, which follows the same path.
+    Reverse steps end wherever forward steps did. The states there are those of ``tape``. Between
+    them, ``ForwardStates`` reads the interpolant of the forward step, which follows the same path.
     """
 
     def __init__(
         self,
         context: SolveContext,
-        field: VectorField,
+        forward: VectorField,
         params: list[Tensor],
         steps: ForwardSteps,
         G0: Tensor,
         tape: StepTape,
         final: Tensor,
     ):
-        super().__init__(context, field, params, steps, G0, extra=0)
+        super().__init__(context, forward, params, steps, G0, extra=0)
         self.pins = steps.starts
         self.states = ForwardStates(context, self.path, tape, steps.end, final)
 
@@ -283,7 +282,7 @@ class StochasticInterpolating(StochasticReverse):
 
 
 class ReverseHeun(Algorithm):
-    """Euler-Heun steps of a ``StochasticReverse``.
+    """Euler-Heun steps of a ``ReverseSDE``.
 
     Parameters
     ----------
@@ -311,21 +310,21 @@ class ReverseHeun(Algorithm):
         return (u,)
 
     def step(self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...]) -> Step:
+        reverse: ReverseSDE = field
         (z,) = state
-        now, then = field.both_ends(t, h)
-        w = field.path.increment(t, t + h).W
-        first = field.moves(now, t, h, w, z)
+        now, then = reverse.both_ends(t, h)
+        w = reverse.path.increment(t, t + h).W
+        first = reverse.moves(now, t, h, w, z)
         K = z + first
-        second = field.moves(then, t + h, h, w, K)
+        second = reverse.moves(then, t + h, h, w, K)
         error = None
         if self.adaptive:
             error = 0.5 * (second - first)
-            forward: SDEField = field.field
-            if forward.m > 1 and not forward.is_diagonal:
+            if reverse.forward.m > 1 and not reverse.forward.is_diagonal:
                 # independent noise shows the Levy areas that are left out, as in LambaEulerHeun
-                apart = sqrt_abs(h) * 0.5**0.5 * field.path.extra(t, t + h, 1)[0]
-                areas = field.moves(then, t + h, 0.0, apart, K) - field.moves(now, t, 0.0, apart, z)
-                error = torch.hypot(error, areas)
+                extra = sqrt_abs(h) * 0.5**0.5 * reverse.path.extra(t, t + h, 1)[0]
+                at_end = reverse.moves(then, t + h, 0.0, extra, K)
+                error = torch.hypot(error, at_end - reverse.moves(now, t, 0.0, extra, z))
         nothing: Any = None  # no value inside of a reverse step is ever read
         return Step((z + 0.5 * (first + second),), error, None, nothing)
 
@@ -366,12 +365,12 @@ def check_reverse_method(alg: Algorithm, stochastic: bool) -> None:
 
 
 def check_explicit(alg: StochasticMethod, settings: Settings) -> None:
-    """Refuse fixed implicit steps: explicit ones of that size would be unstable backward.
+    """Refuse fixed implicit steps: explicit reverse ones of their size would be unstable.
 
     Raises
     ------
     ValueError
-        If these are such.
+        If the forward solve takes such.
     """
     if alg.is_implicit and not settings.adaptive:
         raise ValueError(
@@ -420,10 +419,10 @@ def _couples(field: SDEField, t: Tensor, u: Tensor) -> bool:
 def _in_proportion(
     G: Tensor, u: Tensor, x: Tensor, y: Tensor, shared: Tensor, allowed: float
 ) -> bool:
-    """Whether products of ``x shared`` and ``y shared`` with ``g_u`` differ by ``x`` and ``y``.
+    """Whether the products of ``x shared`` and ``y shared`` with ``g_u`` are as ``x`` to ``y``.
 
-    They do where entries of ``g`` depend on no other entries of ``u`` than those with the same
-    factor; for random factors, nowhere else.
+    They are where each entry of ``g`` depends only on entries of ``u`` that have the same factor.
+    With random factors they are so nowhere else.
     """
     products = [
         torch.autograd.grad(G, u, (v * shared).expand_as(G), retain_graph=True, allow_unused=True)
