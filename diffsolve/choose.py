@@ -32,8 +32,8 @@ class Request:
         As the user gave them.
     by_time
         Whether a time of the solve requires a gradient.
-    transformed
-        Whether a ``torch.func`` transform looks on.
+    transformed, recording
+        Whether a ``torch.func`` transform looks on; whether autograd records, and none does.
     has_noise
         Whether the user gave the Brownian path.
     """
@@ -45,12 +45,8 @@ class Request:
     sensealg: Sensealg | None
     by_time: bool
     transformed: bool
+    recording: bool
     has_noise: bool
-
-    @property
-    def recording(self) -> bool:
-        """Whether autograd records, and no transform does."""
-        return torch.is_grad_enabled() and not self.transformed
 
     @property
     def moves_start(self) -> bool:

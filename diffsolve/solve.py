@@ -172,17 +172,22 @@ def solve(
     alg, settings, field = prepared.alg, prepared.settings, prepared.field()
     t0, t1, direction = prepared.t0, prepared.t1, prepared.direction
     saves = SaveTimes.build(saveat, t0, t1, save_everystep)
-    refuse_noise(field, seed, noise)
+    if seed is not None or noise is not None:
+        refuse_noise(field, seed, noise)
 
     u0 = field.structure.ravel(prob.u0)
     if alg.is_implicit and (field.jac is not None or field.jac_sparsity is not None):
         check_jacobian(field, field.after(t0, direction), u0.detach().clone())
     by_time = saves.differentiable(prob.tspan)
-    asked = Request(prepared, field, u0, engine, sensealg, by_time, transformed, noise is not None)
+    recording = torch.is_grad_enabled() and not transformed
+    how = engine, sensealg, by_time, transformed, recording, noise is not None
+    asked = Request(prepared, field, u0, *how)
     plan, sensealg, du0 = choose_plan(asked)
-    if asked.recording and field.breaks and field.compares and asked.wants_gradients:
+    if recording and field.breaks and field.compares and asked.wants_gradients:
         field.refuse_moving_jumps(u0, t1)
-    prepare_path(field, alg, seed, noise, (t0, t1), None if settings.adaptive else settings.dt)
+    if field.is_stochastic:
+        fixed = None if settings.adaptive else settings.dt
+        prepare_path(field, alg, seed, noise, (t0, t1), fixed)
     if transformed:
         refuse_moving_times([*([] if sensealg.handles_time else prob.tspan), saveat])
     if by_time and not sensealg.handles_time:

@@ -162,7 +162,7 @@ class NativePlan(Plan):
     ) -> tuple[Tensor | None, Sequence[Tensor]]:
         alg, (of_saved, *of_steps) = context.alg, cotangents
         swept = self._runtime.sweep(records, kept[0], cotangents, self.bound.active)
-        estimated = any(x is not None for x in of_steps)
+        estimated = of_steps.count(None) < len(of_steps)
         if (
             (alg.has_jacobian_inside or (alg.is_implicit and estimated))
             and not swept.is_finite(by_state)

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.expression import Node
-from diffsolve.engines.native.programs.row_steps import Nodes, Step
+from diffsolve.engines.native.programs.row_steps import Nodes, RowStep
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.stochastic.low_order import EM, EulerHeun, LambaEM, LambaEulerHeun
 from diffsolve.solvers.stochastic.milstein import RKMil, RKMilCommute, RKMilGeneral
@@ -39,7 +39,7 @@ class Formulas:
     has_estimate = True
     has_stiffness = True
 
-    def write(self, step: Step) -> None:
+    def write(self, step: RowStep) -> None:
         """Fill in the expressions of a step."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ def _sizes(x: Nodes) -> Nodes:
     return [y.pool.unary("abs", y) for y in x]
 
 
-def _is_simple(step: Step) -> bool:
+def _is_simple(step: RowStep) -> bool:
     """Whether the noise is diagonal or one Brownian motion, so that ``g`` has the state's shape."""
     return step.is_diagonal or step.m == 1
 
@@ -71,7 +71,7 @@ class EulerMaruyama(Formulas):
     nodes = np.zeros(1)
     has_estimate = has_stiffness = False
 
-    def write(self, step: Step) -> None:
+    def write(self, step: RowStep) -> None:
         f, G = step.drift(0, step.u), step.diffusion(0, step.u)
         step.new = _sum(_sum(step.u, _scaled(f, step.h)), step.product(G, step.W))
 
@@ -82,7 +82,7 @@ class Lamba(Formulas):
     def __init__(self, additive: bool):
         self.additive = additive
 
-    def write(self, step: Step) -> None:
+    def write(self, step: RowStep) -> None:
         u = step.u
         f, G = step.drift(0, u), step.diffusion(0, u)
         K = _sum(u, _scaled(f, step.h))
@@ -96,7 +96,7 @@ class Lamba(Formulas):
         step.slopes = df, _difference(end, u)
 
     @staticmethod
-    def _of_noise(step: Step, G: Nodes) -> Nodes:
+    def _of_noise(step: RowStep, G: Nodes) -> Nodes:
         if _is_simple(step):
             return _sizes(_ito_correction(step, 1, step.u, G))
         beside = _sum(step.u, step.product(G, step.W))
@@ -109,7 +109,7 @@ class Heun(Formulas):
     def __init__(self, estimate: bool):
         self.has_estimate = estimate
 
-    def write(self, step: Step) -> None:
+    def write(self, step: RowStep) -> None:
         u, W = step.u, step.W
         f, G = step.drift(0, u), step.diffusion(0, u)
         K = _sum(_sum(u, _scaled(f, step.h)), step.product(G, W))
@@ -129,7 +129,7 @@ class Milstein(Formulas):
     def __init__(self, ito: bool, additive: bool):
         self.ito, self.additive = ito, additive
 
-    def write(self, step: Step) -> None:
+    def write(self, step: RowStep) -> None:
         u = step.u
         f, G = step.drift(0, u), step.diffusion(0, u)
         K = _sum(u, _scaled(f, step.h))
@@ -147,7 +147,7 @@ class Milstein(Formulas):
                 step.error = _sum(step.error, changes)
         step.slopes = change, _difference(new, u)
 
-    def _correction(self, step: Step, K: Nodes, G: Nodes) -> Nodes:
+    def _correction(self, step: RowStep, K: Nodes, G: Nodes) -> Nodes:
         if not self.ito:
             beside = _sum(K, step.product(G, step.W))
             change = _difference(step.diffusion(1, beside), G)
@@ -177,7 +177,7 @@ class RungeKutta(Formulas):
         self.nodes = np.array([e.c for e in program.evaluations])
         self.has_stiffness = program.count("drift") > 1
 
-    def write(self, step: Step) -> None:
+    def write(self, step: RowStep) -> None:
         program = self.program
         W, H = step.W, step.H
         area = [b + 0.5 * a for a, b in zip(W, H, strict=True)]  # I_(1,0) / h
@@ -217,7 +217,7 @@ class RungeKutta(Formulas):
             step.slopes = _difference(f1, f0), _difference(u1, u0)
 
     @staticmethod
-    def _weighed(step: Step, matrices: dict[int, Nodes], beta: np.ndarray, x: Nodes) -> Nodes:
+    def _weighed(step: RowStep, matrices: dict[int, Nodes], beta: np.ndarray, x: Nodes) -> Nodes:
         """A combination of the diffusions, applied to noise."""
         used = [(float(b), matrices[row]) for row, b in enumerate(beta) if b]
         width = len(used[0][1])
@@ -225,30 +225,30 @@ class RungeKutta(Formulas):
         return step.product(G, x)
 
     @staticmethod
-    def _weight(step: Step, by_h: float, by_root: float, plain: float) -> Any:
+    def _weight(step: RowStep, by_h: float, by_root: float, plain: float) -> Any:
         terms: list[Node] = [x * float(w) for x, w in ((step.h, by_h), (step.root, by_root)) if w]
         if plain:
             terms.append(step.pool.const(float(plain)))
         return step.pool.sum(terms) if terms else 0.0
 
     @staticmethod
-    def _hermite(step: Step, W: Nodes, area: Nodes) -> list[Nodes]:
+    def _hermite(step: RowStep, W: Nodes, area: Nodes) -> list[Nodes]:
         third = [(w * w / (6.0 * step.size) - 0.5) * w for w in W]
         return [W, _second(step), area, third]
 
 
-def _second(step: Step) -> Nodes:
+def _second(step: RowStep) -> Nodes:
     """``(W**2 - |h|) / (2 sqrt |h|)``."""
     return [(w * w / step.root - step.root) * 0.5 for w in step.W]
 
 
-def _ito_correction(step: Step, node: int, base: Nodes, G: Nodes) -> Nodes:
+def _ito_correction(step: RowStep, node: int, base: Nodes, G: Nodes) -> Nodes:
     """``milstein.py: ito_correction``."""
     beside = _sum(base, _scaled(G, step.root))
     return step.product(_difference(step.diffusion(node, beside), G), _second(step))
 
 
-def _by_time(step: Step, G: Nodes) -> Nodes | None:
+def _by_time(step: RowStep, G: Nodes) -> Nodes | None:
     """Magnitudes of ``time_change_of_noise``; None where ``g`` does not read the time."""
     if step.is_steady:
         step.spared += 1
@@ -261,7 +261,7 @@ def _by_time(step: Step, G: Nodes) -> Nodes | None:
     return _sizes(step.product(_difference(step.diffusion(1, step.u), G), signed))
 
 
-def _row_norms(step: Step, dG: Nodes) -> Nodes:
+def _row_norms(step: RowStep, dG: Nodes) -> Nodes:
     """``low_order.py: _row_norms``; no slope where a row is zero, as in torch."""
     pool, m = step.pool, step.m
     scale = step.root * math.sqrt(0.5)

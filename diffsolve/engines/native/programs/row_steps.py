@@ -30,7 +30,7 @@ class StepMethod(Protocol):
 
     needs_area: bool
 
-    def write(self, step: Step, /) -> None:
+    def write(self, step: RowStep, /) -> None:
         """Fill in the expressions of a step."""
         ...
 
@@ -46,7 +46,7 @@ class _Evaluation:
     name: str
 
 
-class Step:
+class RowStep:
     """Expressions of a step, filled by the method.
 
     Parameters
@@ -169,7 +169,7 @@ def _plain(w: Any) -> Any:
     return w if isinstance(w, Node) else float(w)
 
 
-def _begun(routines: RowRoutines, step: Step, name: str) -> Routine:
+def _begun(routines: RowRoutines, step: RowStep, name: str) -> Routine:
     """A routine with the evaluations of the step."""
     routine = Routine(name, ("h",), ())
     for e in step.evaluations:
@@ -180,7 +180,7 @@ def _begun(routines: RowRoutines, step: Step, name: str) -> Routine:
     return routine
 
 
-def _given(routines: RowRoutines, step: Step) -> list[Array]:
+def _given(routines: RowRoutines, step: RowStep) -> list[Array]:
     return [
         Array("times", "shared"),
         Array("u", "in", routines.d),
@@ -190,7 +190,7 @@ def _given(routines: RowRoutines, step: Step) -> list[Array]:
     ]
 
 
-def step_routine(routines: RowRoutines, step: Step) -> Routine:
+def step_routine(routines: RowRoutines, step: RowStep) -> Routine:
     """``step(h, times, u, W, H, p, new, error, sums)``.
 
     The sums over all rows and entries: squares of both differences of the stiffness, squares of the
@@ -218,7 +218,7 @@ def step_routine(routines: RowRoutines, step: Step) -> Routine:
 
 
 def reverse_routine(
-    routines: RowRoutines, step: Step, active: tuple[bool, ...], whole: bool
+    routines: RowRoutines, step: RowStep, active: tuple[bool, ...], whole: bool
 ) -> Routine:
     """Reverse of a step, of all that it gives or of the new state alone.
 

@@ -14,7 +14,7 @@ from diffsolve.engines.native.graph.expression import Node, Pool, needed
 from diffsolve.engines.native.programs.base import Program
 from diffsolve.engines.native.programs.row_routines import RowRoutines
 from diffsolve.engines.native.programs.row_steps import (
-    Step,
+    RowStep,
     StepMethod,
     reverse_routine,
     step_routine,
@@ -26,7 +26,7 @@ _LOCALS = 40  # arrays of vectors in a step, at most
 Nodes = list[Node]
 
 
-def _release(pool: Pool, steps: dict[Any, Step]) -> None:
+def _release(pool: Pool, steps: dict[Any, RowStep]) -> None:
     pool.release()
     for step in steps.values():
         step.pool.release()
@@ -81,7 +81,7 @@ class RowProgram(Program):
         self.lanes = lanes_of(is_float32) if has_many_rows else 1
         while self.lanes > 1 and 8 * _LOCALS * self.lanes * max(self.d, self.width) > _STACK:
             self.lanes //= 2
-        self._steps: dict[Any, Step] = {}
+        self._steps: dict[Any, RowStep] = {}
         weakref.finalize(self, _release, pool, self._steps).atexit = False
 
     def operations(self, source: Routine) -> int:
@@ -99,11 +99,11 @@ class RowProgram(Program):
         kinds = [e.kind for e in step.evaluations]
         return kinds.count("drift"), kinds.count("diffusion") + step.spared
 
-    def _step_of(self, method: StepMethod) -> Step:
+    def _step_of(self, method: StepMethod) -> RowStep:
         """The expressions of a step."""
         step = self._steps.get(method)
         if step is None:
-            step = Step(self.routines, method.needs_area)
+            step = RowStep(self.routines, method.needs_area)
             method.write(step)
             self._steps[method] = step
         return step

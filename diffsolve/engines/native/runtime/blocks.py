@@ -11,7 +11,7 @@ import numpy as np
 
 _WORD = 8  # bytes
 _BYTES = ctypes.c_char * 0
-Part = tuple[int, tuple[int, ...], Any]
+ArraySpec = tuple[int, tuple[int, ...], Any]
 
 
 def place(array: Any) -> int:
@@ -28,7 +28,7 @@ class Block:
         Of each array the slot of ``layout`` that gets its address, its shape and its type.
     """
 
-    def __init__(self, parts: Iterable[Part]):
+    def __init__(self, parts: Iterable[ArraySpec]):
         self._parts: dict[int, tuple[int, tuple[int, ...], Any]] = {}
         self._offsets: list[tuple[int, int]] = []
         words = 0

@@ -41,7 +41,7 @@ def _entry(name: str, kernels: KernelSet, like: Any) -> Any:
     return lambda I, R: loop(I, R, functions, like)
 
 
-def kernel_ir(name: str, kernels: KernelSet, single: bool) -> str:
+def kernel_ir(name: str, kernels: KernelSet, is_float32: bool) -> str:
     """IR of ``int64 {name}(int64*, double*)``; the placeholder stands for the function's name.
 
     Parameters
@@ -50,10 +50,10 @@ def kernel_ir(name: str, kernels: KernelSet, single: bool) -> str:
         One of ``LOOPS``, or a kernel that ``kernels`` has itself.
     kernels
         Usually a family of methods.
-    single
+    is_float32
         Whether states are float32 rather than float64.
     """
-    entry = _entry(name, kernels, np.float32(0.0) if single else np.float64(0.0))
+    entry = _entry(name, kernels, np.float32(0.0) if is_float32 else np.float64(0.0))
     optimise: Any = config.OPT  # type: ignore[attr-defined]
     config.OPT = type(optimise)(0)  # type: ignore[attr-defined]  # done below, and once
     try:

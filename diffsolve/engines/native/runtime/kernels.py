@@ -68,18 +68,18 @@ def _source(kernels: KernelSet) -> str:
 
 
 @functools.cache
-def kernel(name: str, kernels: KernelSet, single: bool) -> Kernel:
+def kernel(name: str, kernels: KernelSet, is_float32: bool) -> Kernel:
     """A kernel by its name: of a family ``"advance"``, ``"sweep"``, ``"read"`` or ``"replay"``.
 
-    ``single``: for float32 states rather than float64 ones. It is called with the addresses of
+    ``is_float32``: for float32 states rather than float64 ones. It is called with the addresses of
     the two arrays of ``solvers/kernels/layout.py``, runs without Python's lock, and returns one
     of the codes that are listed there.
     """
     try:
         with compiling:
             code = llvm.cached_code(
-                f"{name} {kernels.name} {single}\n{_source(kernels)}",
-                lambda: _build(name, kernels, single),
+                f"{name} {kernels.name} {is_float32}\n{_source(kernels)}",
+                lambda: _build(name, kernels, is_float32),
                 is_kernel=True,
             )
     except Exception as error:  # a Numba or an LLVM that this was not written for
@@ -92,7 +92,7 @@ def kernel(name: str, kernels: KernelSet, single: bool) -> Kernel:
     return function
 
 
-def _build(name: str, kernels: KernelSet, single: bool) -> str:
+def _build(name: str, kernels: KernelSet, is_float32: bool) -> str:
     _log.warning(
         "diffsolve: building its kernel %r of %s methods, once on this machine (some seconds)",
         name,
@@ -100,7 +100,7 @@ def _build(name: str, kernels: KernelSet, single: bool) -> str:
     )
     from diffsolve.engines.native.runtime.build import kernel_ir
 
-    return kernel_ir(name, kernels, single)
+    return kernel_ir(name, kernels, is_float32)
 
 
 def _kernel_or_none(name: str, kernels: KernelSet) -> Kernel | None:

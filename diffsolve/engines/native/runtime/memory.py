@@ -90,7 +90,7 @@ class SolveMemory:
             integers[L.N_BREAKS] = len(breaks)
         if layout is not None and request is not None and work is not None:  # all, or none
             self.arrays[L.WORK] = work.array
-            self._make_first_room(layout, request.times)
+            self._make_first_room(layout, request.saves.array)
         else:
             self.work()
 

@@ -177,11 +177,11 @@ class Runtime(ABC):
         active
             Which tensors of the parameters are differentiated.
         """
-        of_saved, *of_steps = (
+        of_saved, *of_steps = [
             x.contiguous() if x is not None and x.numel() else None for x in cotangents
-        )
+        ]
         started = time.perf_counter()
-        passes = self.begin_sweep(records, states, active, any(x is not None for x in of_steps))
+        passes = self.begin_sweep(records, states, active, of_steps.count(None) < 3)
         for memory in passes:
             if of_saved is not None:
                 memory.hold(L.SAVED_BARS, of_saved)
@@ -226,7 +226,7 @@ def _trajectory_of(
 ) -> Trajectory:
     """What kernels have left in memory."""
     integers, reals, arrays = memory.integers, memory.reals, memory.arrays
-    saved, times = integers[L.SAVED], request.times
+    saved, times = integers[L.SAVED], request.saves.array
     if times is None:
         reached: Any = [*memory.steps()[0].tolist(), reals[L.T]][:saved]
     else:

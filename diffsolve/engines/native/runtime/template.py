@@ -15,7 +15,7 @@ import numpy as np
 from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.programs.base import Program
 from diffsolve.engines.native.programs.scalar import ScalarProgram, SparseJacobian
-from diffsolve.engines.native.runtime.blocks import Block, Part, place
+from diffsolve.engines.native.runtime.blocks import ArraySpec, Block, place
 from diffsolve.engines.native.runtime.kernels import Kernel, kernel
 from diffsolve.engines.native.runtime.method import (
     MethodNumbers,
@@ -115,7 +115,7 @@ class Template:
         """Work space for states of ``n`` numbers; ``jacobian``: see ``ScalarTemplate``."""
         return Block(self.rows(n, self.method.rows))
 
-    def rows(self, n: int, rows: int) -> list[Part]:
+    def rows(self, n: int, rows: int) -> list[ArraySpec]:
         """The part of the work space that every family has: ``rows`` of stages, and results."""
         size = (L.W_STAGES + 2 * rows + L.W_BARS) * n + rows
         return [(L.WORK, (size,), self.dtype)]
@@ -218,7 +218,7 @@ class ScalarTemplate(Template):
     def layout(self, request: SaveRequest) -> RecordLayout:
         """Where solves with such a request keep what it asks for."""
         key = (
-            *(request.times is None, request.states, request.checkpoints),
+            *(request.saves.array is None, request.states, request.checkpoints),
             *(request.dense, request.complete),
         )
         layout = self._layouts.get(key)
@@ -308,7 +308,7 @@ class RecordLayout:
     def _new_block(self, room: int) -> Block:
         count = room if self._checkpoints is None else self._checkpoints
         states = (L.STATES, (count, self._rows, self._n), self._dtype)
-        parts: list[Part] = [(L.MARKS, (room, L.N_MARKS), _INT64), states]
+        parts: list[ArraySpec] = [(L.MARKS, (room, L.N_MARKS), _INT64), states]
         if self.params:
             parts.append((L.PARAMS, (self.params,), self._dtype))
         return Block(parts)
