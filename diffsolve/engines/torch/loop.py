@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ class _Loop:
             self.result.dense = DenseOutput(as_float(t0), self.direction, u0)
 
     def _activate(self) -> None:
-        """Take up the method that is to take the next steps, and its controller."""
+        """Set the method that takes the next steps, and its controller."""
         self.alg, self.controller = self.chosen_alg, self.settings.controller
         if isinstance(self.chosen_alg, AutoSwitch) and self.switch is not None:
             self.alg = self.chosen_alg.stiff if self.switch.stiff else self.chosen_alg.nonstiff
@@ -216,7 +215,7 @@ class _Loop:
         if not settings.adaptive:
             self.size = settings.dt
         elif accept and lands:
-            # a step cut short by a stop says nothing against the size before it
+            # the size before a step that was cut short may still be right
             self.size = max(size * factor, min(self.size, settings.dtmax))
         else:
             self.size = size * factor
@@ -390,7 +389,7 @@ class _Loop:
     def _fail(self, code: ReturnCode, estimates: Estimates | None) -> None:
         if estimates is not None and self.stable is not None:
             stiffness = self.stable.stiffness_of(abs(self.h), estimates.stiffness)
-            estimates = replace(estimates, stiffness=stiffness)
+            estimates = estimates._replace(stiffness=stiffness)
         self.result.retcode = code
         self.result.message = explain(
             Failure(
