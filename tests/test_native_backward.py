@@ -17,7 +17,7 @@ from diffsolve import (
     Tsit5,
     solve,
 )
-from diffsolve.engines.native.runtime import template as template_module
+from diffsolve.solvers.kernels import layout as L
 
 
 @each(REVERSIBLE)
@@ -48,9 +48,9 @@ def test_memory_is_freed_after_backward(sensealg):
     prob = ODEProblem(linear, u0, (0.0, 1.0), leaf([[-1.0, 0.3], [0.1, -0.7]]))
     sol = solve(prob, Tsit5(), sensealg=sensealg, saveat=[1.0], engine="native")
     node = sol.u.grad_fn
-    while not hasattr(node, "memory"):
+    while not hasattr(node, "records"):
         node = node.next_functions[0][0]
-    memory = node.memory
+    memory = node.records
     kept = [weakref.ref(x) for x in node.saved_tensors[2:]]
     assert kept
     sol.u.sum().backward()
@@ -58,8 +58,8 @@ def test_memory_is_freed_after_backward(sensealg):
         _ = node.saved_tensors
     del sol
     gc.collect()
-    slots = (template_module.L.STATES, template_module.L.DENSE, template_module.L.OUT_U)
-    assert not set(slots) & set(memory.held)
+    slots = (L.STATES, L.DENSE, L.OUT_U)
+    assert not set(slots) & set(memory.arrays)
     assert all(x() is None for x in kept)
 
 

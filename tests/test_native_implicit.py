@@ -36,7 +36,7 @@ from diffsolve import (
     Trapezoid,
     solve,
 )
-from diffsolve.engines.native.runtime.reverse import Path
+from diffsolve.engines.native.runtime.adjoint_solve import ForwardPath
 from diffsolve.engines.native.runtime.switching import runs_of
 from diffsolve.problems import library
 from diffsolve.solvers.kernels import layout as L
@@ -323,11 +323,11 @@ def test_checkpoints_repeat_what_newton_did(alg, tol):
     """A repeated step leaves what the step left, to the last bit."""
     sol, _ = relaxation(alg, 3, tol)
     node, count = sol.u.grad_fn, sol.stats.naccept
-    path = Path(node.memory, node.saved_tensors[-1], whole=False)
+    path = ForwardPath(node.records, node.saved_tensors[-1], whole=False)
     repeated = path._remade(0, count)[:, 0]
     assert path.forward.integers[L.STRIDE] > 8  # few states are kept
     assert torch.equal(repeated, sol.u.detach()[:count])
-    for run in runs_of(node.memory):  # the reverse pass then forgets, too
+    for run in runs_of(node.records):  # the reverse pass then forgets, too
         if run.template.method.is_implicit:
             place = path.forward.integers[L.MARKS] + 8 * (run.begin * L.N_MARKS + L.MARK_FORGOT)
             assert ctypes.c_int64.from_address(place).value == 1

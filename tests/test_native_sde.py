@@ -37,7 +37,7 @@ from diffsolve import (
 from diffsolve.engines.native.programs import rows as stochastic
 from diffsolve.engines.native.programs.lookup import find
 from diffsolve.engines.native.programs.recipes import recipe_of
-from diffsolve.engines.native.runtime import stochastic_solve as stochastic_engine
+from diffsolve.engines.native.runtime import row_solve
 from diffsolve.problems.sde_field import SDEField
 
 INSIDE = [0.0, 0.111, 0.23, 0.5, 0.77771, 1.0]
@@ -323,7 +323,7 @@ def test_nan_at_the_start():
 @pytest.fixture
 def threads(monkeypatch):
     """Two threads even for little work."""
-    monkeypatch.setattr(stochastic_engine, "_WORK_A_THREAD", 1)
+    monkeypatch.setattr(row_solve, "WORK_A_THREAD", 1)
     before = torch.get_num_threads()
     yield lambda count: torch.set_num_threads(count)
     torch.set_num_threads(before)

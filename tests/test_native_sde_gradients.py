@@ -10,7 +10,7 @@ from native_sdes import CASES, DOUBLE, NOISES, batch, label, off, problem
 from torch import Tensor, nn
 
 from diffsolve import EM, SOSRA, SOSRI, SRIW1, DiscreteAdjoint, LambaEM, RKMil, SDEProblem, solve
-from diffsolve.engines.native.runtime import stochastic_solve as stochastic_engine
+from diffsolve.engines.native.runtime import row_solve
 
 INSIDE = [0.013, 0.1, 0.55, 0.56, 0.57, 1.0]
 LOOSE = {"rtol": 1e-2, "atol": 1e-2, "dt": 0.2}
@@ -227,7 +227,7 @@ def test_checkpoints_of_adaptive_steps_need_torch():
 def test_noise_that_is_not_kept_is_drawn_again(monkeypatch, alg, span):
     options = {"dt": 0.03, "adaptive": False}
     _, expected = gradients(problem(tspan=span), alg, **options)
-    monkeypatch.setattr(stochastic_engine, "_MOST_NOISE", 0)
+    monkeypatch.setattr(row_solve, "MOST_NOISE", 0)
     _, got = gradients(problem(tspan=span), alg, **options)
     for x, y in zip(got, expected, strict=True):
         assert torch.equal(x, y)
@@ -237,7 +237,7 @@ def test_noise_that_is_not_kept_is_drawn_again(monkeypatch, alg, span):
 def test_threads_share_the_reverse_pass(monkeypatch, alg):
     noise = "additive" if alg.noise_types == {"additive"} else "diagonal"
     prob = problem(noise, alg, rows=70)
-    monkeypatch.setattr(stochastic_engine, "_WORK_A_THREAD", 1)
+    monkeypatch.setattr(row_solve, "WORK_A_THREAD", 1)
     before = torch.get_num_threads()
     options = {"dt": 0.05, "adaptive": False, "saveat": INSIDE}
     try:

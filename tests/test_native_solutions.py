@@ -194,8 +194,8 @@ def test_buffers_grow(alg):
 def test_a_solve_in_many_chunks_is_the_same(monkeypatch):
     """The kernels return to Python after some steps, and go on as if they had not."""
     results = []
-    for work in (template_module._WORK_A_CALL, 1.0):
-        monkeypatch.setattr(template_module, "_WORK_A_CALL", work)
+    for work in (template_module.WORK_A_CALL, 1.0):
+        monkeypatch.setattr(template_module, "WORK_A_CALL", work)
         program_of(linear, ones(2), -torch.eye(2, dtype=DOUBLE)).templates.clear()
         for sensealg in REVERSIBLE:
             u0, p = leaf([1.0, 0.5]), leaf([[-1.0, 4.3], [-5.1, -0.7]])

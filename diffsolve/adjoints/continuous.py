@@ -129,17 +129,18 @@ class _Continuous(torch.autograd.Function):
         ctx.sensealg, ctx.context = sensealg, context.plan.for_reverse(context)
         ctx.times = trajectory.t
         # autograd frees these after backward, and notices a parameter that was changed in place
-        ctx.save_for_backward(trajectory.u, u0, *params, *kept)
+        ctx.save_for_backward(u0, *params, trajectory.u, *kept)
         return trajectory.u
 
     @staticmethod
     @forbid_double_backward
     def backward(ctx: Any, bars: Tensor) -> Any:
-        saved, u0, *rest = ctx.saved_tensors  # raises if a parameter was changed in place
+        u0, *rest = ctx.saved_tensors  # raises if a parameter was changed in place
         started = time.perf_counter()
         context = ctx.context
         params = context.field.params
         ctx.inputs = (u0, *params)
+        saved, *kept = rest[len(params) :]
         stats = context.stats.adjoint = Stats(engine=context.stats.engine)
         u0 = u0.detach()
         context.plan.refuse_changed(context, u0)
@@ -150,7 +151,7 @@ class _Continuous(torch.autograd.Function):
             grads: Sequence[Tensor] = [torch.zeros_like(x) for x in (u0, *params)]
         else:
             # the equation is linear: tolerances then mean the same for every loss
-            forward = ForwardSolve(u0, ctx.times, saved, rest[len(params) :], ctx.records)
+            forward = ForwardSolve(u0, ctx.times, saved, kept, ctx.records)
             scaled = (bars / size).contiguous()
             grads = context.plan.solve_adjoint(context, ctx.sensealg, forward, scaled)
             grads = [g * size for g in grads]

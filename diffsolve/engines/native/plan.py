@@ -10,9 +10,13 @@ from torch import Tensor
 
 from diffsolve.engines.native.programs.lookup import find
 from diffsolve.engines.native.programs.recipes import recipe_of
+from diffsolve.engines.native.runtime.adjoint_solve import (
+    ForwardPath,
+    ReverseProblem,
+    solve_reverse,
+)
 from diffsolve.engines.native.runtime.kernels import kernel
 from diffsolve.engines.native.runtime.method import method_of
-from diffsolve.engines.native.runtime.reverse import Path, ReverseProblem, solve_reverse
 from diffsolve.engines.native.runtime.runtimes import runtime_of
 from diffsolve.engines.native.runtime.solve import RETCODES
 from diffsolve.engines.plan import (
@@ -145,7 +149,7 @@ class NativePlan(Plan):
 
     def keep(self, trajectory: Trajectory) -> tuple[list[Tensor], Any]:
         memory = trajectory.records
-        return [memory.give()], memory.records()
+        return [memory.give_states()], memory.records()
 
     def pull(
         self,
@@ -209,10 +213,10 @@ class NativePlan(Plan):
         memory = trajectory.records
         kept = []
         if along:
-            kept = [memory.give() if keeps_states else memory.give_dense()]
+            kept = [memory.give_states() if keeps_states else memory.give_dense()]
             if not context.dense:
                 trajectory.dense = None
-                memory.held.pop(L.DENSE, None)
+                memory.arrays.pop(L.DENSE, None)
         return trajectory, kept, memory.records()
 
     def solve_adjoint(
@@ -236,7 +240,7 @@ class NativePlan(Plan):
                 blocks=[n, n + extra, len(z)],
                 settings=_settings(context, adjoint, n, len(z), times),
                 jacobian=lambda: program.adjoint_jacobian(active, not along),
-                path=Path(forward.records, forward.kept[0], adjoint.kept_states is None)
+                path=ForwardPath(forward.records, forward.kept[0], adjoint.kept_states is None)
                 if along
                 else None,
                 saved=forward.saved if not along and adjoint.resets_state else None,

@@ -265,13 +265,13 @@ def _row_norms(step: Step, dG: Nodes) -> Nodes:
     """``low_order.py: _row_norms``; no slope where a row is zero, as in torch."""
     pool, m = step.pool, step.m
     scale = step.root * math.sqrt(0.5)
-    found = []
+    quotients = []
     for i in range(step.d):
         square = pool.sum([x * x for x in dG[i * m : (i + 1) * m]])
         is_zero = pool.binary("eq", square, 0.0)
         root = pool.unary("sqrt", pool.where(is_zero, 1.0, square))
-        found.append(scale * pool.where(is_zero, 0.0, root))
-    return found
+        quotients.append(scale * pool.where(is_zero, 0.0, root))
+    return quotients
 
 
 @functools.cache
@@ -320,7 +320,7 @@ def step_method(alg: Algorithm, noise: str, simple: bool) -> Formulas:
     Declined
         If there are none.
     """
-    found: Any = alg
+    method: Any = alg
     kind = type(alg)
     base = next((x for x in _KNOWN if isinstance(alg, x)), None)
     if base is None or any(
@@ -334,7 +334,7 @@ def step_method(alg: Algorithm, noise: str, simple: bool) -> Formulas:
     if base in (LambaEM, LambaEulerHeun):
         return _lamba(additive) if base is LambaEM else _heun(True)
     if base in (SRA, SRI):
-        return _runge_kutta(found.tableau.program, base is SRA)
+        return _runge_kutta(method.tableau.program, base is SRA)
     if base is RKMilGeneral and not (simple or additive):
         raise Declined(f"{alg.name} reads Levy areas from the path, which has no compiled form")
-    return _milstein(found.integral == "ito", additive)
+    return _milstein(method.integral == "ito", additive)

@@ -99,7 +99,7 @@ class SymbolicLU:
             x[k] = x[k] * inverse
         for k, row in reversed(list(zip(self.order, up, strict=True))):
             for j, factor in sorted(row, key=lambda entry: -self.order.index(entry[0])):
-                x[k] = x[k] - factor * x[j]  # the one that is known last comes last
+                x[k] = x[k] - factor * x[j]  # the newest value last: the rest need not wait for it
         return x
 
 
@@ -131,8 +131,8 @@ class RosenbrockStep:
         self.u = list(pool.inputs("u", self.n))
         self.right = outputs
         table = {("u", i): x for i, x in enumerate(self.u)} | {("t", 0): pool.input("times", 0)}
-        found = substitute(jacobian.nodes, table, pool)
-        self.entries, self.slopes = found[: jacobian.entries], found[jacobian.entries :]
+        nodes = substitute(jacobian.nodes, table, pool)
+        self.entries, self.slopes = nodes[: jacobian.entries], nodes[jacobian.entries :]
         self.places = list(zip(jacobian.rows.tolist(), jacobian.columns.tolist(), strict=True))
         unit = pool.const(1.0 / stages.gamma)
         matrix: Entries = {(i, i): unit for i in range(self.n)}
@@ -146,11 +146,11 @@ class RosenbrockStep:
 
     def _sums(self, start: Sequence[Node], weights: Any, k: Sequence[Row]) -> Row:
         """``start`` and weighted stages, one by one: only the last has to wait for the newest."""
-        found = list(start)
+        total = list(start)
         for weight, row in zip(weights, k, strict=False):
             if weight:
-                found = [x + float(weight) * y for x, y in zip(found, row, strict=True)]
-        return found
+                total = [x + float(weight) * y for x, y in zip(total, row, strict=True)]
+        return total
 
     def state(self, i: int, k: Sequence[Row]) -> Row:
         """What ``f`` is given for row ``i``."""
@@ -166,8 +166,8 @@ class RosenbrockStep:
         """Expressions of ``u``, ``w`` and the time, with the values of these at row ``i``."""
         table = {("u", m): x for m, x in enumerate(g)} | {("w", m): x for m, x in enumerate(w)}
         table["t", 0] = self.pool.input("times", i)
-        found = iter(substitute([x for x in nodes if x is not None], table, self.pool))
-        return [x if x is None else next(found) for x in nodes]
+        renamed = iter(substitute([x for x in nodes if x is not None], table, self.pool))
+        return [x if x is None else next(renamed) for x in nodes]
 
     def field(self, i: int, g: Row) -> Row:
         return [x for x in self.at(i, g, self.right) if x is not None]
@@ -191,14 +191,14 @@ class RosenbrockStep:
                 raise TooLong
         new = self.state(last, k)
         k.append(self.field(last, new))
-        found = [Output("k", n * i + m, k[i][m]) for i in range(1, last + 1) for m in range(n)]
-        found += [Output("new", i, x) for i, x in enumerate(new)]
-        found += [Output("jac", i, x) for i, x in enumerate(self.entries)]
-        found.append(Output("jac", len(self.entries) + len(self.slopes), self._radius()))
+        outputs = [Output("k", n * i + m, k[i][m]) for i in range(1, last + 1) for m in range(n)]
+        outputs += [Output("new", i, x) for i, x in enumerate(new)]
+        outputs += [Output("jac", i, x) for i, x in enumerate(self.entries)]
+        outputs.append(Output("jac", len(self.entries) + len(self.slopes), self._radius()))
         if self.stages.b_error is not None:
             sums = self._sums([self.pool.const(0.0)] * n, self.stages.b_error, k)
-            found += [Output("error", i, self.h * x) for i, x in enumerate(sums)]
-        return [*found, Output("check", 0, self.lu.cancellation)]
+            outputs += [Output("error", i, self.h * x) for i, x in enumerate(sums)]
+        return [*outputs, Output("check", 0, self.lu.cancellation)]
 
     def _radius(self) -> Node:
         """``spectral_radius`` of ``kernels/implicit.py``; not finite where that is to be asked."""
@@ -230,10 +230,10 @@ class RosenbrockStep:
         differentiated of them. Added to: ``bar`` of the state, row 0 of ``k_bar``, and ``p_bar``
         at ``entries``.
         """
-        found = _Reverse(self, entries).outputs()
-        if len(needed([x.node for x in found])) > MOST_IN_REVERSE:
+        outputs = _Reverse(self, entries).outputs()
+        if len(needed([x.node for x in outputs])) > MOST_IN_REVERSE:
             raise TooLong
-        return found
+        return outputs
 
 
 class _Reverse:
@@ -281,9 +281,9 @@ class _Reverse:
             _add(self.k_bar[0], w)
             _add(self.u_bar, self.state_bar)
             return
-        found = self.step.at(i, self.step.state(i, self.k), self._products, w)
-        _add(self.state_bar, found[: self.n])
-        _add(self.p_bar, found[self.n :])
+        bars = self.step.at(i, self.step.state(i, self.k), self._products, w)
+        _add(self.state_bar, bars[: self.n])
+        _add(self.p_bar, bars[self.n :])
         a = self.step.stages.a
         # where the state before is a part of this one, what both give to the stages is given once
         shared = np.array_equal(a[i, : i - 1], a[i - 1, : i - 1])
@@ -298,15 +298,15 @@ class _Reverse:
         step, n = self.step, self.n
         bars = [step.h * x for x in (*self.jac_bar, *self.slope_bar)]
         wrt = [*step.u, *(self.pool.input("p", e) for e in self.entries)]
-        found = vjp([*step.entries, *step.slopes], bars, wrt)
-        _add(self.u_bar, found[:n])
-        _add(self.p_bar, found[n:])
+        products = vjp([*step.entries, *step.slopes], bars, wrt)
+        _add(self.u_bar, products[:n])
+        _add(self.p_bar, products[n:])
 
     def outputs(self) -> list[Output]:
-        found = [("bar", i, x) for i, x in enumerate(self.u_bar)]
-        found += [("k_bar", i, x) for i, x in enumerate(self.k_bar[0])]
-        found += [("p_bar", i, x) for i, x in zip(self.entries, self.p_bar, strict=True)]
-        return [Output(block, i, x, add=True) for block, i, x in found if not x.is_const]
+        places = [("bar", i, x) for i, x in enumerate(self.u_bar)]
+        places += [("k_bar", i, x) for i, x in enumerate(self.k_bar[0])]
+        places += [("p_bar", i, x) for i, x in zip(self.entries, self.p_bar, strict=True)]
+        return [Output(block, i, x, add=True) for block, i, x in places if not x.is_const]
 
 
 def _add(target: Row, row: Sequence[Node | None], factor: Node | float = 1.0) -> None:

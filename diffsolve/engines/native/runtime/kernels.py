@@ -37,14 +37,14 @@ def _text(module: str) -> str:
 @functools.cache
 def _imports(module: str) -> tuple[str, ...]:
     """Modules of this package that a module imports at its top."""
-    found: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for package, names, whole in _IMPORT.findall(_text(module)):
         for name in re.findall(r"(\w+)(?: as \w+)?,?", names) if package else ():
             inner = f"{package}.{name}"
-            found[inner if _file(inner).exists() else package] = None
+            modules[inner if _file(inner).exists() else package] = None
         if whole:
-            found[whole] = None
-    return tuple(x for x in found if _file(x).exists())
+            modules[whole] = None
+    return tuple(x for x in modules if _file(x).exists())
 
 
 def sources(kernels: KernelSet) -> list[str]:
@@ -53,13 +53,13 @@ def sources(kernels: KernelSet) -> list[str]:
     They follow from the imports, so that none can be forgotten.
     """
     waiting = [kernels.root, *(LOOPS if isinstance(kernels, Family) else ())]
-    found = {_BUILD}
+    modules = {_BUILD}
     while waiting:
         module = waiting.pop()
-        if module not in found:
-            found.add(module)
+        if module not in modules:
+            modules.add(module)
             waiting += _imports(module)
-    return sorted(found)
+    return sorted(modules)
 
 
 @functools.cache

@@ -79,8 +79,8 @@ def method_of(alg: Algorithm) -> MethodNumbers:
         raise Declined(f"{alg.name} has no compiled step")
     if kind.init is not base.init:
         raise Declined(f"{alg.name} starts in its own way")
-    found: Any = alg
-    return _method(alg.family, found.tableau.stages, alg.order)
+    method: Any = alg
+    return _method(alg.family, method.tableau.stages, alg.order)
 
 
 def set_controller(controller: Controller, integers: Any, reals: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffsolve.engines.native.runtime.template import Template
+from diffsolve.engines.native.runtime.template import ScalarTemplate
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Run:
         ``(2, N)``, the state and derivative that it took over; None: those of the start.
     """
 
-    template: Template
+    template: ScalarTemplate
     begin: int
     end: int = 0
     state: np.ndarray | None = None

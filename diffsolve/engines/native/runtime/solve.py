@@ -1,9 +1,10 @@
-"""Solves in machine code: calls of the compiled loop, and what comes out."""
+"""Solves and reverse passes in machine code: what those of all programs share."""
 
 from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,11 @@ import torch
 from torch import Tensor
 
 from diffsolve.engines.diagnosis import Failure, explain
-from diffsolve.engines.native.programs.bound import ScalarBound
-from diffsolve.engines.native.runtime.kernels import kernel
-from diffsolve.engines.native.runtime.memory import Memory
-from diffsolve.engines.native.runtime.switching import advance, join_dense
+from diffsolve.engines.native.runtime.memory import Counts, SolveMemory
 from diffsolve.engines.native.runtime.template import Template
 from diffsolve.engines.plan import SaveRequest, SolveContext, StepTable, Trajectory
 from diffsolve.engines.settings import Settings
 from diffsolve.engines.torch.step_log import progress_bar
-from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solution import ReturnCode
 from diffsolve.solvers.algorithm import Algorithm, Trouble
@@ -41,6 +38,7 @@ _TROUBLES = {
     L.SINGULAR: Trouble.SINGULAR,
     L.JAC_NOT_FINITE: Trouble.JACOBIAN,
 }
+_ESTIMATE_BARS = (L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS)
 
 
 @dataclass
@@ -62,85 +60,182 @@ class StepColumns(StepTable):
     count: int
     dtype: np.dtype
 
+    def __len__(self) -> int:
+        return self.count
+
     def times(self) -> tuple[Tensor, Tensor]:
         t, h = self.table[:2, : self.count].copy()
         return torch.from_numpy(t), torch.from_numpy(h)
 
     def estimates(self) -> Tensor:
-        """``error, error_norm, stiffness``: ``(3, n)``."""
         rows = self.table[2:]
         if self.dtype != rows.dtype:
             rows = rows.view(self.dtype)
         return torch.from_numpy(rows[:, : self.count])
 
-    def __len__(self) -> int:
-        return self.count
+
+@dataclass
+class Swept:
+    """Cotangents of the initial state and of the flat parameters, and the work done."""
+
+    u_bar: np.ndarray
+    p_bar: Tensor
+    counts: Counts
+    kernel_s: float
+
+    def is_finite(self, by_state: bool) -> bool:
+        """Whether no gradient by the parameters, and by the state if wanted, is NaN or Inf."""
+        arrays = [self.p_bar.numpy(), *([self.u_bar] if by_state else [])]
+        # a sum tells in one call, unless it overflows
+        return all(math.isfinite(x.sum()) or bool(np.isfinite(x).all()) for x in arrays)
 
 
-def integrate(
-    bound: ScalarBound, template: Template, context: SolveContext, u0: Tensor, request: SaveRequest
-) -> Trajectory:
-    """Integrate in machine code; see ``Plan.integrate``."""
-    t0, t1, settings = context.t0, context.t1, context.settings
-    memory = Memory(
-        bound,
-        template,
-        bound.program.n,
-        bound.params,
-        context.field.breaks,
-        request=request,
-    )
-    memory.span(t0, t1, settings.tstops)
-    memory.start(u0)
-    other = template.other
-    if request.states and other is not None:
-        memory.prepare_stiff = lambda: other().reverse(bound.active)
-    bar = progress_bar(t0, t1) if settings.progress else None
-    started = time.perf_counter()
-    try:
-        status = advance(memory, bar)
-    finally:
-        if bar is not None:
-            bar.close()
-    trajectory = trajectory_of(memory, memory, status, request, time.perf_counter() - started)
+class Runtime(ABC):
+    """What runs the programs of one kind. ``records`` are their memories, one or several."""
+
+    @abstractmethod
+    def template(
+        self, program: Any, alg: Algorithm, field: VectorField, settings: Settings
+    ) -> Template:
+        """What the kernels' arrays hold in such solves.
+
+        Raises
+        ------
+        Declined
+            If they cannot run as machine code.
+        """
+
+    def integrate(
+        self,
+        bound: Any,
+        template: Any,
+        context: SolveContext,
+        u0: Tensor,
+        request: SaveRequest,
+    ) -> Trajectory:
+        """Integrate; see ``Plan.integrate``."""
+        bar = progress_bar(context.t0, context.t1) if context.settings.progress else None
+        started = time.perf_counter()
+        try:
+            records, status = self.run(bound, template, context, u0, request, bar)
+        finally:
+            if bar is not None:
+                bar.close()
+        memory = self.first(records)
+        kernel_s = time.perf_counter() - started
+        trajectory = _trajectory_of(memory, records, status, request, kernel_s)
+        if status != L.DONE:
+            span = context.t0, context.t1
+            trajectory.message = message_of(
+                status, memory, context.alg, context.settings, span, context.field
+            )
+        self.finish(records, context, u0, request, trajectory)
+        return trajectory
+
+    @abstractmethod
+    def run(
+        self,
+        bound: Any,
+        template: Any,
+        context: SolveContext,
+        u0: Tensor,
+        request: SaveRequest,
+        bar: Any,
+    ) -> tuple[Any, int]:
+        """Call the kernels; returns their memory, and how they ended."""
+
+    @abstractmethod
+    def first(self, records: Any) -> SolveMemory:
+        """The memory whose steps are those of all."""
+
+    @abstractmethod
+    def finish(
+        self,
+        records: Any,
+        context: SolveContext,
+        u0: Tensor,
+        request: SaveRequest,
+        trajectory: Trajectory,
+    ) -> None:
+        """Make dense output, and let go of what the reverse pass does not need."""
+
+    def sweep(
+        self,
+        records: Any,
+        states: Tensor,
+        cotangents: Sequence[Tensor | None],
+        active: tuple[bool, ...],
+    ) -> Swept:
+        """Pull cotangents of the saved states and of the estimates back to the start.
+
+        Parameters
+        ----------
+        records, states
+            Of the forward solve: what was noted of the steps, and what autograd kept.
+        cotangents
+            Of the saved states ``(T, N)`` and of ``error, error_norm, stiffness`` ``(n,)``.
+        active
+            Which tensors of the parameters are differentiated.
+        """
+        of_saved, *of_steps = (
+            x.contiguous() if x is not None and x.numel() else None for x in cotangents
+        )
+        started = time.perf_counter()
+        passes = self.begin_sweep(records, states, active, any(x is not None for x in of_steps))
+        for memory in passes:
+            if of_saved is not None:
+                memory.hold(L.SAVED_BARS, of_saved)
+                memory.integers[L.SAVED_BARS] += memory.first_entry * memory.dtype.itemsize
+            for slot, bar in zip(_ESTIMATE_BARS, of_steps, strict=True):
+                if bar is not None:
+                    memory.hold(slot, bar)
+        refuse_not_repeated(self.run_sweep(passes, active))
+        kernel_s = time.perf_counter() - started
+        u_bar, p_bar = self.end_sweep(passes, active)
+        return Swept(u_bar, p_bar, passes[0].counts(), kernel_s)
+
+    @abstractmethod
+    def begin_sweep(
+        self, records: Any, states: Tensor, active: tuple[bool, ...], whole: bool
+    ) -> list[Any]:
+        """Memories for a reverse pass, with room for the cotangents.
+
+        ``whole``: also estimates of the steps have cotangents.
+        """
+
+    @abstractmethod
+    def run_sweep(self, passes: list[Any], active: tuple[bool, ...]) -> int:
+        """Call the kernels; returns how they ended."""
+
+    @abstractmethod
+    def end_sweep(self, passes: list[Any], active: tuple[bool, ...]) -> tuple[np.ndarray, Tensor]:
+        """Cotangents of the initial state and of the flat parameters."""
+
+
+def refuse_not_repeated(status: int) -> None:
+    """Refuse to go on where a step of the solve could not be taken again."""
     if status != L.DONE:
-        span = t0, t1
-        trajectory.message = message_of(status, memory, context.alg, settings, span, context.field)
-    memory.give_back_work()
-    del memory.held[L.START]
-    memory.held.pop(L.MATRIX, None)
-    if request.dense:
-        if len(memory.runs) > 1:
-            join_dense(memory)
-        trajectory.dense = NativeDense(memory, t0, u0)
-    return trajectory
+        raise RuntimeError(
+            "the reverse pass could not repeat a step of the solve: its equations were not solved. "
+            "Use DiscreteAdjoint() without checkpoints, which keeps their solutions."
+        )
 
 
-def trajectory_of(
-    memory: Memory, records: Any, status: int, request: SaveRequest, kernel_s: float
+def _trajectory_of(
+    memory: SolveMemory, records: Any, status: int, request: SaveRequest, kernel_s: float
 ) -> Trajectory:
-    """What kernels have left in memory.
-
-    Parameters
-    ----------
-    memory
-        That of the solve, or of one of its threads: all have the same steps.
-    records
-        What the reverse pass goes by.
-    status
-        How the kernel ended.
-    """
-    integers, reals, held = memory.integers, memory.reals, memory.held
+    """What kernels have left in memory."""
+    integers, reals, arrays = memory.integers, memory.reals, memory.arrays
     saved, times = integers[L.SAVED], request.times
     if times is None:
         reached: Any = [*memory.steps()[0].tolist(), reals[L.T]][:saved]
     else:
         reached = times if saved == integers[L.N_SAVES] else times[:saved]
-    out = held[L.OUT_U]
+    out = arrays[L.OUT_U]
     return Trajectory(
         t=reached,
         u=torch.from_numpy(out if saved == len(out) else out[:saved]),
-        steps=StepColumns(held[L.STEP_T], integers[L.ACCEPTED], memory.dtype),
+        steps=StepColumns(arrays[L.STEP_T], integers[L.ACCEPTED], memory.dtype),
         counts=memory.counts(),
         nreject=integers[L.REJECTED],
         final_t=reals[L.T],
@@ -153,7 +248,7 @@ def trajectory_of(
 
 def message_of(
     status: int,
-    memory: Memory,
+    memory: SolveMemory,
     alg: Algorithm,
     settings: Settings,
     span: tuple[float, float],
@@ -182,36 +277,7 @@ def message_of(
             estimates=last,
             state=memory.state(),
             trouble=_TROUBLES.get(int(integers[L.FAILURE])),
-            is_sde=isinstance(field, SDEField),
+            is_sde=field is not None and field.is_stochastic,
             field=field,
         )
     )
-
-
-class NativeDense:
-    """Continuous extension of a native solve; as ``DenseOutput``."""
-
-    def __init__(self, memory: Memory, t0: float, u0: Tensor):
-        self._memory = memory
-        self.direction = memory.reals[L.DIRECTION]
-        self.u0 = u0
-        self.ends = [self.direction * t0, self.direction * memory.reals[L.T]]
-
-    def __call__(self, times: Sequence[float], derivative: int = 0) -> Tensor:
-        """States ``(m, N)`` at times in any order."""
-        low, high = self.ends
-        for t in times:
-            if not low <= self.direction * t <= high:
-                ends = sorted((self.direction * low, self.direction * high))
-                raise ValueError(f"t = {t} is outside of the solved interval {ends}")
-        memory = self._memory.copy()  # threads may read at once
-        out = torch.from_numpy(np.empty((len(times), memory.n), memory.dtype))
-        integers = memory.integers
-        if not integers[L.ACCEPTED]:  # an empty span: every time is t0
-            return self.u0.expand_as(out) if not derivative else torch.zeros_like(out)
-        memory.hold(L.READ, np.asarray(times, dtype=np.float64))
-        memory.hold(L.READ_OUT, out)
-        integers[L.N_READ], integers[L.DERIVATIVE] = len(times), derivative
-        memory.work()
-        memory.run(kernel("read", memory.method.family, memory.native.program.is_float32))
-        return out

@@ -1,4 +1,4 @@
-"""Reverse passes in machine code: the sweep through recorded steps, and adjoint equations."""
+"""Adjoint equations, solved backward in machine code."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from diffsolve.engines.native.programs.bound import ScalarBound
 from diffsolve.engines.native.programs.scalar import SparseJacobian
 from diffsolve.engines.native.runtime.kernels import kernel
-from diffsolve.engines.native.runtime.memory import Counts, Memory
-from diffsolve.engines.native.runtime.solve import message_of
+from diffsolve.engines.native.runtime.memory import Counts, SolveMemory
+from diffsolve.engines.native.runtime.solve import message_of, refuse_not_repeated
 from diffsolve.engines.native.runtime.switching import (
     advance,
     as_polynomials,
@@ -25,84 +25,14 @@ from diffsolve.engines.native.runtime.switching import (
     use,
     use_polynomials,
 )
-from diffsolve.engines.native.runtime.template import template, write_tolerance
+from diffsolve.engines.native.runtime.template import template_for, write_tolerance
 from diffsolve.engines.settings import Settings
 from diffsolve.solvers.algorithm import Algorithm
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.norms import Tolerance
 
 
-@dataclass
-class Swept:
-    """Cotangents of the initial state and of the flat parameters, and the work done."""
-
-    u_bar: np.ndarray
-    p_bar: Tensor
-    counts: Counts
-    kernel_s: float
-
-    def is_finite(self, by_state: bool) -> bool:
-        """Whether no gradient by the parameters, and by the state if wanted, is NaN or Inf."""
-        arrays = [self.p_bar.numpy(), *([self.u_bar] if by_state else [])]
-        # a sum tells in one call, unless it overflows
-        return all(math.isfinite(x.sum()) or bool(np.isfinite(x).all()) for x in arrays)
-
-
-def refuse_lost(status: int) -> None:
-    """Refuse to go on where a step of the solve could not be taken again."""
-    if status != L.DONE:
-        raise RuntimeError(
-            "the reverse pass could not repeat a step of the solve: its equations were not solved. "
-            "Use DiscreteAdjoint() without checkpoints, which keeps their solutions."
-        )
-
-
-def sweep(
-    forward: Memory, records: Tensor, cotangents: Sequence[Tensor | None], active: tuple[bool, ...]
-) -> Swept:
-    """Pull cotangents of the saved states and of the estimates back to the start.
-
-    Parameters
-    ----------
-    forward, records
-        Of the forward solve.
-    cotangents
-        Of the saved states ``(T, N)`` and of ``error, error_norm, stiffness`` ``(n,)``.
-    active
-        Which tensors of the parameters are differentiated.
-    """
-    memory, program = forward.copy(), forward.native.program
-    memory.borrow_work()
-    memory.take(records)
-    integers, n, dtype = memory.integers, memory.n, memory.dtype
-    memory.restart_counts()
-    bars = np.zeros(2 * n + program.n_params, dtype)
-    memory.hold_new(L.STATE_BAR, bars)
-    integers[L.P_BAR] = integers[L.STATE_BAR] + 2 * n * dtype.itemsize
-    slots = (L.SAVED_BARS, L.ERROR_BARS, L.ERROR_NORM_BARS, L.STIFFNESS_BARS)
-    for slot, bar in zip(slots, cotangents, strict=True):
-        if bar is not None and bar.numel():
-            memory.hold(slot, bar.contiguous())
-    if integers[L.STRIDE] > 1:
-        memory.hold_new(L.SEGMENT, np.empty((integers[L.STRIDE], 2, n), dtype))
-    kernel_s = 0.0
-    runs = runs_of(memory)
-    for run in reversed(runs):
-        if len(memory.runs) > 1:
-            use(memory, run)
-            if memory.method.is_implicit:
-                memory.work_of_systems()
-        addresses = run.template.reverse(active)
-        integers[L.VJP], integers[L.FUSED_VJP], integers[L.JAC_VJP], function = addresses
-        integers[L.STEPS_LEFT], integers[L.SWEEP_FROM] = run.end, run.end - 1
-        started = time.perf_counter()
-        refuse_lost(memory.run(function))
-        kernel_s += time.perf_counter() - started
-    memory.give_back_work()
-    return Swept(bars[:n], torch.from_numpy(bars[2 * n :]), memory.counts(), kernel_s)
-
-
-class Path:
+class ForwardPath:
     """The forward solution for an adjoint equation: all of its stages, or a window of them.
 
     Parameters
@@ -115,16 +45,16 @@ class Path:
         Whether ``kept`` are dense records.
     """
 
-    def __init__(self, forward: Memory, kept: Tensor, whole: bool):
+    def __init__(self, forward: SolveMemory, kept: Tensor, whole: bool):
         self.forward, self.kept, self.whole = forward, kept, whole
         self.starts, self.sizes, *_ = forward.steps()
         if not whole:
             self.forward = forward = forward.copy()
-            forward.take(kept)
+            forward.take_states(kept)
         self.direction = forward.reals[L.DIRECTION]
         self.end = forward.reals[L.T]
 
-    def give(self, memory: Memory, low: float, high: float) -> None:
+    def give(self, memory: SolveMemory, low: float, high: float) -> None:
         """Show the kernel a part of the path that holds the times between ``low`` and ``high``."""
         first, last = 0, len(self.starts)
         dense = self.kept
@@ -161,7 +91,7 @@ class Path:
             if len(memory.runs) > 1:
                 use(memory, run)
                 if memory.method.is_implicit:
-                    memory.work_of_systems()
+                    memory.add_linear_systems()
             begin, end = max(first, run.begin), min(last, run.end)
             rows = 1 + memory.method.rows
             dense = np.empty((end - begin, rows, memory.n), memory.dtype)
@@ -169,8 +99,8 @@ class Path:
             integers = memory.integers
             integers[L.DENSE_ROWS] = rows
             integers[L.REPLAY_FROM], integers[L.CHUNK] = begin, end - begin
-            function = kernel("replay", memory.method.family, memory.native.program.is_float32)
-            refuse_lost(memory.run(function))
+            function = kernel("replay", memory.method.family, memory.bound.program.is_float32)
+            refuse_not_repeated(memory.run(function))
             parts.append(dense)
         if len(memory.runs) > 1:
             degree = degree_of(memory)
@@ -205,7 +135,7 @@ class ReverseProblem:
     blocks: list[int]
     settings: Settings
     jacobian: Callable[[], SparseJacobian] | None = None
-    path: Path | None = None
+    path: ForwardPath | None = None
     saved: Tensor | None = None
 
 
@@ -224,7 +154,7 @@ class ReverseResult:
 
 
 def solve_reverse(
-    native: ScalarBound,
+    bound: ScalarBound,
     alg: Algorithm,
     problem: ReverseProblem,
     start: float,
@@ -242,9 +172,11 @@ def solve_reverse(
         Row of ``bars`` to add at a stop, or -1.
     """
     n = len(bars[0])
-    params = torch.cat([native.params, torch.zeros(2 * n, dtype=bars.dtype, device="cpu")])
-    made = template(native.program, alg, problem.settings)
-    memory = Memory(native, made, len(problem.z), params, breaks, problem.field, problem.jacobian)
+    params = torch.cat([bound.params, torch.zeros(2 * n, dtype=bars.dtype, device="cpu")])
+    template = template_for(bound.program, alg, None, problem.settings)
+    memory = SolveMemory(
+        bound, template, len(problem.z), params, breaks, problem.field, problem.jacobian
+    )
     integers, reals = memory.integers, memory.reals
     stops = problem.settings.tstops
     memory.span(start, end, stops)
@@ -255,9 +187,9 @@ def solve_reverse(
     if problem.saved is not None:
         memory.hold(L.RESET, problem.saved.detach().contiguous())
         slots = L.FORWARD_RTOL, L.FORWARD_RTOL_STRIDE, L.FORWARD_ATOL, L.FORWARD_ATOL_STRIDE
-        write_tolerance(forward_tolerance, slots, integers, memory.held)
+        write_tolerance(forward_tolerance, slots, integers, memory.arrays)
     if problem.path is not None:
-        integers[L.PATH_OUT] = integers[L.PARAMS] + len(native.params) * memory.dtype.itemsize
+        integers[L.PATH_OUT] = integers[L.PARAMS] + len(bound.params) * memory.dtype.itemsize
         problem.path.give(memory, start, start)
     memory.start(problem.z)
     started = time.perf_counter()
