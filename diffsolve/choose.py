@@ -1,4 +1,4 @@
-"""How a solve runs: the engine, and the way to differentiate it."""
+"""The choice of the engine, and of the sensealg."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffsolve.problems.vector_field import VectorField
 
 @dataclass
 class Request:
-    """What is to be solved, and what the user has said of how.
+    """What to solve, and what the user has said about how.
 
     Attributes
     ----------
@@ -33,7 +33,8 @@ class Request:
     by_time
         Whether a time of the solve requires a gradient.
     transformed, recording
-        Whether a ``torch.func`` transform looks on; whether autograd records, and none does.
+        Whether a ``torch.func`` transform is active; whether autograd, and no transform,
+        differentiates the solve.
     has_noise
         Whether the user gave the Brownian path.
     """
@@ -50,16 +51,16 @@ class Request:
 
     @property
     def moves_start(self) -> bool:
-        """Whether the gradient by the initial state, or by a time, is wanted."""
+        """Whether the initial state, or a time, requires a gradient."""
         return self.u0.requires_grad or self.by_time
 
     @property
     def wants_gradients(self) -> bool:
-        """The same, or one by a parameter; known once the plan is chosen."""
+        """Whether anything requires a gradient; known once the plan has found the parameters."""
         return self.moves_start or bool(self.field.params)
 
     def chosen_sensealg(self) -> Sensealg:
-        """The sensealg, once the parameters are known that a gradient is wanted of."""
+        """The sensealg, once the parameters are known that require a gradient."""
         wants = self.recording and self.wants_gradients
         return choose_sensealg(self.sensealg, wants, self.transformed)
 
@@ -67,8 +68,7 @@ class Request:
 def choose_plan(request: Request) -> tuple[Plan, Sensealg, Tensor | None]:
     """Choose the engine and the sensealg, and prepare both.
 
-    Nothing else catches ``Declined``: where the native engine does not run a solve, the plan of
-    the torch engine says why.
+    ``Declined`` is caught here alone. The plan of the torch engine then gives it as the reason.
 
     Returns
     -------
@@ -99,12 +99,12 @@ def choose_plan(request: Request) -> tuple[Plan, Sensealg, Tensor | None]:
 
 
 def _native(request: Request) -> tuple[NativePlan, Sensealg]:
-    """The same for the native engine.
+    """The plan of the native engine, and the sensealg.
 
     Raises
     ------
     Declined
-        If it cannot run the solve, or not go back through it.
+        If it cannot run the solve, or its reverse pass.
     """
     if request.transformed:
         raise Declined("a torch.func transform looks on")
@@ -123,7 +123,7 @@ def _native(request: Request) -> tuple[NativePlan, Sensealg]:
 
 
 def _refuse_early(sensealg: Sensealg, request: Request) -> None:
-    """Decline a sensealg that needs torch before ``f`` is traced in vain."""
+    """Decline a sensealg that needs torch if it will be used, before ``f`` is traced in vain."""
     try:
         sensealg.refuse_native()
     except Declined:

@@ -1,7 +1,7 @@
-"""What a solve needs besides the values of its tensors: its arguments, checked and normalised.
+"""The arguments of a solve but for the values of tensors: checked and normalised.
 
-A training solves the same problem with the same arguments again and again. What was made of them is
-kept with the problem (``SolveCache``), and used as long as none of them could have changed.
+A training solves the same problem with the same arguments again and again. So the problem keeps
+the result in its ``SolveCache``, for solves whose arguments cannot have changed unseen.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _TSIT5, _VERN7, _AUTO_TSIT5, _AUTO_VERN7 = Tsit5(), Vern7(), AutoTsit5(), AutoVe
 _PLAIN = frozenset((float, int, bool, type(None)))
 _MOST_SETTINGS = 100
 _RTOL, _ATOL = 1e-3, 1e-6
-_COARSE = 1e-3  # part of the span that times may be off by
+_COARSE = 1e-3  # part of the span that rounding may move a time by
 _known_settings: dict[Any, Settings] = {}  # nothing changes settings
 
 
 class Options(NamedTuple):
-    """How to integrate, as the user said it; see ``solve``."""
+    """How to integrate, in the user's words; see ``solve``."""
 
     rtol: Any
     atol: Any
@@ -70,7 +70,7 @@ class Prepared:
     settings
         How to integrate.
     given
-        The user's method and options, where another solve with the same may use this again.
+        The user's method and options, if another solve with the same ones may use this again.
     """
 
     alg: Algorithm
@@ -85,14 +85,14 @@ class Prepared:
     def of(
         cls, prob: ODEProblem | SDEProblem, alg: Any, values: tuple[Any, ...], transformed: bool
     ) -> Prepared:
-        """Those of a problem.
+        """The prepared arguments: those of the latest solve where they still hold, or new ones.
 
         Parameters
         ----------
         values
-            Those of ``Options``, in order.
+            The fields of ``Options``, in order.
         transformed
-            Whether a ``torch.func`` transform looks on.
+            Whether a ``torch.func`` transform is active.
 
         Raises
         ------
@@ -124,12 +124,12 @@ class Prepared:
         return prepared
 
     def still_holds(self, prob: Any, alg: Any, values: tuple[Any, ...], transformed: bool) -> bool:
-        """Whether the same arguments, as far as they are numbers and methods, mean the same now."""
+        """Whether these arguments are those that this was made of, and mean the same now."""
         assert self.given is not None
-        known_alg, known = self.given
-        if transformed or not (alg is known_alg or _are_same(alg, known_alg)):
+        given_alg, options = self.given
+        if transformed or not (alg is given_alg or _are_same(alg, given_alg)):
             return False
-        if not (all(map(is_, values, known)) or _are_equal(values, known)):
+        if not (all(map(is_, values, options)) or _are_equal(values, options)):
             return False
         structure = self._field.structure
         return StateStructure.of(prob.u0) is structure and not is_autocasting(structure.device)
@@ -140,7 +140,7 @@ class Prepared:
 
 
 def _warn_of_coarse_times(field: VectorField, t0: float, t1: float) -> None:
-    """Warn where the times that ``f`` sees stand still from step to step."""
+    """Warn where ``f`` may see the same time in one step and the next."""
     dtype = field.structure.time_dtype
     unit = torch.finfo(dtype).eps * max(abs(t0), abs(t1))
     if dtype == torch.float32 and t0 != t1 and unit > _COARSE * abs(t1 - t0):
@@ -163,14 +163,14 @@ def _are_same(a: Any, b: Any) -> bool:
     return isinstance(a, Algorithm) and isinstance(b, Algorithm) and a.key == b.key
 
 
-def _are_equal(values: tuple[Any, ...], known: Options) -> bool:
-    """Whether options are the numbers that are known."""
-    plain = _PLAIN.issuperset(map(type, values[:8])) and values[:8] == known[:8]
-    return plain and all(map(is_, values[8:], known[8:]))
+def _are_equal(values: tuple[Any, ...], options: Options) -> bool:
+    """Whether the first eight values are equal numbers, and the others the same objects."""
+    plain = _PLAIN.issuperset(map(type, values[:8])) and values[:8] == options[:8]
+    return plain and all(map(is_, values[8:], options[8:]))
 
 
 def _is_reusable(prob: ODEProblem | SDEProblem, options: Options, field: VectorField) -> bool:
-    """Whether all arguments are such that nothing can change in them without being seen."""
+    """Whether no argument can change without ``still_holds`` seeing it."""
     return (
         isinstance(prob, ODEProblem)
         and isinstance(prob.u0, Tensor)
@@ -223,7 +223,7 @@ def _checked_algorithm(
 def _settings(
     alg: Algorithm, field: VectorField, options: Options, stops: tuple[float, ...]
 ) -> Settings:
-    """How to integrate, checked; plain numbers give the same settings again, not a copy."""
+    """How to integrate, checked; the same plain numbers give the same object again."""
     rtol, atol, dt, adaptive, dtmin, dtmax, maxiters, progress, _, controller, norm = options
     stiff = None
     if controller is None:
@@ -233,11 +233,11 @@ def _settings(
     structure = field.structure
     key = None
     if norm is None and not stops and _PLAIN.issuperset(map(type, options[:8])):
-        ids = id(controller), id(stiff)  # the settings that are kept hold on to both
+        ids = id(controller), id(stiff)  # the cached settings keep both alive
         key = (alg.key, *ids, *options[:8], structure.time_dtype, structure.device)
-        found = _known_settings.get(key)
-        if found is not None:
-            return found
+        cached = _known_settings.get(key)
+        if cached is not None:
+            return cached
     settings = Settings(
         tolerance=Tolerance.build(
             _RTOL if rtol is None else rtol, _ATOL if atol is None else atol, structure, norm

@@ -207,10 +207,7 @@ def _weighted(value: Any, h: float, power: int, weight_by_step: bool) -> Tensor:
 
 
 def _local_step(
-    sol: Solution,
-    sampling: str,
-    at: tuple[float, Any] | None,
-    generator: torch.Generator | None,
+    sol: Solution, sampling: str, at: tuple[float, Any] | None, generator: torch.Generator | None
 ) -> tuple[Estimates, float]:
     context: SolveContext = sol._context
     field, alg, settings = context.field, context.alg, context.settings

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from diffsolve.engines.native.codegen.llvm import FIELD, Output, Signature, compile_function
-from diffsolve.engines.native.graph.derivative import second_order, vjp
+from diffsolve.engines.native.graph.derivative import jvp, vjp
 from diffsolve.engines.native.graph.expression import Node
 from diffsolve.engines.native.tracing.trace import Trace, trace
 from diffsolve.problems.structure import StateStructure
@@ -90,6 +90,8 @@ def second_order_terms(tr: Trace, u: Tensor, p: Any, v: Tensor, w: Tensor) -> np
     bars = [pool.input("w", i) for i in range(len(tr.outputs))]
     tangents = {x: pool.input("v", i) for i, x in enumerate(tr.u)}
     wrt = [*tr.u, *[pool.input("p", k) for k in range(sum(x.count for x in tr.inputs))]]
-    nodes = second_order(tr.outputs, bars, tangents, wrt)
+    dots = zip(jvp(tr.outputs, tangents), bars, strict=True)
+    pairs = [(dot, bar) for dot, bar in dots if dot is not None]
+    nodes = vjp([dot for dot, _ in pairs], [bar for _, bar in pairs], wrt)
     arrays = [x.numpy() for x in (v, w)]
     return run(_CONTRACTION, nodes, 0.3, u.numpy(), entries(tr, p), *arrays)

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffsolve import ODEProblem, ReturnCode
 from diffsolve.engines.settings import Settings
 from diffsolve.engines.torch.loop import integrate
-from diffsolve.engines.torch.step_log import Record, Saving, Trajectory
+from diffsolve.engines.torch.step_log import Record, Saving, StepLog
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Algorithm, Step
 from diffsolve.solvers.norms import Tolerance
@@ -88,7 +88,7 @@ def run(
     on_stop: Any = None,
     u0: Tensor | None = None,
     **settings: Any,
-) -> Trajectory:
+) -> StepLog:
     u0 = torch.tensor([span[0]], dtype=F64) if u0 is None else u0
     rhs = VectorField.of(ODEProblem(lambda t, u: torch.ones_like(u), u0, span))
     settings.setdefault("dt", 0.25)
@@ -98,7 +98,7 @@ def run(
         return integrate(rhs, alg or Scripted(), u0, *span, made, saving, on_stop=on_stop)
 
 
-def sizes(result: Trajectory) -> list[float]:
+def sizes(result: StepLog) -> list[float]:
     return [abs(h) for h in result.step_h]
 
 

@@ -134,10 +134,10 @@ def test_the_usual_correction_of_stratonovich_noise_loses_the_order() -> None:
     """Why ``RKMil`` has another one; see its notes."""
 
     class Usual(RKMil):
-        def correction(self, field, t, h, times, u, K, G, W):
-            root = math.sqrt(h)
-            beside = field.diffusion(times[0], u + root * G)
-            return field.product(beside - G, W * W / (2 * root))
+        def correction(self, start, K):
+            field, root = start.field, math.sqrt(start.h)
+            beside = field.diffusion(start.now, start.u + root * start.G)
+            return field.product(beside - start.G, start.W * start.W / (2 * root))
 
     counts = [32, 128, 512]
     found = {}

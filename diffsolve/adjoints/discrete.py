@@ -113,17 +113,17 @@ class DiscreteAdjoint(Sensealg):
                 u = _Linked.apply(u, *field.params)
             if not log.estimates:
                 return Outputs(trajectory, u)
-            rows = [(e.error, e.error_norm, e.stiffness) for e in log.estimates]
-            columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+            estimates: Any = log.estimates
+            columns = [torch.stack(column) for column in zip(*estimates, strict=True)]
             return Outputs(trajectory, u, torch.stack(columns))
 
 
 def run_stepwise(context: SolveContext, request: SaveRequest) -> Outputs:
-    """Integrate; the outputs' gradient goes back through the steps that were kept."""
+    """Integrate; the gradient of the outputs is pulled back through the recorded steps."""
     handover = Handover(context, request)
     apply: Any = _Discrete.apply
     if context.plan.engine == "native" and not torch.compiler.is_compiling():
-        # beneath its look for torch.func transforms, under which nothing is native
+        # skips the search for torch.func transforms, under which nothing is native
         apply = super(torch.autograd.Function, _Discrete).apply  # type: ignore[misc]
     u, estimates = apply(handover, context.u0, *context.field.params)
     return Outputs(handover.take(), u, estimates)
@@ -151,10 +151,10 @@ class _Discrete(torch.autograd.Function):
         trajectory = handover.put(context.integrate(start, request))
         ctx.set_materialize_grads(False)
         ctx.counts = 1 + len(params)
-        # autograd frees the states after backward, and sees a parameter changed in place
+        # autograd frees these after backward, and notices a parameter that was changed in place
         kept, ctx.records = context.plan.keep(trajectory)
         ctx.save_for_backward(u0, *params, *kept)
-        # a graph must not keep f; what the solution keeps serves as long as that lives
+        # a graph must not keep f: the whole context is there as long as the solution lives
         ctx.context, ctx.whole = context.plan.for_reverse(context), weakref.ref(context)
         ctx.request, ctx.steps = request, len(trajectory.steps)
         return trajectory.u, trajectory.steps.estimates()
@@ -166,7 +166,7 @@ class _Discrete(torch.autograd.Function):
         started = time.perf_counter()
         context = ctx.context
         u0 = saved[0]
-        # the field's own: hooks may have put other tensors in the place of those that were saved
+        # those of the field: saved-tensor hooks may have replaced the saved ones
         ctx.inputs = u0, *context.field.params
         by_state = ctx.needs_input_grad[1]
         stats = Stats(engine=context.stats.engine, alg=context.alg.name)
@@ -183,7 +183,7 @@ class _Discrete(torch.autograd.Function):
 
 
 def _rows(table: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cotangents of each estimate; None where they are zero, which costs less."""
+    """Cotangents of each estimate; None where they are all zero, which costs less."""
     if table is None:
         return None, None, None
     return tuple(row if row.count_nonzero() else None for row in table.contiguous())
@@ -194,8 +194,8 @@ def _again_by_torch(
 ) -> tuple[Tensor | None, Sequence[Tensor]]:
     """The gradients of a solve whose second derivatives are not finite.
 
-    The torch engine solves it once more, and goes back through steps with such derivatives by
-    another method; see ``Sweep``.
+    The torch engine solves once more. Its ``Sweep`` differentiates the steps with such derivatives
+    as those of another method.
     """
     context: SolveContext | None = ctx.whole()
     if context is not None:

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsolve.adjoints.continuous import ContinuousAdjoint, Restore
-from diffsolve.adjoints.reverse_sde import (
-    ForwardSteps,
-    InterpolatingSDE,
-    diffusion_at_start,
-)
+from diffsolve.adjoints.reverse_sde import ForwardSteps, InterpolatingSDE, diffusion_at_start
 from diffsolve.engines.plan import SolveContext
 from diffsolve.engines.torch.forward import integrate_with_torch
 from diffsolve.engines.torch.reverse_field import ReverseField, ReverseODE

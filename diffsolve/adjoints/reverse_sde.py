@@ -124,13 +124,13 @@ class ReverseSDE(ReverseField):
         extra: int,
     ):
         super().__init__(forward, params, extra)
-        solved = context.field
-        assert isinstance(solved, SDEField) and isinstance(solved.path, Noise)
+        field = context.field
+        assert isinstance(field, SDEField) and isinstance(field.path, Noise)
         self.context, self.G0 = context, G0
-        self.path = solved.path.fork(levy_area=False)
+        self.path = field.path.fork(levy_area=False)
         self.ng = 0
         self.first_size = steps.size
-        self.correction = solved.interpretation == "ito" and solved.noise != "additive"
+        self.correction = field.interpretation == "ito" and field.noise != "additive"
         #: Whether a component of diagonal noise depends on other components of the state.
         self.coupled = False
 

@@ -26,7 +26,7 @@ from diffsolve.solvers.stochastic.method import registered
 
 @dataclass(frozen=True)
 class ReversibleAdjoint(Sensealg):
-    """Differentiate the steps of a reversible method, with states that are computed backward.
+    """Differentiate the steps of a reversible method, whose states are computed backward.
 
     The gradient is that of ``DiscreteAdjoint``, to rounding, and includes ``sol.steps.error``,
     ``error_norm`` and ``stiffness``. No states are kept but those at both ends and at ``tstops``:
@@ -113,7 +113,7 @@ class ReversibleTape(StepTape):
 
 
 def _distance(reached: Tensor, known: Tensor) -> float:
-    """Of a state from the one that it ought to be, relative to its largest entry."""
+    """Distance of ``reached`` from ``known``, relative to the largest entry of that."""
     size = float(known.abs().amax())
     apart = float((reached - known).abs().nan_to_num(nan=math.inf).amax())
     return apart / max(size, torch.finfo(known.dtype).tiny)

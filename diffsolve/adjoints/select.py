@@ -17,7 +17,7 @@ _internals: Any = torch._C  # has no public way to ask for active transforms
 
 
 def transforms_active() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation is looking on."""
+    """Whether a ``torch.func`` transform or forward-mode differentiation is active."""
     return under_transform() or forward_ad._current_level >= 0
 
 
@@ -61,12 +61,12 @@ def refuse_for_noise(sensealg: Sensealg | None, moving_times: bool) -> None:
 
 
 def choose_sensealg(sensealg: Sensealg | None, differentiate: bool, transformed: bool) -> Sensealg:
-    """The sensealg of a solve, which wants gradients or not, under a transform or not.
+    """The sensealg of a solve: the user's, or a default where that is None.
 
-    Without a choice of the user's: none where nothing requires a gradient; ``DiscreteAdjoint()``
-    where something does, because its gradient is exact at every tolerance and its memory is one
-    state a step; ``DiscreteAdjoint(tape=True)`` under ``torch.func`` transforms and forward-mode
-    differentiation, which look into the operations.
+    It is ``NoAdjoint()`` where nothing requires a gradient. The default is ``DiscreteAdjoint()``,
+    because its gradient is exact at every tolerance and its memory is one state a step. Under
+    ``torch.func`` transforms and forward mode, which differentiate every operation, it is
+    ``DiscreteAdjoint(tape=True)``.
 
     Raises
     ------

@@ -40,13 +40,13 @@ class Sensealg(ABC):
     Attributes
     ----------
     handles_time
-        Whether gradients by times are already on the tape, so that none must be attached.
+        Whether its outputs already have gradients by the times, so that none must be attached.
     handles_noise
         Whether it can go back through the solve of an SDE.
     handles_steps
         Whether the estimates of the steps can be differentiated.
     reads_params
-        Whether its reverse pass reads the parameters beside what the native engine keeps.
+        Whether its reverse pass reads the parameters, of which the engine must then keep a copy.
     """
 
     reads_params: bool = True
@@ -59,16 +59,16 @@ class Sensealg(ABC):
         """Integrate and return outputs that autograd can go back through."""
 
     def prepared(self, settings: Settings) -> Settings:
-        """Settings as this way needs them."""
+        """The settings that a solve with this sensealg takes."""
         return settings
 
     def refuse_native(self) -> None:  # noqa: B027
-        """Say before anything is traced that the native engine never goes this way.
+        """Decline, before anything is traced, where the native engine never has this reverse pass.
 
         Raises
         ------
         Declined
-            If it does not.
+            If it has not.
         """
 
     def compile(self, plan: NativePlan, alg: Algorithm) -> None:  # noqa: B027
@@ -77,7 +77,7 @@ class Sensealg(ABC):
         Raises
         ------
         Declined
-            If the native engine cannot go this way.
+            If the native engine has no such reverse pass.
         """
 
 
@@ -98,7 +98,7 @@ class NoAdjoint(Sensealg):
 
 
 class Handover:
-    """Takes what is no tensor into an autograd function and out of it.
+    """Takes objects that are no tensors into an autograd function and out of it.
 
     Attributes
     ----------
@@ -117,7 +117,7 @@ class Handover:
         return trajectory
 
     def take(self) -> Trajectory:
-        """The trajectory, for the outputs alone: a graph must not keep it, and dense output."""
+        """The trajectory, which is forgotten: a graph must not keep it and its dense output."""
         trajectory, self._trajectory = self._trajectory, None
         assert trajectory is not None
         return trajectory
@@ -130,7 +130,7 @@ _FIRST_ORDER_ONLY = (
 
 
 def forbid_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``backward`` off the tape and without autocast; its results refuse another one."""
+    """Run ``backward`` off the tape, without autocast; its results refuse to be differentiated."""
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *bars: Any) -> Any:
@@ -183,7 +183,7 @@ class _Undifferentiable(torch.autograd.Function):
 
 
 def undifferentiable(x: Tensor, anchor: Tensor, message: str) -> Tensor:
-    """``x``, made to raise ``message`` when a gradient is asked of it.
+    """``x``, which raises ``message`` when autograd wants its gradient.
 
     Parameters
     ----------

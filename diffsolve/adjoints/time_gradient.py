@@ -54,7 +54,7 @@ class _Saved(torch.autograd.Function):
         field, forward = ctx.field, ctx.t1 - ctx.t0
         slopes = []
         for t, u_i, g_i in zip(times.tolist(), u, g, strict=True):
-            # the side of a jump that belongs to the solution up to t
+            # where f jumps at t, on the side of the solution up to t
             side = field.after(t, forward if t == ctx.t0 else -forward)
             slopes.append(_inner(g_i, field(side, u_i)).to(times))
         release(ctx)
@@ -72,7 +72,7 @@ class _Slopes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        # of tensors, so that this can be differentiated again, as implicit methods do
+        # made of tensors, since implicit methods differentiate it again
         (times,) = ctx.saved_tensors
         slopes = ctx.slopes_at(times)
         return g, (g.conj() * slopes).sum(1).real.to(times), None

@@ -13,12 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from diffsolve.problems.autocast import Autocasting
-from diffsolve.problems.capture import (
-    Substitute,
-    is_torchscript,
-    reached_leaves,
-    reached_objects,
-)
+from diffsolve.problems.capture import Substitute, is_torchscript, reached_leaves, reached_objects
 from diffsolve.problems.probe import CUT, STOPPED, Probe, Watched, has_module_hooks, unhooked
 from diffsolve.problems.structure import StateStructure
 
@@ -66,12 +61,7 @@ class FirstCall:
 
 
 def call_first(
-    field: Learner,
-    f: Callable[..., Any],
-    name: str,
-    t: Tensor,
-    u0: Tensor,
-    differentiate: bool,
+    field: Learner, f: Callable[..., Any], name: str, t: Tensor, u0: Tensor, differentiate: bool
 ) -> FirstCall:
     """Evaluate ``f`` at ``(t, u0)`` under a probe.
 

@@ -359,12 +359,7 @@ class SDEField(VectorField):
 
     def _sibling(self, p: Any, changed: Callable[..., Callable[..., Any]]) -> SDEField:
         field = SDEField(
-            changed(self.f),
-            changed(self.g),
-            p,
-            self.structure,
-            self.noise,
-            self.interpretation,
+            changed(self.f), changed(self.g), p, self.structure, self.noise, self.interpretation
         )
         return self._share(field)
 

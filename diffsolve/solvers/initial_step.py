@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,16 +74,16 @@ def stochastic_step(
 ) -> float:
     """Guess a first step of an SDE from what a small step of Euler's method would leave out.
 
-    A step of length ``h0`` is looked at in which the drift and three standard deviations of the
-    noise move the state by a hundredth of its size, or by a tolerance. It changes the drift by
-    ``df`` and the diffusion by ``dg``: Euler's method leaves out about ``h/2 df`` of the drift,
-    which grows as ``h**2``, and ``sqrt(h)/2 dg`` of the noise, which is proportional to ``h`` there
-    and to ``h**(order + 1/2)`` for a method of that order. The guess is the step where the larger
-    one is a quarter of the tolerance.
+    In a trial step of length ``h0``, the drift and three standard deviations of the noise move the
+    state by a hundredth of its size, or by a tolerance. It changes the drift by ``df`` and the
+    diffusion by ``dg``. Euler's method leaves out about ``h/2 df`` of the drift, which grows as
+    ``h**2``, and ``sqrt(h)/2 dg`` of the noise, which is proportional to ``h`` there and to
+    ``h**(order + 1/2)`` for a method of that order. The guess is the step where the larger one is a
+    quarter of the tolerance.
 
     A small step does not see what changes with time alone, and a long one sees only its ends. So
-    before a step that would be a considerable part of the longest one, ``f`` and ``g`` are looked
-    at ahead, for the state at the start: noise that changes by ``dg`` in a time ``s`` leaves out
+    before a guess that is a considerable part of the longest step, ``f`` and ``g`` are evaluated
+    ahead, for the state at the start: noise that changes by ``dg`` in a time ``s`` leaves out
     ``dg h / s`` times ``sqrt(h/3)``.
 
     References
@@ -121,21 +120,6 @@ def stochastic_step(
         h = min(h, math.sqrt(_AIM * h0 / df))
     if dg > 0:
         h = min(h, (_AIM * math.sqrt(h0) / dg) ** (1 / (order + 0.5)))
-    return _limited_ahead(field, t0, u0, f0, G0, direction, dtmax, h, norm)
-
-
-def _limited_ahead(
-    field: SDEField,
-    t0: float,
-    u0: Tensor,
-    f0: Tensor,
-    G0: Tensor,
-    direction: float,
-    dtmax: float,
-    h: float,
-    norm: Callable[[Tensor], float],
-) -> float:
-    """``h``, or less where ``f`` and ``g`` change with time alone in the time of such a step."""
     for ahead in [x * dtmax for x in _AHEAD]:
         if h <= ahead:
             break

@@ -43,12 +43,7 @@ class Layout:
         raise NotImplementedError
 
     def agree(
-        self,
-        known: Tensor,
-        terms: Tensor,
-        rtol: float,
-        atol: float = 0.0,
-        by_block: bool = False,
+        self, known: Tensor, terms: Tensor, rtol: float, atol: float = 0.0, by_block: bool = False
     ) -> bool:
         """Whether ``known`` is the sum of ``terms`` over the last axis, up to rounding.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -121,8 +121,7 @@ def _flat_tolerance(name: str, value: Any, structure: StateStructure) -> Tensor:
     return flat
 
 
-@dataclass(slots=True)
-class Estimates:
+class Estimates(NamedTuple):
     """Estimates of a step: floats, or 0-d tensors on the tape."""
 
     error: Number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from diffsolve.engines.torch.step_log import Recorder, Saving, StepLog
 from diffsolve.engines.torch.tape import StepTape
 from diffsolve.problems.autocast import without_autocast
 from diffsolve.problems.structure import Number
-
-_ESTIMATES = "error", "error_norm", "stiffness"
 
 
 class LoggedSteps(StepTable):
@@ -35,9 +33,9 @@ class LoggedSteps(StepTable):
     def estimates(self) -> Tensor:
         if self._last_stiffness is not None:
             with torch.no_grad(), without_autocast(self._device):
-                last = replace(self._estimates[-1], stiffness=self._last_stiffness())
+                last = self._estimates[-1]._replace(stiffness=self._last_stiffness())
             self._estimates, self._last_stiffness = [*self._estimates[:-1], last], None
-        rows = [[getattr(e, name) for e in self._estimates] for name in _ESTIMATES]
+        rows = [[e[k] for e in self._estimates] for k in range(3)]
         return torch.tensor(rows, dtype=self._dtype, device=self._device)
 
 

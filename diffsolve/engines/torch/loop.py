@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,33 +69,31 @@ def integrate(
     return _Loop(field, alg, u0, t0, t1, settings, saving, on_stop).run(du0)
 
 
+@dataclass(eq=False)
 class _Loop:
-    def __init__(
-        self,
-        field: VectorField,
-        alg: Algorithm,
-        u0: Tensor,
-        t0: Any,
-        t1: Any,
-        settings: Settings,
-        saving: Saving,
-        on_stop: OnStop | None,
-    ):
-        self.field, self.u0, self.t0, self.t1 = field, u0, t0, t1
-        self.settings, self.saving, self.on_stop = settings, saving, on_stop
-        self.chosen_alg = alg
+    field: VectorField
+    chosen_alg: Algorithm
+    u0: Tensor
+    t0: Any
+    t1: Any
+    settings: Settings
+    saving: Saving
+    on_stop: OnStop | None
+
+    def __post_init__(self) -> None:
+        alg, settings = self.chosen_alg, self.settings
         self.switch = Switch(alg.stability_size) if isinstance(alg, AutoSwitch) else None
         self._activate()
         self.on_tape = torch.is_grad_enabled()
-        self.direction = 1.0 if t1 >= t0 else -1.0
-        self.stops = [*settings.tstops, t1]
+        self.direction = 1.0 if self.t1 >= self.t0 else -1.0
+        self.stops = [*settings.tstops, self.t1]
         self.result = StepLog()
-        self.saved = SavedValues(saving, self.result, self.direction, settings.h_on_tape)
-        if saving.dense:
-            self.result.dense = DenseOutput(as_float(t0), self.direction, u0)
+        self.saved = SavedValues(self.saving, self.result, self.direction, settings.h_on_tape)
+        if self.saving.dense:
+            self.result.dense = DenseOutput(as_float(self.t0), self.direction, self.u0)
 
     def _activate(self) -> None:
-        """Take up the method that is to take the next steps, and its controller."""
+        """Set the method that takes the next steps, and its controller."""
         self.alg, self.controller = self.chosen_alg, self.settings.controller
         if isinstance(self.chosen_alg, AutoSwitch) and self.switch is not None:
             self.alg = self.chosen_alg.stiff if self.switch.stiff else self.chosen_alg.nonstiff
@@ -216,7 +214,7 @@ class _Loop:
         if not settings.adaptive:
             self.size = settings.dt
         elif accept and lands:
-            # a step cut short by a stop says nothing against the size before it
+            # the size before a step that was cut short may still be right
             self.size = max(size * factor, min(self.size, settings.dtmax))
         else:
             self.size = size * factor
@@ -390,7 +388,7 @@ class _Loop:
     def _fail(self, code: ReturnCode, estimates: Estimates | None) -> None:
         if estimates is not None and self.stable is not None:
             stiffness = self.stable.stiffness_of(abs(self.h), estimates.stiffness)
-            estimates = replace(estimates, stiffness=stiffness)
+            estimates = estimates._replace(stiffness=stiffness)
         self.result.retcode = code
         self.result.message = explain(
             Failure(

@@ -9,12 +9,12 @@ calls. But the states of all steps are known, so every step can be run again in 
 Its matrices cost one batched reverse pass a component of the state, its solution one small
 matrix-vector product a step, and the gradients by the parameters one more batched pass with all
 the lambdas. Where the state is a batch of rows ``(..., d)``, ``f`` usually treats them one by one:
-then ``d`` passes give every row's matrix. That is assumed and checked, because the last pass gives
-the true product of every step's matrix with its lambda as well. Nor is ``torch.vmap`` believed,
-whose rule for an operation of ``f`` may have a wrong derivative: once a solve, the gradients of a
-step are computed without it too. Where something differs, and where ``f`` cannot be batched, the
-caller goes step by step. Both ways agree to rounding, and which one runs depends on sizes and on
-what ``f`` allows, never on timings.
+then ``d`` passes give every row's matrix. This is assumed, and checked: the last pass also gives
+the true product of every step's matrix with its lambda. ``torch.vmap`` is checked as well, since
+its rule for an operation of ``f`` may have a wrong derivative: once a solve, the gradients of one
+step are computed without it. Where something differs, or ``f`` cannot be batched, the caller goes
+step by step. Both ways agree to rounding. Which one runs depends on sizes and on what ``f`` allows,
+never on timings.
 """
 
 from __future__ import annotations
@@ -105,17 +105,17 @@ class ParallelSweep:
 
         Each step of a batch has as many values inside as the one that has the most.
         """
-        found: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         high, most = len(records), 0
         for i in reversed(range(len(records))):
             inside = 0 if self.of_saved is None else len(records[i].thetas)
             work = self.context.field.work + max(most, inside) * self.value
             count = high - i
             if count > 1 and (count > _MOST_STEPS or count * work > _MOST_WORK):
-                found.append((i + 1, high))
+                ranges.append((i + 1, high))
                 high, most = i + 1, 0
             most = max(most, inside)
-        return [*found, (0, high)]
+        return [*ranges, (0, high)]
 
     def suits(self, records: list[Record]) -> bool:
         enough = len(records) >= _FEWEST_STEPS + self.size // 2
@@ -199,7 +199,7 @@ class ParallelSweep:
         return bars[0], grads
 
     def _give_up(self, why: str) -> None:
-        """No batch is tried again in this reverse pass."""
+        """Try no batch again in this reverse pass."""
         _log.debug("going step by step: %s", why)
         self.enabled = False
 
@@ -224,13 +224,13 @@ class ParallelSweep:
                 bars[i] = weights
                 together_pairs.append((together, bars))
                 alone_pairs.append((one, weights))
-        inside, *found = _pull(together_pairs, [u, *self.params])
-        expected, *known = _pull(alone_pairs, [start, *self.params])
-        if expected is not None:  # no other step may get a part of it
+        in_batch = _pull(together_pairs, [u, *self.params])
+        by_start, *by_params = _pull(alone_pairs, [start, *self.params])
+        if by_start is not None:  # no other step may get a part of it
             whole = torch.zeros_like(u)
-            whole[i] = expected
-            expected = whole
-        self._checked = same_gradients([inside, *found], [expected, *known])
+            whole[i] = by_start
+            by_start = whole
+        self._checked = same_gradients(list(in_batch), [by_start, *by_params])
         return self._checked
 
     def _calls(self) -> tuple[int, int]:
@@ -244,7 +244,7 @@ class ParallelSweep:
             self.field.ng += (ng - before[1]) * (steps - 1)
 
     def _arguments(self, records: list[Record], u: Tensor) -> tuple[Tensor, ...]:
-        """What a step is run again with, a row for each of them: see ``_run_again``."""
+        """The arguments of ``_run_again`` for all the steps, with a row for each."""
         field = self.field
         most = max(len(r.thetas) for r in records) if self.of_saved is not None else 0
         thetas = [[*r.thetas, *[0.0] * (most - len(r.thetas))] for r in records] if most else []
@@ -279,9 +279,8 @@ class ParallelSweep:
             values = step.interpolant(theta) if len(theta) else u[None][:0]
             if not wanted:
                 return *reached, values, *(u.new_zeros(3).unbind())
-            e = measure(step, u, tolerance, on_tape=True)
-            found: Any = (e.error, e.error_norm, e.stiffness)
-            return *reached, values, *found
+            estimates: Any = measure(step, u, tolerance, on_tape=True)
+            return *reached, values, *estimates
 
         try:
             with torch.enable_grad():
@@ -297,8 +296,8 @@ class ParallelSweep:
         saves = self.context.save_times
         if not most or saves is None:
             return []
-        found = [saves[r.first_save : r.first_save + len(r.thetas)] for r in records]
-        return [[*x, *[r.t] * (most - len(x))] for x, r in zip(found, records, strict=True)]
+        times = [saves[r.first_save : r.first_save + len(r.thetas)] for r in records]
+        return [[*x, *[r.t] * (most - len(x))] for x, r in zip(times, records, strict=True)]
 
     def _bars_inside(self, records: list[Record], values: Tensor) -> Tensor:
         """Cotangents of the values inside the steps, zero where a step has fewer."""
@@ -315,15 +314,16 @@ class ParallelSweep:
         m, rows, size = len(u), self.rows, self.size
         if not u_new.requires_grad:
             return torch.zeros(m, rows, size, size, dtype=u.dtype, device=u.device)
-        found = []
+        jacobian_rows = []
         for j in range(size):
             basis = torch.zeros(m, rows, size, dtype=u.dtype, device=u.device)
             basis[:, :, j] = 1.0
             (row,) = torch.autograd.grad(
                 u_new, u, basis.view_as(u), retain_graph=True, allow_unused=True
             )
-            found.append(torch.zeros_like(basis) if row is None else row.view(m, rows, size))
-        return torch.stack(found, 2)
+            row = torch.zeros_like(basis) if row is None else row.view(m, rows, size)
+            jacobian_rows.append(row)
+        return torch.stack(jacobian_rows, 2)
 
     def _recursion(
         self, records: list[Record], matrices: Tensor, local: Tensor | None, bar: Tensor
@@ -368,7 +368,7 @@ def _same_products(assumed: Tensor, true: Tensor | None, after: Tensor) -> bool:
 
 
 def _identity(f: Any) -> Any:
-    """What stands for ``f`` from solve to solve: a bound method is made anew each time."""
+    """The object that stands for ``f`` in every solve: a bound method is a new object each time."""
     return getattr(f, "__self__", f)
 
 

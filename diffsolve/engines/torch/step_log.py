@@ -1,4 +1,4 @@
-"""What an engine keeps of a solve: saved states, accepted steps, and how it ended."""
+"""What the loop keeps of a solve: saved states, accepted steps, and how it ended."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class Record:
         return self.alg.init(field, self.t, u, field(field.after(self.t, self.h), u))
 
     def repeat(self, field: VectorField, state: tuple[Tensor, ...]) -> Step:
-        """Take the step again from ``state``; under autograd at the solutions that it found.
+        """Take the step again from ``state``, with ``solved`` as the solutions of its equations.
 
         Raises
         ------
         RuntimeError
             If its equations cannot be solved again.
         """
-        take: Any = self.alg.step  # only methods that leave solutions take the keyword
+        take: Any = self.alg.step  # only methods with such equations take the keyword
         options = {"solved": self.solved} if self.solved else {}
         step = take(field, self.t, self.h, state, **options)
         if step.trouble is not None:
@@ -99,7 +99,7 @@ class Saving:
 
 @dataclass
 class StepLog:
-    """What the loop notes of a solve, step by step."""
+    """The notes that the loop makes of a solve, step by step."""
 
     t: list[float] = dataclasses.field(default_factory=list)
     u: list[Tensor] = dataclasses.field(default_factory=list)

@@ -85,7 +85,7 @@ class Sweep:
         states: list[tuple[Tensor, ...]],
         state_bar: StateBar,
     ) -> StateBar:
-        # the cotangent of u alone must say it all where the steps are taken at once
+        # steps are taken at once only where the cotangent is that of u alone
         if self.parallel.suits(records) and all(bar is None for bar in state_bar[1:]):
             flat = [s[0] for s in states]
             pulled = self.parallel.through(begin, records, flat, self._after, state_bar[0])
@@ -121,10 +121,10 @@ class Sweep:
     def _through_another(
         self, index: int, record: Record, state: tuple[Tensor, ...], state_bar: StateBar
     ) -> StateBar | None:
-        """The same by another method, whose derivative needs no second derivatives of ``f``.
+        """``_through_step`` by a method whose derivative needs no second derivatives of ``f``.
 
-        Those are infinite, or none, where a root or a norm starts at zero, and the derivative of
-        the solution is finite all the same. That of an SDIRK step is as accurate as its values.
+        Where a root or a norm starts at zero, those are infinite or do not exist, though the
+        derivative of the solution is finite. That of an SDIRK step is as accurate as its values.
 
         Raises
         ------
@@ -137,7 +137,7 @@ class Sweep:
             "first derivatives, such as KenCarp4()"
         )
         if not _all_finite(state_bar):
-            return None  # what comes in is not finite either
+            return None  # the incoming cotangents are not finite either
         if any(bar is not None for bar in self.of_estimates):
             raise RuntimeError(trouble + ", and leave the estimates of its steps out of the loss")
         with torch.enable_grad():
@@ -165,9 +165,9 @@ class Sweep:
                 values = read(step.interpolant, times, theta)
                 pulled.append((values, self.of_saved[inside]))
             if any(bar is not None for bar in self.of_estimates):
-                e = measure(step, leaves[0], self.context.settings.tolerance, on_tape=True)
-                found: Any = (e.error, e.error_norm, e.stiffness)
-                for y, bar in zip(found, self.of_estimates, strict=True):
+                tolerance = self.context.settings.tolerance
+                estimates: Any = measure(step, leaves[0], tolerance, on_tape=True)
+                for y, bar in zip(estimates, self.of_estimates, strict=True):
                     if bar is not None:
                         pulled.append((y, bar[index].to(y.dtype)))
         return self._pull(pulled, leaves)
@@ -187,9 +187,9 @@ class Sweep:
     def _repeats(self, tape: StepTape) -> bool:
         """Whether the steps, run just as they were in the solve, lead where they led.
 
-        Under autograd they round in another way. What an ``f`` makes of that can be as large as the
-        work of random numbers: one in lower precision where its terms cancel, a root at its corner.
-        Only what differs here says for certain that ``f`` is another one.
+        Under autograd they round in another way. Some ``f`` magnify that until it looks like random
+        numbers: in lower precision where terms cancel, or at the corner of a root. Only a
+        difference found here is certain to come from a changed ``f``.
         """
         if any(record.solved for record in tape.records):
             return self._solves_again()
@@ -204,8 +204,8 @@ class Sweep:
     def _solves_again(self) -> bool:
         """Whether the whole solve, taken once more, ends where it ended.
 
-        Newton's iteration goes on with matrices of earlier steps, also of those that were rejected,
-        so a step alone ends elsewhere within the tolerance, and at a corner of ``f`` farther off.
+        Newton's iteration uses matrices of earlier steps, rejected ones among them. So a step that
+        is repeated alone ends elsewhere: within the tolerance, or farther off at a corner of ``f``.
         """
         field = self.context.field.fresh()
         if isinstance(field, SDEField) and isinstance(field.path, Noise):
@@ -216,12 +216,12 @@ class Sweep:
         return float(self.field.rounding_error(again.final, self.final)) <= 1
 
     def _expect(self, final: Tensor) -> None:
-        self._after = final  # the state that the step at hand must lead to
-        # by how much steps missed that, at most
+        self._after = final  # the state that the present step must lead to
+        # the largest distance from there so far
         self._off = torch.zeros((), dtype=final.dtype.to_real(), device=final.device)
 
     def _compare(self, reached: Tensor, record: Record, state: tuple[Tensor, ...]) -> None:
-        """Note whether a step leads where it led; read at the end, to wait for no device."""
+        """Note whether a step leads where it led. ``run`` reads that, so as to wait once."""
         off = self.field.rounding_error(reached, self._after, summands(state, record.h))
         if record.alg.is_implicit:
             # an iteration stops at a part of the tolerance, and a matrix magnifies rounding

@@ -1,4 +1,4 @@
-"""The accepted steps of a solve, kept whole or as a few checkpoints, and read backward."""
+"""The record of a solve's accepted steps, with all of their states or a few; read backward."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class StepTape:
     Parameters
     ----------
     checkpoints
-        How many states to keep; None: all. With few, the kept ones are spread evenly while the
-        number of steps is not known: when there are too many, every second one is dropped. The
-        others are made again, a segment at a time, by repeating its steps.
+        How many states to keep; None: all. They are spread evenly although the number of steps is
+        not known: where there are too many, every second one is dropped. The others are made
+        again, a segment at a time, by repeating its steps.
     """
 
     def __init__(self, checkpoints: int | None = None):
         self.checkpoints = checkpoints
         self.records: list[Record] = []
         self._stride = 1
-        # where unloaded states and solutions belong, and their lengths
-        self._kept: list[tuple[int, int, int]] = []
+        # of the unloaded records: index, number of tensors in the state, and in the solutions
+        self._unloaded: list[tuple[int, int, int]] = []
 
     def append(self, record: Record) -> None:
         index = len(self.records)
@@ -56,20 +56,22 @@ class StepTape:
         record.state = record.solved = ()
 
     def unload(self) -> list[Tensor]:
-        """Give what is kept away, for autograd to save; ``loaded`` takes it back."""
+        """Give the tensors away, for autograd to save; see ``loaded``."""
         records = self.records
-        self._kept = [(i, len(r.state), len(r.solved)) for i, r in enumerate(records) if r.state]
+        self._unloaded = [
+            (i, len(r.state), len(r.solved)) for i, r in enumerate(records) if r.state
+        ]
         tensors = [x for record in records for x in (*record.state, *record.solved)]
         for record in records:
             self.forget(record)
         return tensors
 
     def loaded(self, tensors: Sequence[Tensor]) -> StepTape:
-        """This tape with what ``unload`` gave away."""
+        """A copy of this tape with the tensors that ``unload`` gave away."""
         tape = type(self)(self.checkpoints)
         tape.records = [replace(record) for record in self.records]
         rest = iter(tensors)
-        for i, states, solutions in self._kept:
+        for i, states, solutions in self._unloaded:
             tape.records[i].state = tuple(next(rest) for _ in range(states))
             tape.records[i].solved = tuple(next(rest) for _ in range(solutions))
         return tape

@@ -12,14 +12,7 @@ import math
 from diffsolve.solvers.kernels import layout as L
 from diffsolve.solvers.kernels.estimates import ERROR, LOW, NEW, SPARE, STIFF, TOTAL, reverse_error
 from diffsolve.solvers.kernels.functions import StepFunctions
-from diffsolve.solvers.kernels.memory import (
-    call_step,
-    call_step_vjp,
-    cast,
-    inlined,
-    reals,
-    view,
-)
+from diffsolve.solvers.kernels.memory import call_step, call_step_vjp, cast, inlined, reals, view
 from diffsolve.solvers.kernels.norms import (
     add_scaled,
     copy,

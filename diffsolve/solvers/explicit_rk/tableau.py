@@ -15,13 +15,7 @@ from numpy.typing import ArrayLike
 
 from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
 from diffsolve.solvers.interpolation_error import error_of_low_order
-from diffsolve.solvers.order_conditions import (
-    Array,
-    TableauError,
-    check_order,
-    require,
-    triangle,
-)
+from diffsolve.solvers.order_conditions import Array, TableauError, check_order, require, triangle
 from diffsolve.solvers.tableau import RungeKuttaTableau, StepRows, as_array
 
 

@@ -124,16 +124,7 @@ def read_path(I, R, t, derivative, out, like):
     rows = I[L.PATH_ROWS]
     dense = I[L.PATH] + first * I[L.PATH_STRIDE] * n * size_of(like)
     interpolate(
-        n,
-        rows,
-        I[L.PATH_DEGREE],
-        I[L.PATH_POLY],
-        theta,
-        sizes[first],
-        derivative,
-        dense,
-        out,
-        like,
+        n, rows, I[L.PATH_DEGREE], I[L.PATH_POLY], theta, sizes[first], derivative, dense, out, like
     )
 
 

@@ -222,14 +222,7 @@ class RosenbrockTableau(RungeKuttaTableau):
         return bool(np.allclose(self.alpha[s] + self.gamma[s], self.b, rtol=0, atol=1e-10))
 
     def _rows(
-        self,
-        gamma: float,
-        a: Array,
-        c: Array,
-        m: Array,
-        e: Array | None,
-        nodes: Array,
-        d: Array,
+        self, gamma: float, a: Array, c: Array, m: Array, e: Array | None, nodes: Array, d: Array
     ) -> RosenbrockStages:
         s = len(m)
         if nodes.shape != (s,) or d.shape != (s,) or (e is not None and e.shape != (s,)):

@@ -31,11 +31,7 @@ __all__ = [
 # Shampine and Reichelt's stages: d is the diagonal, e32 couples the second stage to the third
 _SR_D, _SR_E32 = 1 / (2 + sqrt(2)), 6 + sqrt(2)
 _SR_ALPHA = ((), (1 / 2,), (0, 1))
-_SR_GAMMA = (
-    (_SR_D,),
-    (-_SR_D, _SR_D),
-    (_SR_D * (_SR_E32 - 2), -_SR_D * _SR_E32, _SR_D),
-)
+_SR_GAMMA = ((_SR_D,), (-_SR_D, _SR_D), (_SR_D * (_SR_E32 - 2), -_SR_D * _SR_E32, _SR_D))
 _SR_SOURCE = (
     "L. F. Shampine, M. W. Reichelt, The MATLAB ODE suite, SIAM J. Sci. Comput. 18 (1997) 1"
 )

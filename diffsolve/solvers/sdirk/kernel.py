@@ -15,15 +15,7 @@ from diffsolve.solvers.kernels.functions import StepFunctions
 from diffsolve.solvers.kernels.implicit import combine_smoothed, measure, reverse_estimates
 from diffsolve.solvers.kernels.jacobian import evaluate_jacobian, jacobian_of_step, through_jacobian
 from diffsolve.solvers.kernels.linear import factor, solve, solve_transposed
-from diffsolve.solvers.kernels.memory import (
-    cast,
-    inlined,
-    integers,
-    is_single,
-    reals,
-    ulp,
-    view,
-)
+from diffsolve.solvers.kernels.memory import cast, inlined, integers, is_single, reals, ulp, view
 from diffsolve.solvers.kernels.norms import add_scaled, copy, fill_zero, scaled_norm
 from diffsolve.solvers.kernels.one_step import ONE_STEP, keeps_stages
 from diffsolve.solvers.kernels.rows import (

@@ -14,13 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from diffsolve.solvers.continuous_extension import Interpolant, cubic_hermite
-from diffsolve.solvers.order_conditions import (
-    Array,
-    TableauError,
-    check_order,
-    require,
-    triangle,
-)
+from diffsolve.solvers.order_conditions import Array, TableauError, check_order, require, triangle
 from diffsolve.solvers.tableau import ImplicitRows, RungeKuttaTableau
 
 #: Nodes from which ``f`` is extrapolated in time to a node beyond 1.

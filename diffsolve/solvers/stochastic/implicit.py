@@ -26,6 +26,7 @@ from diffsolve.solvers.stochastic.low_order import neglected_noise
 from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
+    StartOfStep,
     StochasticMethod,
     register,
     time_change_of_noise,
@@ -56,12 +57,7 @@ class DriftImplicit(StochasticMethod):
     is_one_step = False  # no batches of steps: each solves equations
 
     def step(
-        self,
-        field: Any,
-        t: Any,
-        h: Any,
-        state: tuple[Tensor, ...],
-        solved: tuple[Tensor, ...] = (),
+        self, field: Any, t: Any, h: Any, state: tuple[Tensor, ...], solved: tuple[Tensor, ...] = ()
     ) -> Step:
         (u,) = state
         if torch.is_grad_enabled():
@@ -80,7 +76,7 @@ class DriftImplicit(StochasticMethod):
         now, then = field.both_ends(t, h)
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
-        base, parts = self.noise(field, h, (now, then), u, G, W)
+        base, parts = self.noise(StartOfStep(field, t, h, now, then, u, G, W))
         if not newton.begin(t, h, u, True):
             return _failed(field, t, h, u, G, newton.trouble)
         jacobian, lu = newton.jacobian, newton.lu  # those of the estimates
@@ -111,7 +107,7 @@ class DriftImplicit(StochasticMethod):
         now, then = field.both_ends(t, h)
         f, G = field(now, u), field.diffusion(now, u)
         W = field.increment(t, h).W
-        base, parts = self.noise(field, h, (now, then), u, G, W)
+        base, parts = self.noise(StartOfStep(field, t, h, now, then, u, G, W))
         scale = as_scale(field, h)
         k, new = stage_on_tape(field, functools.partial(field, then), base, scale, 1.0, known)
         lu = linearise(field, t, h, u, exact=True).factor(as_float(h), 1.0)
@@ -138,26 +134,8 @@ class DriftImplicit(StochasticMethod):
         return field.is_diagonal or field.m == 1 or field.noise == "additive"
 
     @abstractmethod
-    def noise(
-        self,
-        field: SDEField,
-        h: Number,
-        times: tuple[Tensor, Tensor],
-        u: Tensor,
-        G: Tensor,
-        W: Tensor,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``u + G W + C``, and the parts of what the noise of Euler-Maruyama's step leaves out.
-
-        Parameters
-        ----------
-        field, h, u
-            The step.
-        times
-            ``t`` and ``t + h`` as ``g`` sees them.
-        G, W
-            Diffusion at ``(t, u)``, and the increment.
-        """
+    def noise(self, start: StartOfStep) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``u + G W + C``, and the parts of what the noise of Euler-Maruyama's step leaves out."""
 
 
 class ImplicitEM(DriftImplicit):
@@ -179,16 +157,8 @@ class ImplicitEM(DriftImplicit):
     strong_order = 0.5
     weak_order = 1.0
 
-    def noise(
-        self,
-        field: SDEField,
-        h: Number,
-        times: tuple[Tensor, Tensor],
-        u: Tensor,
-        G: Tensor,
-        W: Tensor,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return field.add_noise(u, G, W), (neglected_noise(field, times[1], h, u, G, W),)
+    def noise(self, start: StartOfStep) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return start.field.add_noise(start.u, start.G, start.W), (neglected_noise(start),)
 
 
 class ImplicitRKMil(InterpretationMethod, DriftImplicit):
@@ -220,23 +190,14 @@ class ImplicitRKMil(InterpretationMethod, DriftImplicit):
     strong_order = 1.0
     weak_order = 1.0
 
-    def noise(
-        self,
-        field: SDEField,
-        h: Number,
-        times: tuple[Tensor, Tensor],
-        u: Tensor,
-        G: Tensor,
-        W: Tensor,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        now, then = times
+    def noise(self, start: StartOfStep) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.integral == "ito":
-            correction = ito_correction(field, now, h, u, G, W)
-            parts = correction, time_change_of_noise(field, then, h, u, G, W)
+            correction = ito_correction(start, start.now, start.u)
+            parts = correction, time_change_of_noise(start)
         else:
-            correction = stratonovich_correction(field, then, u, G, W)
+            correction = stratonovich_correction(start, start.u)
             parts = (correction,)
-        return field.add_noise(u, G, W) + correction, parts
+        return start.field.add_noise(start.u, start.G, start.W) + correction, parts
 
 
 def _solved_afresh(

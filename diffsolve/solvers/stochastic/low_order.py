@@ -13,6 +13,7 @@ from diffsolve.solvers.algorithm import Step
 from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
+    StartOfStep,
     StochasticMethod,
     add_scaled,
     register,
@@ -123,7 +124,7 @@ class LambaEM(EM):
         end = new if field.noise == "additive" else K
         df = field(then, end) - f
         error = _half(df, h).abs()
-        error = error + neglected_noise(field, then, h, u, G, W).abs()
+        error = error + neglected_noise(StartOfStep(field, t, h, now, then, u, G, W)).abs()
         return Step((new,), error, (df, end - u), PathInterpolant(field, t, h, u, new, G))
 
 
@@ -166,20 +167,19 @@ def _heun(field: SDEField, t: Number, h: Number, u: Tensor, estimate: bool) -> S
     return Step((new,), error, (df, K - u), PathInterpolant(field, t, h, u, new, G))
 
 
-def neglected_noise(
-    field: SDEField, then: Tensor, h: Number, u: Tensor, G: Tensor, W: Tensor
-) -> Tensor:
+def neglected_noise(start: StartOfStep) -> Tensor:
     """What noise contributes that an Euler step leaves out: ``(N,)``.
 
     That is the double Ito integrals (of general noise, where the increment does not tell them, the
     root mean square), and the change with time.
     """
+    field = start.field
     if field.noise == "additive":
-        return time_change_of_noise(field, then, h, u, G, W)
+        return time_change_of_noise(start)
     if field.is_diagonal or field.m == 1:
-        return ito_correction(field, then, h, u, G, W)
-    beside = field.add_noise(u, G, W)
-    return _row_norms(field.diffusion(then, beside) - G, h)
+        return ito_correction(start, start.then, start.u)
+    beside = field.add_noise(start.u, start.G, start.W)
+    return _row_norms(field.diffusion(start.then, beside) - start.G, start.h)
 
 
 def _row_norms(dG: Tensor, h: Number) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,9 +101,30 @@ def magnitude_of(h: Number, dtype: torch.dtype) -> Any:
     return h.abs().to(dtype) if isinstance(h, Tensor) else abs(h)
 
 
-def time_change_of_noise(
-    field: SDEField, then: Tensor, h: Number, u: Tensor, G: Tensor, W: Tensor
-) -> Tensor:
+class StartOfStep(NamedTuple):
+    """A step, with the noise as it is at its start.
+
+    Attributes
+    ----------
+    field, t, h, u
+        The step.
+    now, then
+        ``t`` and ``t + h`` as ``f`` and ``g`` see them.
+    G, W
+        Diffusion at ``(t, u)``, and the increment.
+    """
+
+    field: SDEField
+    t: Number
+    h: Number
+    now: Tensor
+    then: Tensor
+    u: Tensor
+    G: Tensor
+    W: Tensor
+
+
+def time_change_of_noise(start: StartOfStep) -> Tensor:
     """What noise that changes with time adds to a step which knows ``G = g(t, u)``: ``(N,)``.
 
     Where ``g`` changes evenly that is ``(g(t + h, u) - G) I_(0,1) / h``. The increment leaves the
@@ -111,8 +132,9 @@ def time_change_of_noise(
     5.7): its root mean square stands for it, with the sign of ``W``. So it is zero only where ``g``
     is the same at both ends.
     """
-    size = torch.sqrt(0.25 * W * W + magnitude_of(h, W.dtype) / 12)
-    return field.product(field.diffusion(then, u) - G, torch.copysign(size, W))
+    field, W = start.field, start.W
+    size = torch.sqrt(0.25 * W * W + magnitude_of(start.h, W.dtype) / 12)
+    return field.product(field.diffusion(start.then, start.u) - start.G, torch.copysign(size, W))
 
 
 @cache
@@ -206,9 +228,7 @@ class PathInterpolant:
     def keep(self) -> PathInterpolant:
         return self
 
-    def flatten(
-        self,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[..., PathInterpolant]]:
+    def flatten(self) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[..., PathInterpolant]]:
         field, t, h = self.field, self.t, self.h
 
         def rebuild(u: Tensor, u_new: Tensor, G: Tensor) -> PathInterpolant:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsolve.problems.sde_field import SDEField
 from diffsolve.problems.structure import Number
 from diffsolve.problems.vector_field import VectorField
 from diffsolve.solvers.algorithm import Step
@@ -22,6 +21,7 @@ from diffsolve.solvers.stochastic.levy_area import levy_area
 from diffsolve.solvers.stochastic.method import (
     ANY_NOISE,
     PathInterpolant,
+    StartOfStep,
     StochasticMethod,
     add_scaled,
     magnitude_of,
@@ -95,11 +95,12 @@ class Milstein(InterpretationMethod):
         now, then = field.both_ends(t, h)
         G = field.diffusion(now, u)
         W = field.increment(t, h).W
+        start = StartOfStep(field, t, h, now, then, u, G, W)
         K = add_scaled(u, du, h)
         new = field.add_noise(K, G, W)
         correction = None
         if field.noise != "additive":
-            correction = self.correction(field, t, h, (now, then), u, K, G, W)
+            correction = self.correction(start, K)
             new = new + correction
         du_new = field(then, new)
         change = du_new - du
@@ -107,35 +108,13 @@ class Milstein(InterpretationMethod):
         if correction is not None:
             error = error + correction.abs()
         if correction is None or self.integral == "ito":
-            error = error + time_change_of_noise(field, then, h, u, G, W).abs()
+            error = error + time_change_of_noise(start).abs()
         dense = PathInterpolant(field, t, h, u, new, G)
         return Step(RKState(new, du_new), error, (change, new - u), dense)
 
     @abstractmethod
-    def correction(
-        self,
-        field: SDEField,
-        t: Number,
-        h: Number,
-        times: tuple[Tensor, Tensor],
-        u: Tensor,
-        K: Tensor,
-        G: Tensor,
-        W: Tensor,
-    ) -> Tensor:
-        """What the double integrals contribute, ``(N,)``.
-
-        Parameters
-        ----------
-        field, t, h, u
-            The step.
-        times
-            ``t`` and ``t + h`` as ``g`` sees them.
-        K
-            ``u + h f``.
-        G, W
-            Diffusion at ``(t, u)``, and the increment.
-        """
+    def correction(self, start: StartOfStep, K: Tensor) -> Tensor:
+        """What the double integrals contribute, ``(N,)``; ``K`` is ``u + h f``."""
 
 
 class RKMil(Milstein):
@@ -170,20 +149,10 @@ class RKMil(Milstein):
 
     noise_types = frozenset({"diagonal", "scalar"})
 
-    def correction(
-        self,
-        field: SDEField,
-        t: Number,
-        h: Number,
-        times: tuple[Tensor, Tensor],
-        u: Tensor,
-        K: Tensor,
-        G: Tensor,
-        W: Tensor,
-    ) -> Tensor:
+    def correction(self, start: StartOfStep, K: Tensor) -> Tensor:
         if self.integral == "ito":
-            return ito_correction(field, times[0], h, K, G, W)
-        return stratonovich_correction(field, times[1], K, G, W)
+            return ito_correction(start, start.now, K)
+        return stratonovich_correction(start, K)
 
 
 class RKMilCommute(Milstein):
@@ -211,22 +180,12 @@ class RKMilCommute(Milstein):
 
     noise_types = ANY_NOISE
 
-    def correction(
-        self,
-        field: SDEField,
-        t: Number,
-        h: Number,
-        times: tuple[Tensor, Tensor],
-        u: Tensor,
-        K: Tensor,
-        G: Tensor,
-        W: Tensor,
-    ) -> Tensor:
+    def correction(self, start: StartOfStep, K: Tensor) -> Tensor:
         if self.integral == "stratonovich":
-            return stratonovich_correction(field, times[1], K, G, W)
-        if field.is_diagonal or field.m == 1:
-            return ito_correction(field, times[0], h, K, G, W)
-        return _double_integrals(field, times[0], h, u, G, _symmetric_part(W, h))
+            return stratonovich_correction(start, K)
+        if start.field.is_diagonal or start.field.m == 1:
+            return ito_correction(start, start.now, K)
+        return _double_integrals(start, _symmetric_part(start.W, start.h))
 
 
 class RKMilGeneral(Milstein):
@@ -282,49 +241,35 @@ class RKMilGeneral(Milstein):
             given.append(f"time_scale={self.time_scale!r}")
         return f"{self.name}({', '.join(given)})"
 
-    def correction(
-        self,
-        field: SDEField,
-        t: Number,
-        h: Number,
-        times: tuple[Tensor, Tensor],
-        u: Tensor,
-        K: Tensor,
-        G: Tensor,
-        W: Tensor,
-    ) -> Tensor:
-        now, then = times
-        ito = self.integral == "ito"
+    def correction(self, start: StartOfStep, K: Tensor) -> Tensor:
+        field, ito = start.field, self.integral == "ito"
         if field.is_diagonal or field.m == 1:
             if ito:
-                return ito_correction(field, now, h, K, G, W)
-            return stratonovich_correction(field, then, K, G, W)
+                return ito_correction(start, start.now, K)
+            return stratonovich_correction(start, K)
         scale = field.span if self.time_scale is None else self.time_scale
-        area = levy_area(field, t, h, scale)
+        area = levy_area(field, start.t, start.h, scale)
         if ito:
-            return _double_integrals(field, now, h, u, G, _symmetric_part(W, h) + area)
-        symmetric = stratonovich_correction(field, then, K, G, W)
-        return symmetric + _double_integrals(field, now, h, u, G, area)
+            return _double_integrals(start, _symmetric_part(start.W, start.h) + area)
+        return stratonovich_correction(start, K) + _double_integrals(start, area)
 
 
-def ito_correction(
-    field: SDEField, at: Tensor, h: Number, base: Tensor, G: Tensor, W: Tensor
-) -> Tensor:
+def ito_correction(start: StartOfStep, at: Tensor, base: Tensor) -> Tensor:
     """``g' g (W^2 - |h|) / 2`` of diagonal or scalar noise, by a difference: ``(N,)``.
 
     ``base`` is what the state is moved from, ``u`` or ``u + h f``; ``at`` is the time there.
     """
-    beside = add_scaled(base, G.reshape(-1), sqrt_abs(h))
+    field, G, W = start.field, start.G, start.W
+    beside = add_scaled(base, G.reshape(-1), sqrt_abs(start.h))
     change = field.diffusion(at, beside) - G
-    size = sqrt_abs(h, W.dtype)
+    size = sqrt_abs(start.h, W.dtype)
     return field.product(change, 0.5 * (W * W / size - size))
 
 
-def stratonovich_correction(
-    field: SDEField, then: Tensor, base: Tensor, G: Tensor, W: Tensor
-) -> Tensor:
+def stratonovich_correction(start: StartOfStep, base: Tensor) -> Tensor:
     """``sum of g_k' g_j W_j W_k / 2``, by a difference along the step's noise: ``(N,)``."""
-    change = field.diffusion(then, field.add_noise(base, G, W)) - G
+    field, G, W = start.field, start.G, start.W
+    change = field.diffusion(start.then, field.add_noise(base, G, W)) - G
     return field.product(change, 0.5 * W)
 
 
@@ -334,26 +279,21 @@ def _symmetric_part(W: Tensor, h: Number) -> Tensor:
     return 0.5 * (W[..., :, None] * W[..., None, :] - unit * magnitude_of(h, W.dtype))
 
 
-def _double_integrals(
-    field: SDEField, now: Tensor, h: Number, u: Tensor, G: Tensor, integrals: Tensor
-) -> Tensor:
+def _double_integrals(start: StartOfStep, integrals: Tensor) -> Tensor:
     """``sum of g_k' g_j I_(j,k)`` by differences along each column of ``g``: ``(N,)``.
 
     The mean of the integrals is zero, so that of the error of the differences is, too.
     """
-    side = sqrt_abs(h)
-    weights = integrals / sqrt_abs(h, u.dtype)
+    field, G, side = start.field, start.G, sqrt_abs(start.h)
+    weights = integrals / sqrt_abs(start.h, start.u.dtype)
     total: Any = None
     for j in range(field.m):
-        beside = add_scaled(u, G[:, :, j].reshape(-1), side)
-        term = field.product(field.diffusion(now, beside) - G, weights[:, j])
+        beside = add_scaled(start.u, G[:, :, j].reshape(-1), side)
+        term = field.product(field.diffusion(start.now, beside) - G, weights[:, j])
         total = term if total is None else total + term
     return total
 
 
-for _integral in _INTEGRALS:
-    register(RKMil(_integral))
-for _integral in _INTEGRALS:
-    register(RKMilCommute(_integral))
-for _integral in _INTEGRALS:
-    register(RKMilGeneral(_integral))
+for _method in (RKMil, RKMilCommute, RKMilGeneral):
+    for _integral in _INTEGRALS:
+        register(_method(_integral))

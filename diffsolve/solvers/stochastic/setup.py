@@ -91,40 +91,27 @@ def brownian_path(
         or times.
     """
     assert isinstance(alg, StochasticMethod)
+    kind: Any = {
+        "dtype": field.dtype,
+        "device": field.device,
+        "levy_area": alg.needs_levy_area,
+    }
     with outside_transforms():
-        return _brownian_path(field, alg, seed, noise, span, dt)
-
-
-def _brownian_path(
-    field: SDEField,
-    alg: StochasticMethod,
-    seed: Any,
-    noise: Any,
-    span: tuple[float, float],
-    dt: float | None,
-) -> Noise:
-    if noise is None:
-        path: Noise = BrownianPath(
-            _checked_seed(seed, field),
-            field.rows,
-            field.m,
-            span[0],
-            dtype=field.dtype,
-            device=field.device,
-            levy_area=alg.needs_levy_area,
-        )
-    else:
-        if seed is not None:
+        if noise is None:
+            seed = _checked_seed(seed, field)
+            path: Noise = BrownianPath(seed, field.rows, field.m, span[0], **kind)
+        elif seed is not None:
             raise ValueError("noise is a path already: drop seed, or noise")
-        if not isinstance(noise, Noise):
+        elif not isinstance(noise, Noise):
             raise TypeError(
                 "noise must be a Brownian path such as sol.noise or a VirtualBrownianTree, "
                 f"got {noise!r}"
             )
-        noise.check(field.rows, field.m, *span)
-        path = noise.fork(levy_area=alg.needs_levy_area, dtype=field.dtype, device=field.device)
-    if dt is not None:
-        path.expect(math.ceil(min(abs(span[1] - span[0]) / dt, _MOST_EXPECTED)))
+        else:
+            noise.check(field.rows, field.m, *span)
+            path = noise.fork(**kind)
+        if dt is not None:
+            path.expect(math.ceil(min(abs(span[1] - span[0]) / dt, _MOST_EXPECTED)))
     return path
 
 

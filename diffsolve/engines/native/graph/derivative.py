@@ -230,11 +230,6 @@ def jvp(outputs: Sequence[Node], tangents: Mapping[Node, Any]) -> list[Node | No
     return [dots.get(y.index) for y in outputs]
 
 
-def time_derivative(outputs: Sequence[Node], t: Node) -> list[Node | None]:
-    """Partial derivatives of the outputs by the time, at constant states."""
-    return jvp(outputs, {t: 1.0})
-
-
 def jacobian(outputs: Sequence[Node], wrt: Sequence[Node]) -> dict[tuple[int, int], Node]:
     """Entries ``(i, j) -> d outputs[i] / d wrt[j]`` that are not zero by structure."""
     column = {x.index: j for j, x in enumerate(wrt)}
@@ -279,20 +274,3 @@ def annuls(node: Node, i: int) -> bool:
         return False
     other = node.args[1 - i]
     return other.is_const and other.data == 0
-
-
-def second_order(
-    outputs: Sequence[Node],
-    w: Sequence[Node],
-    v: Mapping[Node, Any],
-    wrt: Sequence[Node],
-) -> list[Node | None]:
-    """Gradient of the scalar ``w^T J v`` by each of ``wrt``; None where it is zero.
-
-    Rosenbrock methods and gradients of reverse passes need no other second derivatives.
-    """
-    dots = jvp(outputs, v)
-    pairs = [(dot, bar) for dot, bar in zip(dots, w, strict=True) if dot is not None]
-    if not pairs:
-        return [None] * len(wrt)
-    return vjp([dot for dot, _ in pairs], [bar for _, bar in pairs], wrt)

@@ -346,12 +346,7 @@ def _simpler_div(pool: Pool, a: Node, b: Node) -> Node | None:
     return None
 
 
-_SIMPLER = {
-    "add": _simpler_add,
-    "sub": _simpler_sub,
-    "mul": _simpler_mul,
-    "div": _simpler_div,
-}
+_SIMPLER = {"add": _simpler_add, "sub": _simpler_sub, "mul": _simpler_mul, "div": _simpler_div}
 
 
 def array(nodes: Iterable[Any], shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -14,12 +14,7 @@ from diffsolve.engines.declined import Declined
 from diffsolve.engines.native.graph.expression import content
 from diffsolve.engines.native.programs.base import Program
 from diffsolve.engines.native.programs.bound import BoundProgram
-from diffsolve.engines.native.programs.recipe import (
-    Recipe,
-    is_container,
-    note_gradients,
-    roots_of,
-)
+from diffsolve.engines.native.programs.recipe import Recipe, is_container, note_gradients, roots_of
 from diffsolve.engines.native.programs.traces import (
     CHANGED_UNSEEN,
     FunctionCache,

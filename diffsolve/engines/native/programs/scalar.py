@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffsolve.engines.native.codegen.llvm import FIELD, Code, Output, Signature, compile_function
-from diffsolve.engines.native.graph.derivative import jacobian, jvp, time_derivative, vjp
+from diffsolve.engines.native.graph.derivative import jacobian, jvp, vjp
 from diffsolve.engines.native.graph.expression import Node, Pool, needed, substitute
 from diffsolve.engines.native.locks import compiling
 from diffsolve.engines.native.programs.base import Program
@@ -172,7 +172,7 @@ class ScalarProgram(Program):
         def make() -> SparseJacobian:
             pool = self.pool
             entries = jacobian(self._outputs, list(pool.inputs("u", self.n)))
-            slopes = time_derivative(self._outputs, pool.input("t", 0))
+            slopes = jvp(self._outputs, {pool.input("t", 0): 1.0})
             return SparseJacobian(pool, entries, slopes)
 
         return self._jacobian(("jacobian",), make)

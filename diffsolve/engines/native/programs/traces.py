@@ -291,11 +291,7 @@ def code_of(f: Any) -> Any:
 
 def cache_sizes() -> dict[str, int]:
     """How many programs, pieces of code and functions are known; see ``clear_caches``."""
-    return {
-        "programs": len(_programs),
-        "codes": len(_by_code),
-        "functions": len(_by_function),
-    }
+    return {"programs": len(_programs), "codes": len(_by_code), "functions": len(_by_function)}
 
 
 def clear_caches() -> None:

@@ -9,13 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffsolve.engines.native.graph.expression import Node, Pool
-from diffsolve.engines.native.tracing.registry import (
-    Unsupported,
-    along,
-    each,
-    lines,
-    operation,
-)
+from diffsolve.engines.native.tracing.registry import Unsupported, along, each, lines, operation
 
 
 @operation("sum")
@@ -176,9 +170,7 @@ def variance(pool: Pool, row: list[Any], correction: float) -> Node:
     return pool.sum(squares) / max(len(row) - correction, 0.0)
 
 
-def _moments(
-    f: Callable[[Pool, Node], Node],
-) -> Callable[..., Any]:
+def _moments(f: Callable[[Pool, Node], Node]) -> Callable[..., Any]:
     def rule(
         pool: Pool, x: Any, dim: Any = None, *more: Any, correction: Any = 1, keepdim: bool = False
     ) -> Any:
