@@ -351,7 +351,7 @@ def test_a_step_that_cannot_be_repeated():
         sensealg = DiscreteAdjoint(checkpoints=3)
         sol = solve(prob, KenCarp4(), sensealg=sensealg, rtol=1e-5, atol=1e-7, engine="native")
         node = sol.u.grad_fn
-        node.memory.reals[L.KAPPA] *= sign
+        node.records.reals[L.KAPPA] *= sign
         found.append(sol)
     found[0].u.sum().backward()
     with pytest.raises(RuntimeError, match="could not repeat a step"):
