@@ -68,7 +68,7 @@ class Request:
 def choose_plan(request: Request) -> tuple[Plan, Sensealg, Tensor | None]:
     """Choose the engine and the sensealg, and prepare both.
 
-    ``Declined`` is caught here alone. The plan of the torch engine then gives it as the reason.
+    Only this makes a torch plan where the native engine raises ``Declined``, which is its reason.
 
     Returns
     -------

@@ -120,7 +120,7 @@ def solve(
     save_everystep
         False without ``saveat``: save the two ends only.
     engine
-        ``"native"``: ``f`` is traced, differentiated and program, and the whole solve and its
+        ``"native"``: ``f`` is traced, differentiated and compiled, and the whole solve and its
         reverse pass run as machine code; ``f`` itself runs a few times, and again when something
         that it uses was replaced. ``"torch"``: any ``f``, dtype and device. ``"auto"``: native
         where that is possible, after a comparison with one evaluation of ``f``;

@@ -85,14 +85,14 @@ class RowRuntime(Runtime):
         self, records: ThreadShares, states: Tensor, active: tuple[bool, ...], whole: bool
     ) -> list[ThreadShare]:
         program, template = records.shares[0].program, records.shares[0].template
-        step_vjp, diffusion_vjp, self_function = template.reverse(active, whole)
+        step_vjp, diffusion_vjp, sweep_kernel = template.reverse(active, whole)
         entries = len(program.active_entries(active))
         passes: list[ThreadShare] = []
         place = 0
         for forward in records.shares:
             share: Any = forward.copy()
             share.stop = threading.Event()
-            share.sweep_kernel = self_function
+            share.sweep_kernel = sweep_kernel
             share.work()
             integers, n, dtype = share.integers, share.n, share.dtype
             share.add_noise_room(integers[L.AHEAD_COUNT])
