@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ class RowRuntime(Runtime):
         u0: Tensor,
         request: SaveRequest,
         bar: Any,
-    ) -> tuple[ThreadShares, int]:
+    ) -> tuple[ThreadShares, int, float]:
+        started = time.perf_counter()
         rows = u0.numel() // bound.program.d
         for split in (_split(rows, template, context), [(0, rows)]):
             records = _laid_out(bound, template, context, split, u0, request)
@@ -58,7 +60,7 @@ class RowRuntime(Runtime):
             if all(status == L.DONE for status in statuses) or len(split) == 1:
                 break
         _join_estimates(records.shares)
-        return records, statuses[0]
+        return records, statuses[0], time.perf_counter() - started
 
     def first(self, records: ThreadShares) -> ThreadShare:
         return records.shares[0]

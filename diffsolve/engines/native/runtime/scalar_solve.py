@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class ScalarRuntime(Runtime):
         u0: Tensor,
         request: SaveRequest,
         bar: Any,
-    ) -> tuple[SolveMemory, int]:
+    ) -> tuple[SolveMemory, int, float]:
         breaks = context.field.breaks
         n, params = bound.program.n, bound.params
         memory = SolveMemory(bound, template, n, params, breaks, request=request)
@@ -48,7 +49,9 @@ class ScalarRuntime(Runtime):
         other: Any = template.other
         if request.states and other is not None:
             memory.prepare_stiff = lambda: other().reverse(bound.active)
-        return memory, advance(memory, bar)
+        started = time.perf_counter()
+        status = advance(memory, bar)
+        return memory, status, time.perf_counter() - started
 
     def first(self, records: SolveMemory) -> SolveMemory:
         return records

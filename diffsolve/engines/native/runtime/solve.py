@@ -115,14 +115,12 @@ class Runtime(ABC):
     ) -> Trajectory:
         """Integrate; see ``Plan.integrate``."""
         bar = progress_bar(context.t0, context.t1) if context.settings.progress else None
-        started = time.perf_counter()
         try:
-            records, status = self.run(bound, template, context, u0, request, bar)
+            records, status, kernel_s = self.run(bound, template, context, u0, request, bar)
         finally:
             if bar is not None:
                 bar.close()
         memory = self.first(records)
-        kernel_s = time.perf_counter() - started
         trajectory = _trajectory_of(memory, records, status, request, kernel_s)
         if status != L.DONE:
             span = context.t0, context.t1
@@ -141,8 +139,8 @@ class Runtime(ABC):
         u0: Tensor,
         request: SaveRequest,
         bar: Any,
-    ) -> tuple[Any, int]:
-        """Call the kernels; returns their memory, and how they ended."""
+    ) -> tuple[Any, int, float]:
+        """Call the kernels; returns their memory, how they ended, and the seconds in them."""
 
     @abstractmethod
     def first(self, records: Any) -> SolveMemory:
@@ -180,7 +178,6 @@ class Runtime(ABC):
         of_saved, *of_steps = [
             x.contiguous() if x is not None and x.numel() else None for x in cotangents
         ]
-        started = time.perf_counter()
         passes = self.begin_sweep(records, states, active, of_steps.count(None) < 3)
         for memory in passes:
             if of_saved is not None:
@@ -189,6 +186,7 @@ class Runtime(ABC):
             for slot, bar in zip(_ESTIMATE_BARS, of_steps, strict=True):
                 if bar is not None:
                     memory.hold(slot, bar)
+        started = time.perf_counter()
         refuse_not_repeated(self.run_sweep(passes, active))
         kernel_s = time.perf_counter() - started
         u_bar, p_bar = self.end_sweep(passes, active)
