@@ -69,3 +69,25 @@ def test_cancellation_is_not_taken_for_random_numbers() -> None:
 
     for _ in range(3):
         assert solve(ODEProblem(f, u0, (0.0, 1.0), p), Tsit5()).stats.engine == "native"
+
+
+class _NotToBeLookedInto:
+    __slots__ = ()
+
+    @property
+    def __dict__(self) -> Any:
+        raise RuntimeError("no looking")
+
+    def __call__(self, t: Tensor, u: Tensor) -> Tensor:
+        return -u
+
+
+def test_an_f_that_cannot_be_looked_into() -> None:
+    """Torch runs it: without gradients, nothing else has to look."""
+    prob = ODEProblem(_NotToBeLookedInto(), torch.ones(2, dtype=torch.float64), (0.0, 1.0))
+    with torch.no_grad():
+        sol = solve(prob, Tsit5())
+        assert "f raised RuntimeError: no looking" in sol.stats.engine
+        torch.testing.assert_close(sol.u[-1], torch.exp(-sol.t[-1]).expand(2), rtol=1e-2, atol=0)
+        with pytest.raises(ValueError, match="no looking"):
+            solve(prob, Tsit5(), engine="native")

@@ -150,9 +150,7 @@ class _Lookup:
         field, recipe, traces, roots = self.field, self.recipe, self.traces, self.roots
         dtype, recorder = field.structure.dtype, CodeRecorder()
         try:
-            if any(map(is_torchscript, reached_objects(roots))):
-                # numbers in it change unseen, and gradients stop unseen
-                raise Declined("it calls code of TorchScript")
+            _refuse_torchscript(roots)
             graph = recipe.graph(field, self.t, self.u0, self.leaves, recorder)
             key = (type(recipe), graph.is_float32, graph.kind, graph.blocks, content(graph.outputs))
             program = traces.program(key, lambda: recipe.program(graph), self.verify)
@@ -167,6 +165,16 @@ class _Lookup:
         entry.program = program
         note_gradients(entry, field, self.t, self.u0)
         return entry, fingerprint, program
+
+
+def _refuse_torchscript(roots: tuple[Any, ...]) -> None:
+    """Decline code of TorchScript: numbers in it change unseen, and gradients stop unseen."""
+    try:
+        is_reached = any(map(is_torchscript, reached_objects(roots)))
+    except Exception as error:  # of an object that cannot be looked into
+        raise Declined(f"f raised {type(error).__name__}: {error}") from error
+    if is_reached:
+        raise Declined("it calls code of TorchScript")
 
 
 def find(field: Any, recipe: Recipe, t0: float, u0: Tensor, direction: float, verify: bool) -> Any:
